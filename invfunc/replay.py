@@ -1,0 +1,678 @@
+"""Replay: one recorded call of a user's functions, run again in backward with the same bits.
+
+NOTE [Replay] What a function did in forward has to happen again, identically, in backward. Six things could differ:
+
+1.  *Captured tensors.* A function may close over parameters, modules, or tensors of an outer transform. An autograd
+    Function that hides them drops their gradients silently; so they are found, and become explicit inputs of the stage.
+    Modules are read structurally (their slots: parameters and buffers). Anything else is watched by a
+    TorchFunctionMode: an argument that requires grad or is wrapped by functorch, and was not made inside, is captured.
+2.  *Which tensors a slot holds.* Under ``functional_call`` a module's tensors in backward are not those of forward:
+    the captured ones are put into the slots while the function runs again. Where they are the same objects, which is
+    the ordinary case, the module is called directly: hooks fire, FSDP works, threads do not meet.
+3.  *Chain rule, once.* A captured tensor may itself depend on another captured one. Unless all are leaves, the function
+    runs again on detached stand-ins, or the inner gradient would be counted twice.
+4.  *Random numbers.* One snapshot, kept only if the call drew any, governs every evaluation in backward; the global
+    stream ends as in a plain run.
+5.  *Buffers.* What a call writes (running statistics) moves once: it runs again on copies of the buffers as they were.
+    Batch norm's kernels do not bump the version counter, so the first call of each module compares values.
+6.  *Autocast*, per device, dtype included; and *discrete decisions*, pinned by `record`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from .errors import ReplayError
+from .invertible import VJP
+from .wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
+
+T = TypeVar("T")
+
+# ---- what a function closes over, as far as its structure tells --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Where a function keeps tensors: modules and tensors found in its structure; ``opaque`` if it may have more."""
+
+    modules: tuple[nn.Module, ...]
+    tensors: tuple[Tensor, ...]
+    opaque: bool
+
+
+def owners(functions: Iterable[Any]) -> Owners:
+    """Look through partials, bound methods, modules and the package's own wrappers; anything else is opaque."""
+    modules: dict[int, nn.Module] = {}
+    tensors: dict[int, Tensor] = {}
+    opaque = False
+    todo = list(functions)
+    while todo:
+        item = todo.pop()
+        if isinstance(item, nn.Module):
+            modules[id(item)] = item
+        elif isinstance(item, Tensor):
+            tensors[id(item)] = item
+        elif isinstance(item, partial):
+            todo += [item.func, *item.args, *item.keywords.values()]
+        elif isinstance(item, MethodType):
+            todo += [item.__self__, *([] if isinstance(item.__self__, nn.Module) else [item.__func__])]
+        elif hasattr(item, "functions"):  # the package's own values and wrappers
+            todo += item.functions
+        elif isinstance(item, (tuple, list)):
+            todo += item
+        elif callable(item) and not _closes_over_nothing(item):
+            opaque = True
+    return Owners(tuple(modules.values()), tuple(tensors.values()), opaque)
+
+
+def _closes_over_nothing(fn: Callable[..., Any]) -> bool:
+    """Torch's own functions, and this package's plain ones; a class of torch counts too."""
+    home = getattr(fn, "__module__", None) or type(fn).__module__
+    ours = home.split(".")[0] in ("torch", "invfunc", "builtins", "math", "_operator")
+    plain = isinstance(fn, FunctionType) and not fn.__closure__
+    return ours and (plain or isinstance(fn, (BuiltinFunctionType, type)) or type(fn).__name__.endswith("descriptor"))
+
+
+def slots(module: nn.Module, seen: set[int]) -> Iterator[tuple[nn.Module, dict[str, Any], str, Tensor, bool]]:
+    """Every ``(owner, its dict, name, tensor, is buffer)`` below a module, each submodule once."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    for is_buffer, table in enumerate((module._parameters, module._buffers)):
+        for name, tensor in table.items():
+            if tensor is not None:
+                yield module, table, name, tensor, bool(is_buffer)
+    for child in module._modules.values():
+        if child is not None:
+            yield from slots(child, seen)
+
+
+# ---- the recording -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Recording:
+    """What one call of a user's functions saw; see NOTE [Replay]."""
+
+    captured: list[Tensor] = field(default_factory=list)  # explicit inputs of the stage
+    noted: dict[int, int] = field(default_factory=dict)  # id of a tensor in a closure -> its place in captured
+    filled: list[tuple[dict[str, Any], str, int]] = field(default_factory=list)  # slots that hold captured tensors
+    fixed: list[tuple[dict[str, Any], str, Tensor, int]] = field(default_factory=list)  # slots of constants
+    written: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # slots and what they held before
+    surprises: list[str] = field(default_factory=list)  # buffers written by a call that was not expected to
+    pins: list[tuple[str, Any]] = field(default_factory=list)
+    random: Streams | None = None
+    autocast: tuple[Any, ...] = ()
+    alive: list[Tensor] = field(default_factory=list)  # keeps the ids in ``noted`` from being reused
+    expected: set[int] = field(default_factory=set)  # those of ``noted`` that forward was seen to use
+
+
+class Scope:
+    """Fills a `Recording` while the functions run."""
+
+    def __init__(self) -> None:
+        self.recording = Recording()
+        self.seen: set[int] = set()
+        self.before: list[tuple[nn.Module, dict[str, Any], str, Tensor, Tensor, int]] = []
+        self.wrapping = torch._C._functorch.maybe_current_level() is not None
+        self.places: dict[int, int] = {}
+
+    def capture(self, tensor: Tensor) -> int:
+        """The place of a tensor among the captured ones."""
+        place = self.places.get(id(tensor))
+        if place is None:
+            self.places[id(tensor)] = place = len(self.recording.captured)
+            self.recording.captured.append(tensor)
+        return place
+
+    def matters(self, tensor: Tensor) -> bool:
+        """Whether a tensor has to be an explicit input: it may get a gradient, or belongs to a transform."""
+        return tensor.requires_grad or (self.wrapping and torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+    def see(self, tensor: Tensor) -> None:
+        """Capture a tensor that a closure was seen to use: when it runs again, it has to use it again."""
+        known = id(tensor) in self.places
+        self.note(tensor)
+        if not known and tensor.requires_grad and id(tensor) in self.recording.noted:
+            self.recording.expected.add(id(tensor))
+
+    def note(self, tensor: Tensor) -> None:
+        """Capture a tensor that a closure holds, or what an enclosing replay has put in its place."""
+        actual = stand_in(tensor)
+        if self.matters(actual) and id(tensor) not in self.places:
+            self.recording.noted[id(tensor)] = self.capture(actual)
+            self.recording.alive.append(tensor)
+
+    def enter(self, module: nn.Module) -> None:
+        """Read the slots of a module that the call uses."""
+        for owner, table, name, tensor, is_buffer in slots(module, self.seen):
+            if self.matters(tensor):
+                self.recording.filled.append((table, name, self.capture(tensor)))
+            elif is_buffer and _may_write(owner, name):
+                self.before.append((owner, table, name, tensor, tensor.clone(), version(tensor)))
+            else:
+                self.recording.fixed.append((table, name, tensor, version(tensor)))
+
+    def leave(self) -> None:
+        """Tell the buffers that the call wrote from those it only read."""
+        for owner, table, name, tensor, copy, before in self.before:
+            if _writes(owner, name, tensor, copy, before):
+                self.recording.written.append((table, name, copy))
+            else:
+                self.recording.fixed.append((table, name, tensor, before))
+        self.before.clear()
+        for _, name, tensor, before in self.recording.fixed:
+            if version(tensor) != before:
+                self.recording.surprises.append(name)
+
+
+_WRITES: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], bool]] = WeakKeyDictionary()
+
+
+def _may_write(owner: nn.Module, name: str) -> bool:
+    return _WRITES.get(owner, {}).get((name, owner.training), True)
+
+
+def _writes(owner: nn.Module, name: str, tensor: Tensor, copy: Tensor, before: int) -> bool:
+    """Whether a call writes a buffer; settled by values in a module's first call, remembered after."""
+    known = _WRITES.setdefault(owner, {})
+    key = name, owner.training
+    if key not in known:
+        known[key] = version(tensor) != before or not torch.equal(tensor, copy)
+    return known[key]
+
+
+def version(tensor: Tensor) -> int:
+    """A tensor's version counter; inference tensors have none and can not change under autograd."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# ---- watching closures ---------------------------------------------------------------------------------------------
+
+
+class Watch(TorchFunctionMode):
+    """Sees every tensor that goes into a torch function; replaces some, reports those it did not expect."""
+
+    def __init__(self, given: Iterable[Any], stand_ins: dict[int, Tensor], report: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.inside = {id(leaf) for leaf in given}
+        self.stand_ins = stand_ins
+        self.met: set[int] = set()
+        self.report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = tuple(self._see(a) for a in args)
+        kwargs = {k: self._see(v) for k, v in kwargs.items()} if kwargs else {}
+        out = func(*args, **kwargs)
+        self._made(out)
+        return out
+
+    def _see(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return self._see_tensor(item)
+        if type(item) in (tuple, list):
+            return type(item)(self._see(part) for part in item)
+        if type(item) is dict:
+            return {k: self._see(part) for k, part in item.items()}
+        return item
+
+    def _see_tensor(self, tensor: Tensor) -> Tensor:
+        replacement = self.stand_ins.get(id(tensor))
+        if replacement is not None:
+            self.met.add(id(tensor))
+            return replacement
+        if id(tensor) not in self.inside:
+            self.report(tensor)
+        return tensor
+
+    def _made(self, out: Any) -> None:
+        if isinstance(out, Tensor):
+            if id(out) not in self.stand_ins:
+                self.inside.add(id(out))
+        elif isinstance(out, (tuple, list)):
+            for part in out:
+                self._made(part)
+
+
+_STAND_INS: ContextVar[tuple[dict[int, Tensor], ...]] = ContextVar("stand_ins", default=())
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """What an enclosing replay has put in the place of a closure's tensor."""
+    for table in _STAND_INS.get():
+        tensor = table.get(id(tensor), tensor)
+    return tensor
+
+
+# ---- random numbers, autocast, pins ----------------------------------------------------------------------------------
+
+
+class Streams:
+    """The state of the random number generators that a call may draw from."""
+
+    def __init__(self, devices: Sequence[int]) -> None:
+        self.cpu = torch.get_rng_state()
+        self.cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+    def same(self, other: Streams) -> bool:
+        """Whether nothing was drawn between two states."""
+        pairs = [(self.cpu, other.cpu), *((a, b) for (_, a), (_, b) in zip(self.cuda, other.cuda, strict=True))]
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    def put(self) -> None:
+        """Set the generators to this state."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.cuda:
+            torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the same numbers again, and leave the generators as they were."""
+        now = Streams([device for device, _ in self.cuda])
+        self.put()
+        try:
+            yield
+        finally:
+            now.put()
+
+
+def cuda_devices(wire: Wire) -> list[int]:
+    """The CUDA devices on a wire: a call draws from their generators as well as from the CPU's."""
+    if not torch.cuda.is_initialized():
+        return []
+    return sorted({leaf.get_device() for leaf in leaves(wire) if isinstance(leaf, Tensor) and leaf.is_cuda})
+
+
+def autocast_state() -> tuple[Any, ...]:
+    """Whether autocast is on, and its dtype, for every device in use."""
+    devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
+    return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
+
+
+@contextmanager
+def autocast(state: tuple[Any, ...]) -> Iterator[None]:
+    """Autocast as it was."""
+    with ExitStack() as stack:
+        for device, enabled, dtype in state:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield
+
+
+_PINNING: ContextVar[Callable[[str, Any], Any] | None] = ContextVar("pinning", default=None)
+
+
+def record(name: str, value: T) -> T:
+    """Pin a discrete decision: in forward, keep the value and return it; when the function runs again, return that one.
+
+    A reconstructed input differs from the original by rounding, so a top-k routing, an LSH bucket or an argmax may fall
+    the other way when a function runs again in backward. A pinned value can not.
+
+    Args:
+        name: A name for error messages, the same in every run of the function.
+        value: A tensor (of a dtype without gradients) or any other value.
+
+    Cost:
+        The value is kept until backward.
+
+    Raises:
+        ReplayError: When the function does not pin the same names in the same order in backward.
+
+    Example:
+        >>> import torch
+        >>> def route(x):
+        ...     chosen = record("expert", x.argmax(-1))
+        ...     return torch.nn.functional.one_hot(chosen, x.shape[-1]) * x
+        >>> route(torch.tensor([[1.0, 2.0]]))
+        tensor([[0., 2.]])
+    """
+    pin = _PINNING.get()
+    return value if pin is None else pin(name, value)
+
+
+def _replayed(pins: list[tuple[str, Any]]) -> Callable[[str, Any], Any]:
+    left = iter(pins)
+
+    def pin(name: str, value: Any) -> Any:
+        recorded, kept = next(left, ("nothing more", None))
+        if recorded != name:
+            raise ReplayError(
+                f"record({name!r}) on replay",
+                expected=f"record({recorded!r})" if kept is not None else recorded,
+                cure="pin the same names in the same order in every run of the function",
+            )
+        return kept
+
+    return pin
+
+
+class Kept(NamedTuple):
+    """The place of a tensor among those that a stage keeps."""
+
+    place: int
+
+
+def fetch(leaf: Any, kept: Sequence[Tensor]) -> Any:
+    """A kept tensor by its place; anything else is itself."""
+    return kept[leaf.place] if isinstance(leaf, Kept) else leaf
+
+
+# ---- record and replay -------------------------------------------------------------------------------------------
+
+
+_SELF_CONTAINED: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+
+
+def recorded(
+    fn: Callable[[Wire], T], x: Wire, found: Owners, *, randomness: bool = True, graph: bool = False
+) -> tuple[T, Recording]:
+    """Run ``fn(x)`` once and record what has to be the same when it runs again.
+
+    Args:
+        fn: The call.
+        x: Its input.
+        found: What `owners` found in the functions that ``fn`` calls.
+        randomness: Whether to keep a snapshot of the generators when the call draws from them.
+        graph: Run with gradients on; the caller drops the graph.
+    """
+    scope = Scope()
+    for module in found.modules:
+        scope.enter(module)
+    for tensor in found.tensors:
+        scope.note(tensor)
+    before = Streams(cuda_devices(x)) if randomness else None
+    pinning = _PINNING.set(partial(_pin, scope.recording.pins))
+    try:
+        with torch.set_grad_enabled(graph):
+            out = _watched(fn, x, found, scope) if _needs_watch(found) else fn(x)
+    finally:
+        _PINNING.reset(pinning)
+    scope.leave()
+    if before is not None and not before.same(Streams([d for d, _ in before.cuda])):
+        scope.recording.random = before
+    scope.recording.autocast = autocast_state()
+    return out, scope.recording
+
+
+def _pin(pins: list[tuple[str, Any]], name: str, value: Any) -> Any:
+    pins.append((name, value))
+    return value
+
+
+def _needs_watch(found: Owners) -> bool:
+    return found.opaque or not all(_SELF_CONTAINED.get(m, {}).get(m.training, _is_compiled(m)) for m in found.modules)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule) if hasattr(torch, "_dynamo") else False
+
+
+def _watched(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T:
+    """Run under a `Watch`. A module is watched in its first call only, unless it reads tensors that it does not own."""
+    thread = threading.get_ident()
+
+    def entered(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            scope.enter(module)
+
+    handle = register_module_forward_pre_hook(entered) if found.opaque else None
+    try:
+        with Watch(leaves(x), {}, scope.see):
+            out = fn(x)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if not found.opaque:
+        foreign = len(scope.recording.noted) > len(found.tensors)
+        for module in found.modules:
+            _SELF_CONTAINED.setdefault(module, {})[module.training] = not foreign
+    return out
+
+
+_SLOTS = threading.RLock()  # a slot that is swapped while another thread reads it would corrupt the module
+
+
+class Replay(VJP):
+    """Runs the functions of a `Recording` again, and gathers the gradients of what they captured.
+
+    Args:
+        recording: The recorded call.
+        captured: The captured tensors as the level of this backward sees them.
+        wanted: Which of them need a gradient.
+        kept: The tensors that pins refer to.
+        rebuilds: Whether anybody upstream needs the rebuilt input.
+        functional: Gradients must be differentiable or belong to a transform: use ``torch.func.vjp``.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        captured: Sequence[Tensor],
+        wanted: Sequence[bool],
+        kept: Sequence[Tensor] = (),
+        *,
+        rebuilds: bool = True,
+        functional: bool = False,
+    ) -> None:
+        self.recording, self.captured, self.wanted, self.kept = recording, captured, wanted, kept
+        self.rebuilds, self.functional = rebuilds, functional
+        self.gradients: list[Tensor | None] = [None] * len(captured)
+        self.met: set[int] = set()
+        self._check()
+        self.direct = self._is_direct()
+
+    # ---- evaluation ----
+
+    def run(self, fn: Callable[..., Any], x: Wire) -> Wire:
+        with self._again(self.captured, leaves(x)):
+            return fn(*x) if isinstance(x, tuple) else fn(x)
+
+    def __call__(self, fn: Callable[..., Any], x: Wire, needs: Wire | None) -> tuple[Wire, Callable[[Wire], Wire]]:
+        needs = map_wire(is_differentiable, x) if needs is None else needs
+        if not (any(self.wanted) or any(leaves(needs))):
+            return self._run(fn, x), lambda gy: map_wire(lambda leaf: None, x)
+        return (self._functional if self.functional else self._eager)(fn, x, needs)
+
+    def _run(self, fn: Callable[..., Any], x: Wire) -> Wire:
+        with self._again(self.captured, leaves(x)):
+            return spread(fn, x)
+
+    def _eager(self, fn: Callable[..., Any], x: Wire, needs: Wire) -> tuple[Wire, Callable[[Wire], Wire]]:
+        """Autograd on detached leaves: leaner than ``torch.func.vjp``, but not differentiable again."""
+        inner = map_wire(_leaf, x, needs)
+        captured = self.captured if self.direct else [_leaf(c, w) for c, w in zip(self.captured, self.wanted)]
+        with torch.enable_grad(), self._again(captured, leaves(inner)):
+            out = spread(fn, inner)
+        outs = leaves(out)
+        edges = [torch.autograd.graph.get_gradient_edge(o) if _has_graph(o) else None for o in outs]
+        sources = [leaf for leaf, need in zip(leaves(inner), leaves(needs)) if need]
+        targets = [c for c, w in zip(captured, self.wanted) if w]
+
+        def pull(gout: Wire) -> Wire:
+            roots = [(e, g) for e, g in zip(edges, leaves(gout), strict=True) if e is not None and g is not None]
+            if not roots:
+                return map_wire(lambda need: None, needs)
+            outputs, seeds = zip(*roots)
+            found = torch.autograd.grad(outputs, [*sources, *targets], seeds, allow_unused=True)
+            gradients = iter(found)
+            gx = map_wire(lambda need: next(gradients) if need else None, needs)
+            self._add(gradients)
+            return gx
+
+        return map_wire(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, out), pull
+
+    def _functional(self, fn: Callable[..., Any], x: Wire, needs: Wire) -> tuple[Wire, Callable[[Wire], Wire]]:
+        """``torch.func.vjp``: differentiable again, and right under every transform."""
+        flat = leaves(x)
+        own = [i for i, leaf in enumerate(flat) if is_differentiable(leaf)]
+        theirs = [i for i, w in enumerate(self.wanted) if w]
+        structure: list[Wire] = []
+
+        def closed(*tensors: Tensor) -> tuple[Tensor, ...]:
+            inner, captured = list(flat), list(self.captured)
+            for i, t in zip(own, tensors):
+                inner[i] = t
+            for i, t in zip(theirs, tensors[len(own) :]):
+                captured[i] = t
+            with self._again(captured, inner):
+                out = spread(fn, unflatten(x, inner))
+            structure[:] = [map_wire(lambda leaf: None if is_differentiable(leaf) else leaf, out)]
+            return tuple(leaf for leaf in leaves(out) if is_differentiable(leaf))
+
+        outs, vjp = torch.func.vjp(closed, *[flat[i] for i in own], *[self.captured[i] for i in theirs])
+        left = iter(outs)
+        out = map_wire(lambda leaf: next(left) if leaf is None else leaf, structure[0])
+
+        def pull(gout: Wire) -> Wire:
+            seeds = [g for g, o in zip(leaves(gout), leaves(out), strict=True) if is_differentiable(o)]
+            filled = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(seeds, outs, strict=True))
+            gradients = iter(vjp(filled))
+            gx = map_wire(lambda leaf: next(gradients) if is_differentiable(leaf) else None, x)
+            self._add(gradients)
+            return gx
+
+        return out, pull
+
+    # ---- gradients of captured tensors ----
+
+    def _add(self, gradients: Iterator[Tensor | None]) -> None:
+        for i, gradient in zip([i for i, w in enumerate(self.wanted) if w], gradients, strict=True):
+            if gradient is not None:
+                before = self.gradients[i]
+                self.gradients[i] = gradient if before is None else before + gradient
+
+    def collect(self, closed: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Gradients that a pullback gave for the tensors in its closure."""
+        places = {id(t): i for i, t in enumerate(self.recording.captured)} | self.recording.noted
+        places |= {id(t): i for i, t in enumerate(self.captured)}
+        given = {places[id(stand_in(t))] if id(stand_in(t)) in places else places.get(id(t)): g for t, g in closed}
+        for i, wanted in enumerate(self.wanted):
+            if wanted and i in given:
+                before = self.gradients[i]
+                self.gradients[i] = given[i] if before is None else before + given[i]
+            elif wanted:
+                raise ReplayError(
+                    f"a pullback gave no gradient for a tensor of shape {tuple(self.captured[i].shape)}"
+                    " that its op closes over",
+                    expected="(x, gx, [(tensor, gradient), ...]) with each of them",
+                    cure="return the gradient, or leave the pullback out",
+                )
+
+    def finish(self) -> list[Tensor | None]:
+        """The gathered gradients, once every captured tensor is known to have been met again."""
+        for key, place in self.recording.noted.items():
+            if self.wanted[place] and key in self.recording.expected and key not in self.met:
+                shape = tuple(self.captured[place].shape)
+                raise _rebound(f"the function did not meet again a tensor of shape {shape} that it met in forward")
+        return self.gradients
+
+    # ---- the same conditions again ----
+
+    def _check(self) -> None:
+        """Raise where a constant has changed since forward: plain autograd would, too."""
+        changed = [name for _, name, tensor, before in self.recording.fixed if version(tensor) != before]
+        if changed:
+            raise ReplayError(
+                f"{sorted({*changed, *self.recording.surprises})} of a module changed between forward and backward",
+                expected="the tensors that forward read",
+                cure="run backward before changing them, or clone them in forward",
+            )
+
+    def _is_direct(self) -> bool:
+        """Rule 2 and 3 of NOTE [Replay]: nothing has to be replaced."""
+        r = self.recording
+        return (
+            not (r.noted or r.written)
+            and all(table[name] is self.captured[i] for table, name, i in r.filled)
+            and all(table[name] is tensor for table, name, tensor, _ in r.fixed)
+            and all(c.is_leaf for c in self.captured)
+        )
+
+    @contextmanager
+    def _again(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
+        r = self.recording
+        with ExitStack() as stack:
+            if r.random is not None:
+                stack.enter_context(r.random.again())
+            if r.autocast != autocast_state():
+                stack.enter_context(autocast(r.autocast))
+            if r.pins:
+                token = _PINNING.set(_replayed([(name, fetch(value, self.kept)) for name, value in r.pins]))
+                stack.callback(_PINNING.reset, token)
+            if not self.direct or self.functional:
+                stack.enter_context(self._replaced(captured, given))
+            yield
+
+    @contextmanager
+    def _replaced(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
+        """Put captured tensors, constants and copies of written buffers where the functions will read them."""
+        r = self.recording
+        contents = [(table, name, captured[i]) for table, name, i in r.filled]
+        contents += [(table, name, tensor) for table, name, tensor, _ in r.fixed]
+        contents += [(table, name, copy.clone()) for table, name, copy in r.written]
+        contents = [(table, name, tensor) for table, name, tensor in contents if table[name] is not tensor]
+        with ExitStack() as stack:
+            if contents:
+                stack.enter_context(_swapped(contents))
+            if r.noted:
+                stack.enter_context(self._standing_in({key: captured[i] for key, i in r.noted.items()}, captured, given))
+            yield
+
+    @contextmanager
+    def _standing_in(
+        self, table: dict[int, Tensor], captured: Sequence[Tensor], given: Iterable[Any]
+    ) -> Iterator[None]:
+        token = _STAND_INS.set((table, *_STAND_INS.get()))
+        try:
+            with Watch([*given, *captured], table, _unexpected) as watch:
+                yield
+            self.met |= watch.met
+        finally:
+            _STAND_INS.reset(token)
+
+
+def _unexpected(tensor: Tensor) -> None:
+    if tensor.requires_grad and tensor.is_leaf and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise _rebound(f"the function met a tensor of shape {tuple(tensor.shape)} that it did not meet in forward")
+
+
+def _rebound(subject: str) -> ReplayError:
+    return ReplayError(
+        subject,
+        expected="the tensors that it closed over in forward",
+        cure="do not rebind what a function closes over between forward and backward; under functional_call, let the "
+        "function call the module instead of reading its weights",
+    )
+
+
+@contextmanager
+def _swapped(contents: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    with _SLOTS:
+        held = [(table, name, table[name]) for table, name, _ in contents]
+        for table, name, tensor in contents:
+            table[name] = tensor
+        try:
+            yield
+        finally:
+            for table, name, tensor in held:
+                table[name] = tensor
+
+
+def _leaf(leaf: Any, need: bool) -> Any:
+    return leaf.detach().requires_grad_(need) if is_differentiable(leaf) else leaf
+
+
+def _has_graph(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad

@@ -1,0 +1,76 @@
+"""Wires: what flows through an op. A wire is a tensor, or a (nested) tuple of wires.
+
+Leaves that are not tensors, ``None``, and integer or bool tensors ride along unchanged and get no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Wire: TypeAlias = Any  # a Tensor, another leaf, or a tuple of wires: recursive types are not worth their errors here
+
+
+def leaves(wire: Wire) -> list[Any]:
+    """The leaves of a wire, left to right.
+
+    Example:
+        >>> leaves((1, (2, 3)))
+        [1, 2, 3]
+    """
+    if not isinstance(wire, tuple):
+        return [wire]
+    return [leaf for part in wire for leaf in leaves(part)]
+
+
+def unflatten(like: Wire, values: Iterable[Any]) -> Wire:
+    """A wire of the structure of ``like`` with other leaves: ``unflatten(w, leaves(w)) == w``.
+
+    Example:
+        >>> unflatten((1, (2, 3)), "abc")
+        ('a', ('b', 'c'))
+    """
+    return _take(like, iter(values))
+
+
+def _take(like: Wire, values: Iterator[Any]) -> Wire:
+    return tuple(_take(part, values) for part in like) if isinstance(like, tuple) else next(values)
+
+
+def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:
+    """Apply ``fn`` to corresponding leaves; the structure is that of the first wire.
+
+    Example:
+        >>> map_wire(lambda a, b: a + b, (1, (2, 3)), (10, (20, 30)))
+        (11, (22, 33))
+    """
+    if isinstance(wire, tuple):
+        return tuple(map_wire(fn, *parts) for parts in zip(wire, *others, strict=True))
+    return fn(wire, *others)
+
+
+def spread(fn: Callable[..., Any], wire: Wire) -> Any:
+    """Call a user's function: a tuple wire becomes its positional arguments."""
+    return fn(*wire) if isinstance(wire, tuple) else fn(wire)
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether a leaf can have a gradient: a floating-point or complex tensor."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def describe(wire: Wire) -> str:
+    """A wire as an error message shows it: shapes for tensors, type names for the rest.
+
+    Example:
+        >>> import torch
+        >>> describe((torch.zeros(2, 3), None, 1.5))
+        '((2, 3), None, float)'
+    """
+    if isinstance(wire, tuple):
+        return f"({', '.join(map(describe, wire))}{',' * (len(wire) == 1)})"
+    if isinstance(wire, Tensor):
+        return str(tuple(wire.shape))
+    return "None" if wire is None else type(wire).__name__
