@@ -1,0 +1,40 @@
+"""What every test starts from: float64, the same random numbers, one thread."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples on every run and machine, and no verdict that depends on how busy the machine is.
+settings.register_profile("invfunc", derandomize=True, deadline=None)
+settings.load_profile("invfunc")
+
+# With one thread a reduction always adds in the same order, so that "the same bits" can be asserted; the tests' tensors
+# are also too small to gain from a second one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    """Make float64 the default dtype: a law is judged by its error, not by float32's."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Give each test the same random numbers whatever ran before it, and hand the global stream back untouched."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `cuda` where there is no device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
