@@ -1,0 +1,210 @@
+"""How much memory and arithmetic a call takes.
+
+A tensor's memory is its *storage*, which views share, which autograd may keep long after the tensor is gone, and which
+dies at one definite moment. `measure` opens a ledger, follows every storage from the first operator that touches it to
+its death, and reports the highest and the last balance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["Measurement", "measure"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one call took.
+
+    Attributes:
+        peak_bytes: The most memory alive at one moment of the call, less what was alive before it.
+        held_bytes: The memory alive at the end of the call, its result still held, less what was alive before it.
+            Negative if the call freed more than it left.
+        flops: Floating point operations of matrix products, convolutions and attention, two per multiply-add, by the
+            formulas of `torch.utils.flop_counter`. Pointwise operators count as none.
+        seconds: Wall time of a plain call, or None if it was not asked for.
+    """
+
+    peak_bytes: int
+    held_bytes: int
+    flops: int
+    seconds: float | None = None
+
+
+def measure(fn: Callable[..., Any], /, *args: Any, timed: bool = False, **kwargs: Any) -> Measurement:
+    """Call `fn(*args, **kwargs)` once and measure the memory and the arithmetic it takes, backward included.
+
+    On the CPU the bytes are those of tensor storages, counted exactly after every operator: a view adds nothing, an
+    in-place operator adds nothing, `resize_` counts as what it leaves. A storage older than the call counts by how it
+    changes once an operator of the call has touched it: freeing it is negative. Not seen are the scratch memory inside
+    a single kernel, sparse tensors, and the allocator's own overhead. What no operator of torch has made (numpy,
+    extensions, collectives, `copy.deepcopy`) is taken for older than the call. `torch.compile` steps aside while it is
+    measured: the function runs eagerly, or raises if it was compiled with `fullgraph=True`.
+
+    If the call allocates on the current CUDA device, the bytes are those of that device's caching allocator instead,
+    kernels' workspaces included, and the device's peak statistics are reset.
+
+    Args:
+        fn: What to call.
+        *args: Handed to `fn`.
+        timed: Whether to call `fn` a second time, after the measured one and without any instrument, for `seconds`.
+            Leave it off when a second call would do something else, or do harm.
+        **kwargs: Handed to `fn`.
+
+    Returns:
+        The call's `Measurement`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1000)
+        >>> measure(lambda: x.exp().sin().sum())
+        Measurement(peak_bytes=8000, held_bytes=4, flops=0, seconds=None)
+        >>> measure(torch.mm, x.view(10, 100), x.view(100, 10))
+        Measurement(peak_bytes=400, held_bytes=400, flops=20000, seconds=None)
+    """
+    with _Allocator() as allocator, _Ledger() as ledger:
+        result = fn(*args, **kwargs)
+        measured = (allocator if allocator.used else ledger).close(ledger.flops)
+    del result
+    return replace(measured, seconds=_seconds(fn, args, kwargs)) if timed else measured
+
+
+class _Ledger(TorchDispatchMode):
+    """The storages that operators have touched, from first sight to death.
+
+    A storage's Python object lives exactly as long as the storage itself, even while only autograd holds it, so that a
+    set of weak references forgets each storage at the moment its memory is freed.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self._peak = 0
+        self._opening = 0
+        self._storages: WeakSet[torch.UntypedStorage] = WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # Let the subclass (a DTensor, say) call the operators on the tensors it wraps.
+        if (out := self._decomposed(func, args, kwargs)) is not NotImplemented:
+            return out
+        if func not in _TAKES_A_NEW_TENSOR:
+            self._opening += self._enter(args, kwargs)
+        out = func(*args, **kwargs)
+        self._enter(out)
+        self._peak = max(self._peak, self._balance())
+        self.flops += _flops(func, args, kwargs, out)
+        return out
+
+    def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Under `inference_mode` composite operators arrive whole: look inside them."""
+        if isinstance(func, HigherOrderOperator) or func is torch.ops.prim.device.default:
+            return NotImplemented
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def _enter(self, *tree: Any) -> int:
+        """Follow the storages not yet followed, and return how many bytes they hold."""
+        new = {storage for storage in _storages(tree) if storage not in self._storages}
+        self._storages |= new
+        return sum(map(torch.UntypedStorage.nbytes, new))
+
+    def _balance(self) -> int:
+        # Sizes are read anew each time: a `resize_` of a storage passes no operator.
+        return sum(map(torch.UntypedStorage.nbytes, self._storages)) - self._opening
+
+    def close(self, flops: int) -> Measurement:
+        """Balance the books while the result of the call is still held."""
+        held = self._balance()
+        return Measurement(max(self._peak, held), held, flops)
+
+
+class _Allocator:
+    """The statistics of the caching allocator on the current CUDA device."""
+
+    def __enter__(self) -> _Allocator:
+        _note_peaks()
+        self._served = _statistic("allocation.all.allocated")
+        self._before = self._peak = _statistic("allocated_bytes.all.current")
+        _open_allocators.append(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _note_peaks()
+        _open_allocators.remove(self)
+
+    @property
+    def used(self) -> bool:
+        """Whether the allocator has served anything since the call began."""
+        return _statistic("allocation.all.allocated") > self._served
+
+    def note(self) -> None:
+        """Remember the peak since it was last reset."""
+        self._peak = max(self._peak, _statistic("allocated_bytes.all.peak"))
+
+    def close(self, flops: int) -> Measurement:
+        """Read the statistics while the result of the call is still held."""
+        self.note()
+        return Measurement(self._peak - self._before, _statistic("allocated_bytes.all.current") - self._before, flops)
+
+
+# The allocator has one peak counter. A measurement inside another one resets it, so those outside read it first.
+_open_allocators: list[_Allocator] = []
+
+
+def _note_peaks() -> None:
+    for allocator in _open_allocators:
+        allocator.note()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _statistic(name: str) -> int:
+    return torch.cuda.memory_stats().get(name, 0)  # No statistics before CUDA's first use, or without CUDA.
+
+
+# `torch.tensor`, `torch.from_numpy`: their argument is made outside every mode, but inside the call.
+_TAKES_A_NEW_TENSOR = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default})
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    """The storages in a tree, and those of its tensors; a sparse tensor has none of its own."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.UntypedStorage):
+            yield leaf
+        elif isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            yield leaf.untyped_storage()
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    # Not `FlopCounterMode`: the hooks by which it follows modules raise under `torch.func.hessian`.
+    formula = flop_registry.get(getattr(func, "overloadpacket", func))
+    return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+def _seconds(fn: Callable[..., Any], args: Any, kwargs: Any) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    result = fn(*args, **kwargs)
+    _synchronize()
+    seconds = time.perf_counter() - start
+    del result  # Freed outside the timed region, as it would be by a caller who keeps it.
+    return seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
