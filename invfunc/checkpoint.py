@@ -2,27 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import WRAPPER_ASSIGNMENTS, partial
 from typing import Any
 
-from .invertible import Invertible, Residue, lift
-from .lowering import Options, State, lower, walk
-from .wires import Wire
+import torch.utils._pytree as pytree
+
+from .errors import NotInvertibleError, OptionError
+from .invertible import VJP, Invertible, OneWay, Pair, Residue, name_of, pair
+from .lowering import Options, State, cut_points, lower, recompute_values, runs_plainly, walk
+from .wires import Wire, leaves
+
+MODES = ("invert", "store", "recompute")
+
+_MODE: ContextVar[str | None] = ContextVar("mode", default=None)
+
+
+@contextmanager
+def mode(name: str) -> Iterator[None]:
+    """Override how everything that is called inside is lowered.
+
+    Args:
+        name: ``"invert"`` (keep nothing, rebuild by the inverse), ``"store"`` (plain autograd) or ``"recompute"``
+            (keep each segment's input, run it again). It overrides every `checkpoint` option and every mark. What has
+            no inverse is stored as marked, whatever the mode.
+
+    A mode changes neither a value nor a gradient, only memory and time. It nests, restores what was before, and is
+    local to its thread and its asynchronous task.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> fast = inv.checkpoint(inv.pair(torch.exp, torch.log))
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> with inv.mode("store"):
+        ...     fast(x).grad_fn.name()
+        'ExpBackward0'
+    """
+    token = _MODE.set(_checked_mode(name))
+    try:
+        yield
+    finally:
+        _MODE.reset(token)
+
+
+def _checked_mode(name: str) -> str:
+    if name not in MODES:
+        raise OptionError(f"mode is {name!r}", expected=" or ".join(map(repr, MODES)))
+    return name
+
+
+def _current(options: Options) -> Options:
+    """Options under the mode of the surrounding ``with inv.mode(...)``."""
+    override = _MODE.get()
+    return options if override is None else replace(options, mode=override)
+
+
+# ---- lowered and marked values ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False)
-class Checkpointed(Invertible):
-    """A lowered op; built by `checkpoint`."""
+class Wrapper(Invertible):
+    """An op that changes how another is lowered, and not what it means."""
 
     op: Invertible
-    options: Options = Options()
-
-    def forward(self, x: Wire) -> Wire:
-        return lower(self.op, x, self.options)
-
-    def inverse(self, y: Wire) -> Wire:
-        return lower(self.op.inverted(), y, self.options)
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return self.op.forward_with_residue(x)
@@ -30,11 +75,8 @@ class Checkpointed(Invertible):
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
         return self.op.inverse_with_residue(residue, y)
 
-    def pull(self, residue, y, gy, vjp, needs):
+    def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         return self.op.pull(residue, y, gy, vjp, needs)
-
-    def inverted(self) -> Invertible:
-        return Checkpointed(self.op.inverted(), self.options)
 
     @property
     def parts(self) -> tuple[Invertible, ...]:
@@ -44,16 +86,271 @@ class Checkpointed(Invertible):
     def functions(self) -> tuple[Callable[..., Any], ...]:
         return self.op.functions
 
+
+@dataclass(frozen=True, repr=False)
+class Checkpointed(Wrapper):
+    """A lowered op; built by `checkpoint`."""
+
+    options: Options = Options()
+
+    def forward(self, x: Wire) -> Wire:
+        return lower(self.op, x, _current(self.options))
+
+    def inverse(self, y: Wire) -> Wire:
+        return self.inverted().forward(y)
+
+    def inverted(self) -> Invertible:
+        segments = self.options.segments
+        if not isinstance(segments, int):
+            segments = tuple(len(self.op.parts) - cut for cut in reversed(segments))
+        return Checkpointed(self.op.inverted(), replace(self.options, segments=segments))
+
+    def __call__(self, *xs: Wire, **kwargs: Any) -> Wire:
+        """``op(*xs)``; keyword arguments go to both functions of a pair."""
+        if not kwargs:
+            return super().__call__(*xs)
+        if not isinstance(self.op, Pair):
+            raise OptionError(f"{self!r} got keyword arguments {sorted(kwargs)}", expected="none: only functions take them")
+        forward_fn, inverse_fn = partial(self.op.forward_fn, **kwargs), partial(self.op.inverse_fn, **kwargs)
+        return replace(self, op=replace(self.op, forward_fn=forward_fn, inverse_fn=inverse_fn))(*xs)
+
     def __repr__(self) -> str:
-        return f"checkpoint({self.op!r})"
+        given = {k: v for k, v in vars(self.options).items() if v != getattr(Options(), k)}
+        return f"checkpoint({', '.join([repr(self.op), *(f'{k}={v!r}' for k, v in given.items())])})"
 
 
 @walk.register
 def _(op: Checkpointed, state: State, options: Options) -> State:
-    return walk(op.op, state, options)
+    return walk(op.op, state, replace(options, mode=options.mode if _MODE.get() else op.options.mode))
 
 
-def checkpoint(op: Invertible | Callable[..., Any]) -> Invertible:
-    """Lower."""
-    op = lift(op)
-    return op if isinstance(op, Checkpointed) else Checkpointed(op)
+@dataclass(frozen=True, repr=False)
+class Marked(Wrapper):
+    """An op with a mode of its own; built by `store`, `recompute` and `reconstruct`."""
+
+    mark: str
+    marked = True
+
+    def forward(self, x: Wire) -> Wire:
+        return self.op.forward(x)
+
+    def inverse(self, y: Wire) -> Wire:
+        return self.op.inverse(y)
+
+    def inverted(self) -> Invertible:
+        return Marked(self.op.inverted(), self.mark)
+
+    def __repr__(self) -> str:
+        return f"{'reconstruct' if self.mark == 'invert' else self.mark}({self.op!r})"
+
+
+@walk.register
+def _(op: Marked, state: State, options: Options) -> State:
+    return walk(op.op, state, options if _MODE.get() else replace(options, mode=op.mark))
+
+
+def store(op: Invertible | Callable[..., Any]) -> Invertible:
+    """Mark a part of a pipeline to run as plain autograd when the pipeline is lowered.
+
+    Args:
+        op: The part. The innermost mark wins.
+
+    Cost:
+        The part's activations are kept, and one at its entry; nothing is evaluated again.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> inv.store(inv.pair(torch.exp, torch.log))
+        store(pair(exp, log))
+    """
+    return Marked(_lift(op), "store")
+
+
+def recompute(op: Invertible | Callable[..., Any]) -> Invertible:
+    """Mark a part of a pipeline to be run again from its stored input when the pipeline is lowered.
+
+    Args:
+        op: The part; it need not be invertible. The innermost mark wins.
+
+    Cost:
+        One activation at its entry and one at its exit; backward evaluates it once more, with its tape.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> inv.recompute(torch.tanh)
+        recompute(one_way(tanh))
+    """
+    return Marked(_lift(op), "recompute")
+
+
+def reconstruct(op: Invertible) -> Invertible:
+    """Mark a part of a pipeline to be rebuilt by its inverse, where the pipeline has another mode.
+
+    Args:
+        op: The part. The innermost mark wins.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> inv.reconstruct(inv.pair(torch.exp, torch.log))
+        reconstruct(pair(exp, log))
+    """
+    return Marked(_lift(op), "invert")
+
+
+def _lift(op: Invertible | Callable[..., Any]) -> Invertible:
+    return op if isinstance(op, Invertible) else OneWay(op)
+
+
+# ---- plain functions ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A function of any arguments and results as a function of one wire: their leaves."""
+
+    fn: Callable[..., Any]
+    arguments: pytree.TreeSpec
+    results: list[pytree.TreeSpec]  # filled by the first call
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The user's function."""
+        return (self.fn,)
+
+    def __call__(self, *flat: Any) -> tuple[Any, ...]:
+        args, kwargs = pytree.tree_unflatten(list(flat), self.arguments)
+        found, spec = pytree.tree_flatten(self.fn(*args, **kwargs))
+        self.results[:] = [spec]
+        return tuple(found)
+
+
+class CheckpointedFunction:
+    """A plain function that is recomputed from its stored inputs; built by `checkpoint`."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __init__(self, fn: Callable[..., Any], options: Options) -> None:
+        self.options = options
+        wraps(self, fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        if runs_plainly() or _current(self.options).mode == "store":
+            return self.__wrapped__(*args, **kwargs)
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        bound = Bound(self.__wrapped__, spec, [])
+        out = recompute_values(OneWay(bound), tuple(flat), self.options)
+        return pytree.tree_unflatten(list(out), bound.results[0])
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """A checkpointed function in a class is a method."""
+        return self if instance is None else partial(self, instance)
+
+    def __repr__(self) -> str:
+        return f"checkpoint({name_of(self.__wrapped__)})"
+
+
+def wraps(wrapper: Any, fn: Callable[..., Any]) -> None:
+    """`functools.update_wrapper` for values, which are frozen, and for modules, whose ``__dict__`` is not copied."""
+    for name in (n for n in WRAPPER_ASSIGNMENTS if hasattr(fn, n)):
+        object.__setattr__(wrapper, name, getattr(fn, name))
+    object.__setattr__(wrapper, "__wrapped__", fn)
+
+
+# ---- the transformer -----------------------------------------------------------------------------------------------------
+
+
+def checkpoint(
+    f: Invertible | Callable[..., Any] | None = None,
+    inverse: Callable[..., Any] | None = None,
+    *,
+    mode: str = "invert",
+    segments: int | Sequence[int] = 1,
+    donate: bool | Sequence[int] = False,
+    preserve_rng_state: bool = True,
+) -> Any:
+    r"""Lower a pipeline, or any plain function, so that its activations are freed and rebuilt in backward.
+
+    .. math:: checkpoint(f) = f \quad \text{in value and in every gradient}
+
+    Args:
+        f: An op, or any function or module. Usable as a decorator, bare or with arguments.
+        inverse: With a plain function: its inverse, so that its input is rebuilt instead of stored. Without one, the
+            inputs are stored and the function runs again in backward; it may take and return anything.
+        mode: ``"invert"``, ``"store"`` or ``"recompute"``: the default for parts without a mark of their own.
+        segments: Into how many trunks to cut the chain, or before which of its parts. Each cut stores one activation;
+            it shortens what rounding accumulates over, and in mode ``"recompute"`` the region that is run again.
+        donate: Free the storage of the input, too, until backward rebuilds it: True, or the places on the wire.
+        preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
+
+    Returns:
+        An op for an op or a function with an inverse: it composes, inverts, and ``checkpoint`` of it is itself. A
+        function with the name and signature of ``f`` otherwise.
+
+    Cost:
+        Mode ``"invert"`` keeps the output alone, whatever the depth; backward evaluates each coupling function once
+        (4/3 of plain training's flops) and other ops forward and inverse once each. Mode ``"recompute"`` keeps one
+        input a segment. Without gradients to compute, it is the plain function.
+
+    Raises:
+        ReplayError: In backward, when a function does not do what it did in forward.
+        DonatedError: When a donated tensor can not be freed, or is read while it is empty.
+        OptionError: When an option is not one of those above.
+
+    Limits:
+        Rebuilding by inverse rounds: see `invfunc.testing.check_laws` for a check, and keep streams in fp32.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> block = inv.couple(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> fast = inv.checkpoint(inv.chain(inv.split(2), *[block] * 8, inv.concat(2)))
+        >>> fast(torch.randn(3, 8)).sum().backward()
+        >>> @inv.checkpoint
+        ... def mlp(x, *, scale=1.0):
+        ...     return torch.tanh(scale * x)
+        >>> mlp(torch.zeros(2), scale=2.0)
+        tensor([0., 0.])
+
+    Source:
+        Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); Gomez et al., RevNet (2017).
+    """
+    cuts = segments if isinstance(segments, int) else tuple(segments)
+    given = donate if isinstance(donate, bool) else tuple(donate)
+    options = Options(_checked_mode(mode), cuts, given, preserve_rng_state)
+    if f is None:
+        return partial(_checkpoint, inverse=inverse, options=options)
+    return _checkpoint(f, inverse, options)
+
+
+def _checkpoint(f: Any, inverse: Callable[..., Any] | None, options: Options) -> Any:
+    if isinstance(f, Invertible):
+        return _checkpoint_op(f, inverse, options)
+    if not callable(f):
+        raise OptionError(f"checkpoint: got {type(f).__name__}", expected="an op, a function or a module")
+    if inverse is None:
+        if options.segments != 1 or options.donate:
+            raise NotInvertibleError(
+                f"checkpoint: {name_of(f)} has no inverse", cure="segments and donate need an invertible op, or inverse=..."
+            )
+        return f if isinstance(f, CheckpointedFunction) else CheckpointedFunction(f, options)
+    lowered = Checkpointed(pair(f, inverse), options)
+    wraps(lowered, f)
+    return lowered
+
+
+def _checkpoint_op(op: Invertible, inverse: Callable[..., Any] | None, options: Options) -> Invertible:
+    if inverse is not None:
+        raise OptionError("checkpoint: inverse=... for an op", expected="an inverse for plain functions only")
+    if isinstance(op, Checkpointed):
+        return op if options in (op.options, Options()) else _checkpoint_op(op.op, None, options)
+    _check_segments(op, options.segments)
+    return Checkpointed(op, options)
+
+
+def _check_segments(op: Invertible, segments: int | tuple[int, ...]) -> None:
+    cuts, count = cut_points(op, segments) if segments != 0 else (0,), max(len(op.parts), 1)
+    if list(cuts) != sorted(set(cuts)) or any(not 0 < cut < count for cut in cuts):
+        raise OptionError(
+            f"checkpoint: segments={segments} of an op with {count} parts",
+            expected=f"a number from 1 to {count}, or increasing cut points between 1 and {count - 1}",
+        )

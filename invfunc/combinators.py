@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -330,6 +330,11 @@ def _no_log_det(*wires: Wire) -> Tensor:
     return x.new_zeros(x.shape[:1])
 
 
+def sum_per_sample(values: Tensor) -> Tensor:
+    """The sum over every dimension but the batch's: ``(N, ...) -> (N,)``."""
+    return values.sum(tuple(range(1, values.dim()))) if values.dim() > 1 else values
+
+
 def additive(t: Tensor) -> Invertible:
     r"""Add a tensor; the default law of `couple`.
 
@@ -364,7 +369,7 @@ def _pull_scale_shift(s: Tensor, t: Tensor, y: Tensor, gy: Tensor) -> Any:
 
 
 def _scale_log_det(s: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return s.abs().log().expand(x.shape).flatten(1).sum(1)
+    return sum_per_sample(s.abs().log().expand(x.shape))
 
 
 def affine(s: Tensor, t: Tensor) -> Invertible:
@@ -620,9 +625,8 @@ class Half(Invertible):
 
 
 def _check_arity(label: str, law: Callable[..., Any], parts: tuple[Any, ...]) -> None:
-    count = len(inspect.signature(law).parameters)
-    if len(parts) != count or not all(isinstance(part, Tensor) for part in parts):
-        names = ", ".join(inspect.signature(law).parameters)
+    if len(parts) != len(_parameters(law)) or not all(isinstance(part, Tensor) for part in parts):
+        names = ", ".join(_parameters(law))
         raise WireError(
             f"{label} returned {describe(parts if len(parts) != 1 else parts[0])}",
             expected=f"({names}) for law {name_of(law)}",
@@ -630,6 +634,11 @@ def _check_arity(label: str, law: Callable[..., Any], parts: tuple[Any, ...]) ->
             if law is affine
             else "return one tensor, or pass another law",
         )
+
+
+@cache
+def _parameters(law: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(law).parameters)
 
 
 def _check_partner(label: str, t: Tensor, x1: Wire) -> None:

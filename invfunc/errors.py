@@ -58,6 +58,10 @@ class DomainError(InvertibleError, ValueError):
     """A value lies outside the set on which an op is defined or invertible."""
 
 
+class DonatedError(InvertibleError):
+    """A tensor was donated that can not be freed, or was read while it is empty."""
+
+
 class OptionError(InvertibleError, ValueError):
     """An argument of a constructor or transformer is not one of those it takes."""
 

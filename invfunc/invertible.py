@@ -174,7 +174,7 @@ class LiveVJP(VJP):
         if not (inputs and roots):
             return map_wire(lambda leaf: None, inner)
         outputs, gradients = zip(*roots, strict=True)
-        found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+        found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True, retain_graph=True)
         self.collect([(t, g) for t, g in zip(closed, found[len(own) :], strict=True) if g is not None])
         by_id = {id(t): g for t, g in zip(own, found, strict=False)}
         return map_wire(lambda leaf: by_id.get(id(leaf)), inner)

@@ -20,9 +20,10 @@ NOTE [Trunk] One node for each primitive, linked by carriers, closed by a tail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import singledispatch
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +32,10 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from .combinators import Half, Parallel, Plumbing
-from .errors import ReplayError, place_error
-from .invertible import Chain, Invertible, OneWay, Residue
-from .replay import Kept, Owners, Recording, Replay, fetch, owners, recorded
-from .wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
+from .errors import DonatedError, ReplayError, place_error
+from .invertible import Chain, Invertible, OneWay, Pair, Residue
+from .replay import Kept, Owners, Recording, Replay, fetch, owners, recorded, slots
+from .wires import Wire, is_differentiable, leaves, map_wire
 
 # ---- what flows along a trunk --------------------------------------------------------------------------------------
 
@@ -56,7 +57,9 @@ def begin(x: Wire) -> State:
 
 def values(state: State) -> Wire:
     """The wire that a state stands for."""
-    return _map_state(lambda leaf: leaf.value if isinstance(leaf, Strand) else leaf, state)
+    if isinstance(state, Strand):
+        return state.value
+    return tuple([values(part) for part in state]) if isinstance(state, tuple) else state
 
 
 def strands(state: State) -> list[Strand]:
@@ -77,7 +80,7 @@ def close(state: State) -> Wire:
     open_ends = [s for s in strands(state) if s.carrier is not None]
     if not open_ends:
         return values(state)
-    closed = iter(_Tail.apply(*(s.value for s in open_ends), *(s.carrier for s in open_ends)))
+    closed = iter(_apply(_Tail, *(s.value for s in open_ends), *(s.carrier for s in open_ends)))
     return _map_state(
         lambda leaf: leaf if not isinstance(leaf, Strand) else leaf.value if leaf.carrier is None else next(closed),
         state,
@@ -89,16 +92,37 @@ def close(state: State) -> Wire:
 
 @dataclass(frozen=True)
 class Options:
-    """How a pipeline is lowered."""
+    """How a pipeline is lowered; see `invfunc.checkpoint`."""
 
+    mode: str = "invert"
+    segments: int | tuple[int, ...] = 1
+    donate: bool | tuple[int, ...] = False
     preserve_rng_state: bool = True
 
 
 def lower(op: Invertible, x: Wire, options: Options) -> Wire:
     """Run an op so that its activations are freed and rebuilt in backward."""
-    if runs_plainly():
+    if runs_plainly() or not (_any_gradient(x) or _may_have_gradients(op)):
         return op.forward(x)
-    return close(walk(op, begin(x), options))
+    if not options.donate:
+        return close(walk(op, begin(x), options))
+    donated = Donation(x, options.donate)
+    y = close(walk(op, donated.begin(), replace(options, donate=False)))
+    donated.free(y)
+    return y
+
+
+def _any_gradient(x: Wire) -> bool:
+    return any(isinstance(leaf, Tensor) and _needs_gradient(leaf) for leaf in leaves(x))
+
+
+def _may_have_gradients(op: Invertible) -> bool:
+    """Whether an op's functions could close over anything that needs a gradient."""
+    found = owners_of(op)
+    if found.opaque or any(map(_needs_gradient, found.tensors)):
+        return True
+    seen: set[int] = set()
+    return any(_needs_gradient(tensor) for module in found.modules for _, _, _, tensor, _ in slots(module, seen))
 
 
 def runs_plainly() -> bool:
@@ -109,7 +133,7 @@ def runs_plainly() -> bool:
 def _in_forward_mode() -> bool:
     if forward_ad._current_level >= 0:
         return True
-    if torch._C._functorch.maybe_current_level() is None:
+    if not _in_transform():
         return False
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(interpreter.key() == TransformType.Jvp for interpreter in stack)
@@ -117,16 +141,20 @@ def _in_forward_mode() -> bool:
 
 @singledispatch
 def walk(op: Invertible, state: State, options: Options) -> State:
-    """Send a state through an op: a primitive is a stage."""
-    return stage(op, state, options)
+    """Send a state through an op: a primitive is a stage, or is stored or recomputed if the mode says so."""
+    return {"invert": stage, "store": store, "recompute": recompute}[options.mode](op, state, options)
 
 
 @walk.register
 def _(op: Chain, state: State, options: Options) -> State:
-    index = 0
+    if options.mode == "recompute" and options.segments == 1 and not has_marks(op):
+        return recompute(op, state, options)
+    if options.mode == "recompute" and options.segments != 1:
+        return _walk_segments(op, state, options)
+    index, cuts, inner = 0, cut_points(op, options.segments), replace(options, segments=1)
     try:
         for index, part in enumerate(op.parts):
-            state = walk(part, state, options)
+            state = walk(part, begin(close(state)) if index in cuts else state, inner)
     except Exception as error:
         place_error(error, op.place(index))
         raise
@@ -145,7 +173,33 @@ def _(op: Plumbing, state: State, options: Options) -> State:
 
 @walk.register
 def _(op: OneWay, state: State, options: Options) -> State:
-    return begin(spread(op.fn, close(state)))
+    return (recompute if options.mode == "recompute" else store)(op, state, options)
+
+
+def _walk_segments(op: Chain, state: State, options: Options) -> State:
+    """Recompute in segments: each is one region, run again from its stored input."""
+    bounds = [0, *cut_points(op, options.segments), len(op.parts)]
+    for first, last in pairwise(bounds):
+        state = walk(Chain(op.parts[first:last]), state, replace(options, segments=1))
+    return state
+
+
+def cut_points(op: Invertible, segments: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Before which parts of a chain the trunk is closed."""
+    count = len(op.parts)
+    if isinstance(segments, int):
+        return tuple(count * i // segments for i in range(1, segments))
+    return segments
+
+
+def has_marks(op: Invertible) -> bool:
+    """Whether a part has a mode of its own."""
+    return any(getattr(part, "marked", False) or has_marks(part) for part in op.parts)
+
+
+def store(op: Invertible, state: State, options: Options) -> State:
+    """Run an op as plain autograd between two trunks."""
+    return begin(op.forward(close(state)))
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -153,47 +207,90 @@ def _(op: OneWay, state: State, options: Options) -> State:
 
 @dataclass
 class Call:
-    """All that is static in a stage; an opaque object, so that functorch does not take it apart."""
+    """All that is static in a node; an opaque object, so that functorch does not take it apart."""
 
     op: Invertible
     recording: Recording
-    x_spec: Wire  # structure of x: True where a leaf is on a strand
-    y_spec: Wire  # structure of y: a leaf that is not on a strand, or _STRAND, or the place of a kept tensor
+    x_spec: Wire  # the structure of x; a leaf is `STRAND`, the place of a kept tensor, or itself
+    y_spec: Wire
     residue_spec: Residue
-    x_shapes: list[torch.Size]
-    carried: bool
-    count_x: int
+    x_kinds: list[tuple[torch.Size, torch.dtype]]
+    y_kinds: list[tuple[torch.Size, torch.dtype]]
+    carried: bool  # whether x came with carriers
     count_kept: int
-    count_y: int
     dead: tuple[int, ...]  # outputs that depend on nothing differentiable
 
 
-_STRAND = object()
+class _Strand:
+    """The place of a differentiable tensor in a spec."""
+
+    def __repr__(self) -> str:
+        return "STRAND"
+
+
+STRAND = _Strand()
 
 
 def stage(op: Invertible, state: State, options: Options) -> State:
     """Run a primitive, recorded, and put its node on the trunk; without a node where nothing needs a gradient."""
-    x = values(state)
-    (y, residue), recording = recorded(
-        op.forward_with_residue, x, owners_of(op), randomness=options.preserve_rng_state
-    )
-    xs = strands(state)
-    carried = any(s.carrier is not None for s in xs)
-    if not (carried or recording.captured or any(_needs_gradient(s.value) for s in xs)):
+    x, xs = values(state), strands(state)
+    needs = [_needs_gradient(s.value) for s in xs]
+    partly = len(xs) > 1 and isinstance(op, Pair) and not all(needs)
+    (y, residue), recording = recorded(op.forward_with_residue, x, owners_of(op), options.preserve_rng_state, partly)
+    carried = any([s.carrier is not None for s in xs])
+    if not (carried or recording.captured or any(needs)):
         return begin(y)
-    kept = list(recording.captured)
-    y_spec = map_wire(lambda leaf: _STRAND if is_differentiable(leaf) else _keep(leaf, kept), y)
-    residue_spec = _map_residue(lambda leaf: _keep(leaf, kept), residue)
-    recording.pins[:] = [(name, _keep(value, kept)) for name, value in recording.pins]
-    ys = [leaf for leaf in leaves(y) if is_differentiable(leaf)]
-    x_spec = _map_state(lambda leaf: isinstance(leaf, Strand), state)
-    dead = _dead(op, [_needs_gradient(s.value) for s in xs], ys)
-    shapes = [s.value.shape for s in xs]
-    call = Call(op, recording, x_spec, y_spec, residue_spec, shapes, carried, len(xs), len(kept), len(ys), dead)
+    call, kept, ys = _call(op, recording, x, y, residue, carried)
+    call.dead = _dead(op, needs, recording.dead)
     carriers = [s.carrier if s.carrier is not None else carrier(s.value) for s in xs] if carried else []
-    out = _Stage.apply(call, *(s.value for s in xs), *carriers, *kept, *ys)
-    linked = map(Strand, out[: len(ys)], out[len(ys) :])
-    return map_wire(lambda leaf: next(linked) if is_differentiable(leaf) else leaf, y)
+    out = _apply(_Stage, call, *[s.value for s in xs], *carriers, *kept, *ys)
+    return _filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
+
+
+def recompute(op: Invertible, state: State, options: Options) -> State:
+    """Run an op from a stored input; backward runs it again, with its tape, from there."""
+    return begin(recompute_values(op, close(state), options))
+
+
+def recompute_values(op: Invertible, x: Wire, options: Options) -> Wire:
+    """`recompute` on a wire."""
+    y, recording = recorded(op.forward, x, owners_of(op), options.preserve_rng_state, True)
+    if not (recording.captured or _any_gradient(x)):
+        return y
+    call, kept, ys = _call(op, recording, x, y, None, False)
+    call.x_spec = map_wire(lambda leaf: STRAND if is_differentiable(leaf) else _keep(leaf, kept), x)
+    call.count_kept, call.dead = len(kept), recording.dead
+    out = iter(_apply(_Recompute, call, *filter(is_differentiable, leaves(x)), *kept, *ys))
+    return map_wire(lambda leaf: next(out) if is_differentiable(leaf) else leaf, y)
+
+
+def _call(
+    op: Invertible, recording: Recording, x: Wire, y: Wire, residue: Residue, carried: bool
+) -> tuple[Call, list[Tensor], list[Tensor]]:
+    """The static part of a node, the tensors that it keeps, and its outputs."""
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+    kept = list(recording.captured)
+    x_spec, y_spec = _spec(x, xs, None), _spec(y, ys, kept)
+    residue_spec = None if residue is None else _map_residue(lambda leaf: _keep(leaf, kept), residue)
+    if recording.pins:
+        recording.pins[:] = [(name, _keep(value, kept)) for name, value in recording.pins]
+    call = Call(op, recording, x_spec, y_spec, residue_spec, _kinds(xs), _kinds(ys), carried, len(kept), ())
+    return call, kept, ys
+
+
+def _spec(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
+    """The structure of a wire; collects its differentiable tensors, and the others to be kept."""
+    if isinstance(wire, tuple):
+        return tuple([_spec(part, on_strands, kept) for part in wire])
+    if is_differentiable(wire):
+        on_strands.append(wire)
+        return STRAND
+    return None if kept is None else _keep(wire, kept)
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(t.shape, t.dtype) for t in tensors]
 
 
 def owners_of(op: Invertible) -> Owners:
@@ -204,13 +301,33 @@ def owners_of(op: Invertible) -> Owners:
     return found
 
 
+_ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
 def carrier(value: Tensor) -> Tensor:
     """A one-element stand-in of the shape of a value."""
-    return value.new_zeros(()).expand(value.shape)
+    if type(value) is not Tensor or torch.compiler.is_compiling() or _in_transform():
+        return value.new_zeros(()).expand(value.shape)
+    key = value.dtype, value.device
+    zero = _ZEROS.get(key)
+    if zero is None:
+        zero = _ZEROS[key] = torch.zeros((), dtype=value.dtype, device=value.device)
+    return zero.expand_as(value)
+
+
+def _in_transform() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+def _apply(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """``node.apply``; outside of transforms without binding a signature, which costs more than the node itself."""
+    if _in_transform() or torch.compiler.is_compiling():
+        return node.apply(*args)
+    return super(torch.autograd.Function, node).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _needs_gradient(tensor: Tensor) -> bool:
-    return tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.requires_grad or (_in_transform() and torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _keep(leaf: Any, kept: list[Tensor]) -> Any:
@@ -226,14 +343,14 @@ def _map_residue(fn: Callable[[Any], Any], residue: Residue) -> Any:
     return fn(residue)
 
 
-def _dead(op: Invertible, needs: Sequence[bool], ys: Sequence[Tensor]) -> tuple[int, ...]:
-    """Outputs without a gradient: the untouched component of a coupling, when its input has none."""
-    if isinstance(op, Half) and len(needs) == len(ys) == 2:
+def _dead(op: Invertible, needs: Sequence[bool], found: tuple[int, ...]) -> tuple[int, ...]:
+    """Outputs without a gradient: found by the recording, or the untouched component of a coupling."""
+    if isinstance(op, Half) and len(needs) == 2:
         return () if needs[1 - op.target] else (1 - op.target,)
-    return ()
+    return found
 
 
-# NOTE: the boundaries of apply's arguments and results are cut here and nowhere else.
+# ---- the nodes -------------------------------------------------------------------------------------------------------
 
 
 class _Stage(torch.autograd.Function):
@@ -243,14 +360,14 @@ class _Stage(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ys = tensors[len(tensors) - call.count_y :]
-        return (*(y.view_as(y) for y in ys), *map(carrier, ys))
+        ys = tensors[len(tensors) - len(call.y_kinds) :]
+        return (*[y.detach() for y in ys], *map(carrier, ys))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *tensors = inputs
         ctx.call = call
-        first = call.count_x * (1 + call.carried)
+        first = len(call.x_kinds) * (1 + call.carried)
         ctx.save_for_backward(*tensors[first : first + call.count_kept])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(output[i] for i in call.dead))
@@ -281,69 +398,228 @@ class _Tail(torch.autograd.Function):
         return (*gys, *ctx.saved_tensors)
 
 
+class _Recompute(torch.autograd.Function):
+    """``(call, *xs, *kept, *ys) -> ys``; saves xs, and runs the op again in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.detach() for y in tensors[len(tensors) - len(call.y_kinds) :])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *tensors = inputs
+        ctx.call = call
+        ctx.save_for_backward(*tensors[: len(call.x_kinds) + call.count_kept])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(output[i] for i in call.dead))
+
+    @staticmethod
+    def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _rerun(ctx, ctx.call, gys)
+
+
 def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``(gys, ys) -> (gxs, xs, gkept)``: the backward of a stage."""
-    gys, ys = iter(grads[: call.count_y]), iter(grads[call.count_y :])
-    kept = ctx.saved_tensors
-    needs, wants = _wanted(ctx, call)
-    y = map_wire(lambda leaf: next(ys) if leaf is _STRAND else fetch(leaf, kept), call.y_spec)
-    gy = map_wire(lambda leaf: next(gys) if leaf is _STRAND else None, call.y_spec)
+    count, kept = len(call.y_kinds), ctx.saved_tensors
+    y, gy = _filled(call.y_spec, grads[count:], kept), _filled(call.y_spec, grads[:count], None)
     residue = _map_residue(lambda leaf: fetch(leaf, kept), call.residue_spec)
+    replay, needs = _replay(ctx, call, kept)
+    if any(g is not None for g in grads[:count]):
+        x, gx = call.op.pull(residue, y, gy, replay, needs)
+        return _arranged(call, gx, x, replay.finish())
+    x = replay.run(call.op.inverse_with_residue, (residue, y)) if call.carried else None
+    return _arranged(call, None, x, replay.gradients)
+
+
+def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """``gys -> (gxs, gkept)``: the backward of a recomputed op."""
+    count = len(call.x_kinds)
+    xs, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    replay, needs = _replay(ctx, call, kept)
+    y, pull = replay(_on_wire(call.op), (_filled(call.x_spec, xs, kept),), (needs,))
+    _check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
+    (gx,) = pull(_filled(call.y_spec, gys, None))
+    return _arranged(call, gx, None, replay.finish())
+
+
+def _on_wire(op: Invertible) -> Callable[[Wire], Wire]:
+    return lambda x: op.forward(x)
+
+
+def _replay(ctx: Any, call: Call, kept: Sequence[Tensor]) -> tuple[Replay, Wire]:
+    """The replay of a node's call, and which of the gradients of x are wanted."""
+    needed, count = ctx.needs_input_grad[1:], len(call.x_kinds)
     captured = kept[: len(call.recording.captured)]
+    wants = needed[count * (1 + call.carried) :]
     replay = Replay(
         call.recording,
         captured,
-        [w and is_differentiable(c) for w, c in zip(wants, captured, strict=False)],
+        [want and is_differentiable(c) for want, c in zip(wants, captured, strict=False)],
         kept,
         rebuilds=call.carried,
         functional=torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None,
     )
-    x, gx, gcaptured = _pull_op(call, replay, residue, y, gy, needs)
-    return _arranged(call, x, gx, gcaptured)
+    left = iter(needed[:count])
+    return replay, map_wire(lambda leaf: leaf is STRAND and next(left), call.x_spec)
 
 
-def _pull_op(call: Call, replay: Replay, residue: Residue, y: Wire, gy: Wire, needs: list[bool]) -> Any:
-    op, need = call.op, unflatten_strands(call.x_spec, needs, False)
-    if all(g is None for g in leaves(gy)):
-        x = replay.run(op.inverse_with_residue, (residue, y)) if call.carried else None
-        return x, None, replay.gradients
-    x, gx = op.pull(residue, y, gy, replay, need)
-    return x, gx, replay.finish()
+def _filled(spec: Wire, found: Sequence[Any], kept: Sequence[Tensor] | None) -> Wire:
+    """A wire from its spec; without kept tensors, None stands where no strand is."""
+    return _fill(spec, iter(found), kept)
 
 
-def _wanted(ctx: Any, call: Call) -> tuple[list[bool], list[bool]]:
-    """Which of xs and of the kept tensors need a gradient."""
-    needed = ctx.needs_input_grad[1:]
-    first = call.count_x * (1 + call.carried)
-    return list(needed[: call.count_x]), list(needed[first : first + call.count_kept])
+def _fill(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire:
+    if spec is STRAND:
+        return next(left)
+    if isinstance(spec, tuple) and not isinstance(spec, Kept):
+        return tuple([_fill(part, left, kept) for part in spec])
+    return None if kept is None else fetch(spec, kept)
 
 
-def unflatten_strands(spec: Wire, found: Sequence[Any], other: Any) -> Wire:
-    """A wire of the structure of x from one item for each strand."""
-    left = iter(found)
-    return map_wire(lambda on_strand: next(left) if on_strand else other, spec)
-
-
-def _arranged(call: Call, x: Wire, gx: Wire, gcaptured: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _arranged(call: Call, gx: Wire, x: Wire, gcaptured: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of apply's arguments, in order."""
-    gxs = _on_strands(call, gx) if gx is not None else [None] * call.count_x
-    xs = _rebuilt(call, x) if call.carried else []
-    others = call.count_kept - len(gcaptured) + call.count_y
-    return (None, *gxs, *xs, *gcaptured, *([None] * others))
+    count = len(call.x_kinds)
+    gxs = _on_strands(call, gx) if gx is not None else [None] * count
+    if call.carried:
+        _check_kinds(f"the inverse of {call.op!r}", x, call.x_kinds)
+    xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)] if call.carried else []
+    return (None, *gxs, *xs, *gcaptured, *([None] * (call.count_kept - len(gcaptured) + len(call.y_kinds))))
 
 
 def _on_strands(call: Call, wire: Wire) -> list[Any]:
-    return [leaf for leaf, on in zip(leaves(wire), leaves(call.x_spec), strict=True) if on]
+    return [leaf for leaf, spec in zip(leaves(wire), leaves(call.x_spec), strict=True) if spec is STRAND]
 
 
-def _rebuilt(call: Call, x: Wire) -> list[Tensor]:
-    """The rebuilt input's tensors, checked against what forward had."""
-    found = leaves(x)
-    xs = _on_strands(call, x) if len(found) == len(leaves(call.x_spec)) else []
-    if [getattr(t, "shape", None) for t in xs] != call.x_shapes:
+def _check_kinds(subject: str, wire: Wire, expected: list[tuple[torch.Size, torch.dtype]]) -> None:
+    """Raise where a function returned something else in backward than forward had."""
+    got = [(t.shape, t.dtype) for t in leaves(wire) if is_differentiable(t)]
+    if got != expected:
         raise ReplayError(
-            f"the inverse of {call.op!r} returned {[tuple(getattr(t, 'shape', ())) for t in found]}",
-            expected=f"{[tuple(s) for s in call.x_shapes]}, as forward received",
-            cure="test the op with invfunc.testing.check_laws",
+            f"{subject} returned {_shown(got)}",
+            expected=f"{_shown(expected)} as in forward",
+            cure="the function must be pure; test an op with invfunc.testing.check_laws",
         )
-    return xs
+
+
+def _shown(kinds: list[tuple[torch.Size, torch.dtype]]) -> str:
+    return ", ".join(f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in kinds) or "nothing"
+
+
+# ---- donation --------------------------------------------------------------------------------------------------------
+
+
+class Donated(Tensor):
+    """What a donated tensor is while its storage is empty: reading it raises."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise DonatedError(
+            "a donated tensor was read",
+            expected="that nobody reads it between forward and backward",
+            cure="use it before the call, keep x.clone(), or leave donate=False",
+        )
+
+
+class Donation:
+    """Frees the storage of a pipeline's inputs until backward rebuilds them.
+
+    Args:
+        x: The input.
+        which: True for every differentiable tensor on the wire, or the places of some.
+
+    Raises:
+        DonatedError: When a tensor can not be freed, with the reason.
+    """
+
+    def __init__(self, x: Wire, which: bool | tuple[int, ...]) -> None:
+        found = leaves(x)
+        self.x, self.given = x, []
+        for place in [i for i, t in enumerate(found) if is_differentiable(t)] if which is True else which or ():
+            reason = why_not_donate(found[place]) if place < len(found) else "there is no such tensor on the wire"
+            if reason:
+                raise DonatedError(
+                    f"donate: input {place} can not be freed: {reason}", cure="leave it out of donate=..."
+                )
+            self.given.append(found[place])
+        self.sizes = [t.untyped_storage().nbytes() for t in self.given]
+
+    def begin(self) -> State:
+        """Open a trunk whose first node puts the rebuilt inputs back."""
+        own = {id(t) for t in self.given}
+        out = iter(_Head.apply(self, *self.given))
+        strand = {id(t): Strand(next(out), None) for t in self.given}
+        carriers = dict(zip(strand, out, strict=True))
+        return _map_state(
+            lambda leaf: Strand(strand[id(leaf)].value, carriers[id(leaf)])
+            if id(leaf) in own
+            else Strand(leaf, None)
+            if is_differentiable(leaf)
+            else leaf,
+            self.x,
+        )
+
+    def free(self, y: Wire) -> None:
+        """Empty the storages, unless the output still lives in one."""
+        used = {leaf.untyped_storage().data_ptr() for leaf in leaves(y) if isinstance(leaf, Tensor)}
+        for tensor in self.given:
+            if tensor.untyped_storage().data_ptr() in used:
+                raise DonatedError("donate: the output is a view of the input", cure="leave donate=False")
+        for tensor in self.given:
+            tensor.untyped_storage().resize_(0)
+            tensor.__class__ = Donated
+
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Fill the same storages with the rebuilt values, at the version that others have seen."""
+        for tensor, size, value in zip(self.given, self.sizes, values, strict=True):
+            if type(tensor) is not Donated:
+                continue
+            tensor.__class__ = Tensor
+            tensor.untyped_storage().resize_(size)
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):
+                tensor.detach().copy_(value)
+
+
+def why_not_donate(tensor: Any) -> str | None:
+    """The reason why a tensor's storage must not be freed; None if it may."""
+    if not is_differentiable(tensor) or type(tensor) is not Tensor:
+        return f"it is {type(tensor).__name__}, not a floating-point tensor"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a torch.func transform is active"
+    if tensor.is_leaf and tensor.requires_grad:
+        return "it is a leaf that requires grad, which its owner will read"
+    if tensor._is_view() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+        return "it is a view, or does not fill its storage"
+    users = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 - _saved_by_its_maker(tensor)
+    if users > 1:
+        return f"{users - 1} other tensors share its storage (a view, a detached alias, or one saved for backward)"
+    return None
+
+
+def _saved_by_its_maker(tensor: Tensor) -> int:
+    """How often the node that made a tensor has saved it: that node runs after the tensor is rebuilt."""
+    node = tensor.grad_fn
+    names = [name for name in dir(node) if name.startswith("_saved_")] if node is not None else []
+    saved = [getattr(node, name, None) for name in names]
+    pointer = tensor.untyped_storage().data_ptr()
+    return sum(isinstance(s, Tensor) and s.untyped_storage().data_ptr() == pointer for s in saved)
+
+
+class _Head(torch.autograd.Function):
+    """``(donation, *xs) -> (*xs, *carriers)``; its backward puts the rebuilt values back into the donated storages."""
+
+    @staticmethod
+    def forward(donation: Donation, *xs: Tensor) -> tuple[Tensor, ...]:
+        return (*(x.view_as(x) for x in xs), *map(carrier, xs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.donation = inputs[0]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        half = len(grads) // 2
+        ctx.donation.restore(grads[half:])
+        return (None, *grads[:half])

@@ -22,7 +22,10 @@ def leaves(wire: Wire) -> list[Any]:
     """
     if not isinstance(wire, tuple):
         return [wire]
-    return [leaf for part in wire for leaf in leaves(part)]
+    found: list[Any] = []
+    for part in wire:
+        found += leaves(part) if isinstance(part, tuple) else (part,)
+    return found
 
 
 def unflatten(like: Wire, values: Iterable[Any]) -> Wire:
@@ -46,9 +49,11 @@ def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:
         >>> map_wire(lambda a, b: a + b, (1, (2, 3)), (10, (20, 30)))
         (11, (22, 33))
     """
-    if isinstance(wire, tuple):
-        return tuple(map_wire(fn, *parts) for parts in zip(wire, *others, strict=True))
-    return fn(wire, *others)
+    if not isinstance(wire, tuple):
+        return fn(wire, *others)
+    if not others:
+        return tuple([map_wire(fn, part) for part in wire])
+    return tuple([map_wire(fn, *parts) for parts in zip(wire, *others, strict=True)])
 
 
 def spread(fn: Callable[..., Any], wire: Wire) -> Any:
