@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,17 @@ def parallel(*ops: Invertible | Callable[..., Any]) -> Invertible:
 # ---- rearranged ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A `functools.partial` that is a value: equal to another of the same function and arguments."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def __call__(self, x: Wire) -> Wire:
+        return self.func(*self.args, x)
+
+
 @dataclass(frozen=True, repr=False)
 class Plumbing(Invertible):
     """Moves the components of a wire and touches no tensor; lowered, it costs nothing."""
@@ -176,7 +188,7 @@ def permute_wires(order: Sequence[int]) -> Invertible:
         )
     back = tuple(order.index(i) for i in range(len(order)))
     texts = [f"permute_wires({list(o)})" if o != (1, 0) else "swap()" for o in (order, back)]
-    return Plumbing(partial(_reorder, order), partial(_reorder, back), *texts)
+    return Plumbing(Bound(_reorder, (order,)), Bound(_reorder, (back,)), *texts)
 
 
 def swap() -> Invertible:
@@ -279,7 +291,7 @@ def split(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = F
     shown = sizes if isinstance(sizes, int) else list(sizes)
     options = f"({shown}, dim={dim}{', interleaved=True' * interleaved})"
     static = sizes, dim, interleaved
-    return Rearrangement(partial(_split, *static), partial(_concat, *static), f"split{options}", f"concat{options}")
+    return Rearrangement(Bound(_split, static), Bound(_concat, static), f"split{options}", f"concat{options}")
 
 
 def concat(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = False) -> Invertible:
@@ -504,10 +516,18 @@ def tanh_scale(net: Callable[..., Any], bound: float = 1.0, *, dim: int = 1) -> 
 
 
 @dataclass(frozen=True)
-class InverseLaw:
-    """The law that undoes another: ``t -> invert(law(t))``."""
+class DerivedLaw(abc.ABC):
+    """A law made from another one: ``t -> derive(law(t))``. What is checked is what the other one takes."""
 
     law: Callable[..., Invertible]
+
+    @abc.abstractmethod
+    def derive(self, op: Invertible) -> Invertible:
+        """What the op of the other law becomes."""
+
+    def acts_on(self, x1: Wire) -> Wire:
+        """The part of the changed component that the original law changes."""
+        return self.law.acts_on(x1) if isinstance(self.law, DerivedLaw) else x1
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -515,12 +535,26 @@ class InverseLaw:
         return (self.law,)
 
     def __call__(self, *t: Wire) -> Invertible:
-        return invert(self.law(*t))
+        op = self.law(*t)
+        return self.derive(op) if isinstance(op, Invertible) else op
+
+
+@dataclass(frozen=True)
+class InverseLaw(DerivedLaw):
+    """The law that undoes another: ``t -> invert(law(t))``."""
+
+    def derive(self, op: Invertible) -> Invertible:
+        return invert(op)
 
 
 def invert_law(law: Callable[..., Invertible]) -> Callable[..., Invertible]:
     """``t -> invert(law(t))``, an involution."""
     return law.law if isinstance(law, InverseLaw) else InverseLaw(law)
+
+
+def original_law(law: Callable[..., Invertible]) -> Callable[..., Invertible]:
+    """The law that a user wrote, below those derived from it."""
+    return original_law(law.law) if isinstance(law, DerivedLaw) else law
 
 
 # ---- coupled -----------------------------------------------------------------------------------------------------
@@ -592,18 +626,22 @@ class Half(Invertible):
 
     @property
     def _law_name(self) -> str:
-        return name_of(self.law.law if isinstance(self.law, InverseLaw) else self.law)
+        return name_of(original_law(self.law))
 
     def _check_given(self, t: Wire, x1: Wire) -> None:
         """What the function returned has the law's arity and, for tensors, a shape that fits the partner."""
         parts = t if isinstance(t, tuple) else (t,)
-        law = self.law.law if isinstance(self.law, InverseLaw) else self.law
+        law = original_law(self.law)
         if law in (additive, affine):
             _check_arity(self.label, law, parts)
             for part in parts:
-                _check_partner(self.label, part, x1)
+                _check_partner(self.label, part, self._changed(x1))
+
+    def _changed(self, x1: Wire) -> Wire:
+        return self.law.acts_on(x1) if isinstance(self.law, DerivedLaw) else x1
 
     def _check_shape(self, x1: Wire, y1: Wire) -> None:
+        x1, y1 = self._changed(x1), self._changed(y1)
         if isinstance(x1, Tensor) and isinstance(y1, Tensor) and x1.shape != y1.shape:
             raise WireError(
                 f"law {self._law_name} made {describe(y1)} of {describe(x1)}", expected="a shape that does not change"

@@ -169,7 +169,7 @@ class LiveVJP(VJP):
     def _pull(self, inner: Wire, out: Wire, gout: Wire) -> Wire:
         own = [leaf for leaf in leaves(inner) if isinstance(leaf, Tensor) and leaf.requires_grad]
         roots = [(o, g) for o, g in zip(leaves(out), leaves(gout), strict=True) if g is not None and o.requires_grad]
-        closed = _graph_leaves([o for o, _ in roots], own)
+        closed = graph_leaves([o for o, _ in roots], {id(leaf) for leaf in own})
         inputs = [*own, *closed]
         if not (inputs and roots):
             return map_wire(lambda leaf: None, inner)
@@ -181,6 +181,11 @@ class LiveVJP(VJP):
 
     def collect(self, closed: Sequence[tuple[Tensor, Tensor]]) -> None:
         for tensor, gradient in closed:
+            if tensor.grad_fn is not None:  # given by a pullback: it goes on to the leaves that the tensor depends on
+                sources = graph_leaves([tensor], set())
+                found = torch.autograd.grad(tensor, sources, gradient, retain_graph=True)
+                self.collect(list(zip(sources, found, strict=True)))
+                continue
             before = self.closed.get(id(tensor))
             self.closed[id(tensor)] = (tensor, gradient if before is None else before[1] + gradient)
 
@@ -189,8 +194,8 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
-def _graph_leaves(outputs: Sequence[Tensor], without: Sequence[Tensor]) -> list[Tensor]:
-    """The leaf tensors that a graph reaches, found through its AccumulateGrad nodes."""
+def graph_leaves(outputs: Sequence[Tensor], known: set[int]) -> list[Tensor]:
+    """The leaf tensors that a graph reaches, found through its AccumulateGrad nodes; without those of known id."""
     nodes, seen, found = [o.grad_fn for o in outputs], set(), []
     while nodes:
         node = nodes.pop()
@@ -198,9 +203,9 @@ def _graph_leaves(outputs: Sequence[Tensor], without: Sequence[Tensor]) -> list[
             continue
         seen.add(node)
         nodes += [parent for parent, _ in node.next_functions]
-        if hasattr(node, "variable"):
+        if hasattr(node, "variable") and id(node.variable) not in known:
             found.append(node.variable)
-    return [t for t in found if all(t is not other for other in without)]
+    return found
 
 
 # ---- primitives ------------------------------------------------------------------------------------------------
@@ -242,7 +247,7 @@ class Pair(Invertible):
             return super().pull(residue, y, gy, vjp, needs)
         gy = map_wire(lambda g, leaf: torch.zeros_like(leaf) if g is None else g, gy, y)
         x, gx, *closed = vjp.run(self.pullback_fn, (residue, y, gy) if self.residue else (y, gy))
-        vjp.collect(*closed)
+        vjp.collect(closed[0] if closed else ())
         return x, gx
 
     def inverted(self) -> Invertible:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import partial, singledispatch
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -422,7 +422,7 @@ class _Recompute(torch.autograd.Function):
 
 def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``(gys, ys) -> (gxs, xs, gkept)``: the backward of a stage."""
-    count, kept = len(call.y_kinds), ctx.saved_tensors
+    count, kept, grads = len(call.y_kinds), _alive(ctx.saved_tensors), _alive(grads)
     y, gy = _filled(call.y_spec, grads[count:], kept), _filled(call.y_spec, grads[:count], None)
     residue = _map_residue(lambda leaf: fetch(leaf, kept), call.residue_spec)
     replay, needs = _replay(ctx, call, kept)
@@ -436,12 +436,18 @@ def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor 
 def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``gys -> (gxs, gkept)``: the backward of a recomputed op."""
     count = len(call.x_kinds)
-    xs, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved, gys = _alive(ctx.saved_tensors), _alive(gys)
+    xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
     y, pull = replay(_on_wire(call.op), (_filled(call.x_spec, xs, kept),), (needs,))
     _check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
     (gx,) = pull(_filled(call.y_spec, gys, None))
     return _arranged(call, gx, None, replay.finish())
+
+
+def _alive(tensors: Sequence[Any]) -> Sequence[Any]:
+    """Tensors without wrappers of transforms that have ended: `torch.func.vjp` runs backward after its own end."""
+    return torch._functorch.utils.unwrap_dead_wrappers(tuple(tensors))
 
 
 def _on_wire(op: Invertible) -> Callable[[Wire], Wire]:
@@ -508,22 +514,43 @@ def _shown(kinds: list[tuple[torch.Size, torch.dtype]]) -> str:
 
 
 # ---- donation --------------------------------------------------------------------------------------------------------
+#
+# NOTE [Donation] A donated tensor must never be read while it is empty, and C++ would read a null pointer.
+#
+# 1.  Its Python object is given another implementation meanwhile, an empty one that raises in every dispatch; its own
+#     waits in the `Donation`, with its place in the graph, its hooks and its version.
+# 2.  Nothing else may hold it, then: not Python (counted on the storage), not C++ (counted on the tensor), nor the
+#     pipeline itself (counted again when it has run).
+# 3.  One holder is let in, the node that made the tensor, so that a ReLU may come before: it runs after the head, where
+#     the tensor is back; should it be reached by another way, it raises.
 
 
 class Donated(Tensor):
     """What a donated tensor is while its storage is empty: reading it raises."""
 
+    @staticmethod
+    def __new__(cls, like: Tensor) -> Donated:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device="meta")
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise DonatedError(
-            "a donated tensor was read",
-            expected="that nobody reads it between forward and backward",
-            cure="use it before the call, keep x.clone(), or leave donate=False",
-        )
+        raise _was_read()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _was_read()
+
+
+def _was_read() -> DonatedError:
+    return DonatedError(
+        "a donated tensor was read",
+        expected="that nobody reads it between forward and backward",
+        cure="use it before the call, keep x.clone(), or leave donate=False",
+    )
 
 
 class Donation:
-    """Frees the storage of a pipeline's inputs until backward rebuilds them.
+    """Frees the storage of a pipeline's inputs until backward rebuilds them; see NOTE [Donation].
 
     Args:
         x: The input.
@@ -535,70 +562,93 @@ class Donation:
 
     def __init__(self, x: Wire, which: bool | tuple[int, ...]) -> None:
         found = leaves(x)
-        self.x, self.given = x, []
+        self.x = x
+        self.given: list[Tensor] = []
+        self.empty: list[tuple[Tensor, Tensor, int, list[bool]]] = []  # object, implementation, bytes, whether empty
         for place in [i for i, t in enumerate(found) if is_differentiable(t)] if which is True else which or ():
-            reason = why_not_donate(found[place]) if place < len(found) else "there is no such tensor on the wire"
+            tensor = found[place] if 0 <= place < len(found) else None
+            reason = "it is there twice" if any(tensor is t for t in self.given) else why_not_donate(tensor)
             if reason:
-                raise DonatedError(
-                    f"donate: input {place} can not be freed: {reason}", cure="leave it out of donate=..."
-                )
-            self.given.append(found[place])
-        self.sizes = [t.untyped_storage().nbytes() for t in self.given]
+                raise _not_donated(place, reason)
+            self.given.append(tensor)
 
     def begin(self) -> State:
         """Open a trunk whose first node puts the rebuilt inputs back."""
-        own = {id(t) for t in self.given}
-        out = iter(_Head.apply(self, *self.given))
-        strand = {id(t): Strand(next(out), None) for t in self.given}
-        carriers = dict(zip(strand, out, strict=True))
+        nonce = torch.zeros((), requires_grad=True)  # backward has to reach the head even if no input needs a gradient
+        out = _Head.apply(self, nonce, *self.given)
+        linked = {id(t): Strand(*pair) for t, pair in zip(self.given, zip(out, out[len(out) // 2 :]))}
         return _map_state(
-            lambda leaf: Strand(strand[id(leaf)].value, carriers[id(leaf)])
-            if id(leaf) in own
-            else Strand(leaf, None)
-            if is_differentiable(leaf)
-            else leaf,
-            self.x,
+            lambda leaf: linked.get(id(leaf), Strand(leaf, None)) if is_differentiable(leaf) else leaf, self.x
         )
 
     def free(self, y: Wire) -> None:
-        """Empty the storages, unless the output still lives in one."""
-        used = {leaf.untyped_storage().data_ptr() for leaf in leaves(y) if isinstance(leaf, Tensor)}
+        """Empty the storages, unless somebody holds one after the pipeline has run."""
+        outputs = {leaf.untyped_storage().data_ptr() for leaf in leaves(y) if isinstance(leaf, Tensor)}
         for tensor in self.given:
-            if tensor.untyped_storage().data_ptr() in used:
+            if tensor.untyped_storage().data_ptr() in outputs:
                 raise DonatedError("donate: the output is a view of the input", cure="leave donate=False")
+            if why_not_donate(tensor):
+                raise DonatedError(
+                    "donate: the pipeline itself keeps the input",
+                    expected="one that begins with what can be rebuilt, and closes over no input",
+                    cure="leave donate=False, or move stored and recomputed parts, and cuts, behind the first coupling",
+                )
         for tensor in self.given:
-            tensor.untyped_storage().resize_(0)
-            tensor.__class__ = Donated
+            storage, empty, hidden = tensor.untyped_storage(), [True], Donated(tensor)
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(partial(_raise_if, empty))
+            size = storage.nbytes()
+            torch._C._swap_tensor_impl(tensor, hidden)
+            tensor.__class__, hidden.__class__ = Donated, Tensor
+            storage.resize_(0)
+            self.empty.append((tensor, hidden, size, empty))
 
     def restore(self, values: Sequence[Tensor]) -> None:
         """Fill the same storages with the rebuilt values, at the version that others have seen."""
-        for tensor, size, value in zip(self.given, self.sizes, values, strict=True):
-            if type(tensor) is not Donated:
-                continue
-            tensor.__class__ = Tensor
-            tensor.untyped_storage().resize_(size)
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):
-                tensor.detach().copy_(value)
+        for (tensor, hidden, size, empty), value in zip(self.empty, values, strict=True):
+            hidden.untyped_storage().resize_(size)
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(hidden):
+                hidden.detach().copy_(value)
+            torch._C._swap_tensor_impl(tensor, hidden)
+            tensor.__class__, hidden.__class__ = Tensor, Donated
+            empty[0] = False
+        self.empty.clear()
+
+
+def _raise_if(empty: list[bool], *_: Any) -> None:
+    if empty[0]:
+        raise _was_read()
+
+
+def _not_donated(place: int, reason: str) -> DonatedError:
+    return DonatedError(f"donate: input {place} can not be freed: {reason}", cure="leave it out of donate=...")
 
 
 def why_not_donate(tensor: Any) -> str | None:
     """The reason why a tensor's storage must not be freed; None if it may."""
-    if not is_differentiable(tensor) or type(tensor) is not Tensor:
-        return f"it is {type(tensor).__name__}, not a floating-point tensor"
-    if torch._C._functorch.maybe_current_level() is not None:
+    if tensor is None or not isinstance(tensor, Tensor):
+        return "there is no tensor at this place of the wire"
+    if type(tensor) is Donated:
+        return "it has been donated already"
+    if _in_transform():
         return "a torch.func transform is active"
     if tensor.is_leaf and tensor.requires_grad:
         return "it is a leaf that requires grad, which its owner will read"
-    if tensor._is_view() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-        return "it is a view, or does not fill its storage"
-    users = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1 - _saved_by_its_maker(tensor)
+    if type(tensor) is not Tensor or not is_differentiable(tensor):
+        return f"it is a {type(tensor).__name__} of {tensor.dtype}, not a plain floating-point tensor"
+    storage = tensor.untyped_storage()
+    if tensor._is_view() or not storage.resizable() or storage.nbytes() != tensor.numel() * tensor.element_size():
+        return "it is a view, does not fill its storage, or lies in memory that is not torch's own"
+    users = torch._C._storage_Use_Count(storage._cdata) - 1 - _saved_by_its_maker(tensor)
     if users > 1:
-        return f"{users - 1} other tensors share its storage (a view, a detached alias, or one saved for backward)"
+        return f"{users - 1} other tensors share its storage (views, detached aliases, or results saved for backward)"
+    if tensor._use_count() > 1:
+        return "an operation has saved it for backward, or a view of it is alive"
     return None
 
 
 def _saved_by_its_maker(tensor: Tensor) -> int:
-    """How often the node that made a tensor has saved it: that node runs after the tensor is rebuilt."""
+    """How often the node that made a tensor has saved it: rule 3 of NOTE [Donation]."""
     node = tensor.grad_fn
     names = [name for name in dir(node) if name.startswith("_saved_")] if node is not None else []
     saved = [getattr(node, name, None) for name in names]
@@ -607,19 +657,22 @@ def _saved_by_its_maker(tensor: Tensor) -> int:
 
 
 class _Head(torch.autograd.Function):
-    """``(donation, *xs) -> (*xs, *carriers)``; its backward puts the rebuilt values back into the donated storages."""
+    """``(donation, nonce, *xs) -> (*xs, *carriers)``; its backward puts the rebuilt values back where they were."""
 
     @staticmethod
-    def forward(donation: Donation, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(donation: Donation, nonce: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
         return (*(x.view_as(x) for x in xs), *map(carrier, xs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.donation = inputs[0]
+        donation, _, *xs = inputs
+        ctx.donation = donation
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o, x in zip(output, xs, strict=False) if not x.requires_grad))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         half = len(grads) // 2
-        ctx.donation.restore(grads[half:])
-        return (None, *grads[:half])
+        if ctx.donation.empty:
+            ctx.donation.restore(grads[half:])
+        return (None, None, *grads[:half])

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from ctypes import string_at
 from dataclasses import dataclass, field
-from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType
+from functools import cached_property, partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -36,7 +37,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from .errors import ReplayError
-from .invertible import VJP, name_of
+from .invertible import VJP, graph_leaves, name_of
 from .wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Owners:
     modules: tuple[nn.Module, ...]
     tensors: tuple[Tensor, ...]
     opaque: bool
+    nearby: tuple[nn.Module, ...] = ()  # modules that a closure can see: it may read their tensors without calling them
     self_contained: dict[tuple[int, bool], bool] = field(default_factory=dict)  # (module, training) -> as first seen
 
     def needs_watch(self) -> bool:
@@ -74,7 +76,7 @@ def owners(functions: Iterable[Any]) -> Owners:
     """Look through partials, bound methods, modules and the package's own wrappers; anything else is opaque."""
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor] = {}
-    opaque = False
+    closures: list[Any] = []
     todo = list(functions)
     while todo:
         item = todo.pop()
@@ -91,8 +93,21 @@ def owners(functions: Iterable[Any]) -> Owners:
         elif isinstance(item, (tuple, list)):
             todo += item
         elif callable(item) and not _closes_over_nothing(item):
-            opaque = True
-    return Owners(tuple(modules.values()), tuple(tensors.values()), opaque)
+            closures.append(item)
+    nearby = {id(m): m for closure in closures for m in _visible(closure) if isinstance(m, nn.Module)}
+    return Owners(tuple(modules.values()), tuple(tensors.values()), bool(closures), tuple(nearby.values()))
+
+
+def _visible(fn: Any) -> list[Any]:
+    """What a closure can name: its cells, its globals, or the attributes of a callable object."""
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return list(getattr(fn, "__dict__", {}).values())
+    cells = [cell.cell_contents for cell in fn.__closure__ or () if cell != _EMPTY_CELL]
+    return cells + [fn.__globals__[name] for name in code.co_names if name in fn.__globals__]
+
+
+_EMPTY_CELL = CellType()
 
 
 def _closes_over_nothing(fn: Callable[..., Any]) -> bool:
@@ -132,20 +147,21 @@ class Recording:
     filled: list[tuple[dict[str, Any], str, int]] = field(default_factory=list)  # slots that hold captured tensors
     fixed: list[tuple[dict[str, Any], str, Tensor, int]] = field(default_factory=list)  # slots of constants
     written: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # slots and what they held before
-    surprises: list[str] = field(default_factory=list)  # buffers written by a call that was not expected to
     pins: list[tuple[str, Any]] = field(default_factory=list)
     random: Streams | None = None
     dead: tuple[int, ...] = ()  # outputs that were found to depend on nothing differentiable
     autocast: tuple[Any, ...] = ()
     alive: list[Tensor] = field(default_factory=list)  # keeps the ids in ``noted`` from being reused
     expected: set[int] = field(default_factory=set)  # those of ``noted`` that forward was seen to use
+    opaque: bool = False  # whether a closure was called
 
 
 class Scope:
     """Fills a `Recording` while the functions run."""
 
-    def __init__(self) -> None:
-        self.recording = Recording()
+    def __init__(self, found: Owners) -> None:
+        self.recording = Recording(opaque=found.opaque)
+        self.nearby = found.nearby
         self.seen: set[int] = set()
         self.before: list[tuple[nn.Module, dict[str, Any], str, Tensor, Tensor, int]] = []
         self.began: int | None = None  # where the graph of this call begins, when it builds one
@@ -172,6 +188,18 @@ class Scope:
         self.note(tensor)
         if not known and tensor.requires_grad and id(tensor) in self.recording.noted:
             self.recording.expected.add(id(tensor))
+            place = self.recording.noted[id(tensor)]
+            self.recording.filled += [(table, name, place) for table, name in self.homes.get(id(tensor), ())]
+
+    @cached_property
+    def homes(self) -> dict[int, list[tuple[dict[str, Any], str]]]:
+        """The slots of nearby modules: where a closure that reads a module's tensor will find it again."""
+        found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        seen: set[int] = set()
+        for module in self.nearby:
+            for _, table, name, tensor, _ in slots(module, seen):
+                found.setdefault(id(tensor), []).append((table, name))
+        return found
 
     def note(self, tensor: Tensor) -> None:
         """Capture a tensor that a closure holds, or what an enclosing replay has put in its place."""
@@ -198,9 +226,6 @@ class Scope:
             else:
                 self.recording.fixed.append((table, name, tensor, before))
         self.before.clear()
-        for _, name, tensor, before in self.recording.fixed:
-            if version(tensor) != before:
-                self.recording.surprises.append(name)
 
 
 _WRITES: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], bool]] = WeakKeyDictionary()
@@ -234,6 +259,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.inside = {id(leaf) for leaf in given}
         self.stand_ins = stand_ins
+        self.placed = {id(tensor): key for key, tensor in stand_ins.items()}  # a slot may hold the stand-in itself
         self.met: set[int] = set()
         self.report = report
 
@@ -258,7 +284,9 @@ class Watch(TorchFunctionMode):
         if replacement is not None:
             self.met.add(id(tensor))
             return replacement
-        if id(tensor) not in self.inside:
+        if id(tensor) in self.placed:
+            self.met.add(self.placed[id(tensor)])
+        elif id(tensor) not in self.inside:
             self.report(tensor)
         return tensor
 
@@ -284,25 +312,33 @@ def stand_in(tensor: Tensor) -> Tensor:
 # ---- random numbers, autocast, pins ----------------------------------------------------------------------------------
 
 
+def _bytes(state: Tensor) -> bytes:
+    """A generator's state by value: compared four times faster than as a tensor, and seen by no dispatch mode."""
+    return string_at(state.data_ptr(), state.numel())
+
+
+def _state(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
 class Streams:
     """The state of the random number generators that a call may draw from."""
 
     __slots__ = ("cpu", "cuda")
 
     def __init__(self, devices: Sequence[int]) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+        self.cpu = _bytes(torch.get_rng_state())
+        self.cuda = [(d, _bytes(torch.cuda.get_rng_state(d))) for d in devices]
 
     def same(self, other: Streams) -> bool:
         """Whether nothing was drawn between two states."""
-        cpu = torch.equal(self.cpu.view(torch.int64), other.cpu.view(torch.int64))  # as words: 4 times faster
-        return cpu and all(torch.equal(a, b) for (_, a), (_, b) in zip(self.cuda, other.cuda, strict=True))
+        return self.cpu == other.cpu and self.cuda == other.cuda
 
     def put(self) -> None:
         """Set the generators to this state."""
-        torch.set_rng_state(self.cpu)
+        torch.set_rng_state(_state(self.cpu))
         for device, state in self.cuda:
-            torch.cuda.set_rng_state(state, device)
+            torch.cuda.set_rng_state(_state(state), device)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -408,7 +444,7 @@ def recorded(
         randomness: Whether to keep a snapshot of the generators when the call draws from them.
         graph: Find out which outputs depend on anything differentiable, by building a graph and dropping it.
     """
-    scope = Scope()
+    scope = Scope(found)
     for module in found.modules:
         scope.enter(module)
     for tensor in found.tensors:
@@ -483,6 +519,7 @@ def _watched(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T
     return out
 
 
+_NOTHING = nullcontext()
 _SLOTS = threading.RLock()  # a slot that is swapped while another thread reads it would corrupt the module
 
 
@@ -513,31 +550,32 @@ class Replay(VJP):
         self.gradients: list[Tensor | None] = [None] * len(captured)
         self.met: set[int] = set()
         self._check()
-        self.direct = self._is_direct()
+        self.inside: set[int] = set()
+        self.in_place = self._is_in_place()
+        self.direct = self.in_place and not (functional or recording.noted or recording.written)
+        self._same = self.direct and self._are_conditions()
 
     # ---- evaluation ----
 
     def run(self, fn: Callable[..., Any], x: Wire) -> Wire:
-        with self._again(self.captured, leaves(x)):
-            return fn(*x) if isinstance(x, tuple) else fn(x)
+        with self._again(self.captured, x):
+            return spread(fn, x)
 
     def __call__(self, fn: Callable[..., Any], x: Wire, needs: Wire | None) -> tuple[Wire, Callable[[Wire], Wire]]:
         needs = map_wire(is_differentiable, x) if needs is None else needs
         if not (any(self.wanted) or any(leaves(needs))):
-            return self._run(fn, x), lambda gy: map_wire(lambda leaf: None, x)
+            return self.run(fn, x), lambda gy: map_wire(lambda leaf: None, x)
         return (self._functional if self.functional else self._eager)(fn, x, needs)
-
-    def _run(self, fn: Callable[..., Any], x: Wire) -> Wire:
-        with self._again(self.captured, leaves(x)):
-            return spread(fn, x)
 
     def _eager(self, fn: Callable[..., Any], x: Wire, needs: Wire) -> tuple[Wire, Callable[[Wire], Wire]]:
         """Autograd on detached leaves: leaner than ``torch.func.vjp``, but not differentiable again."""
         inner = map_wire(_leaf, x, needs)
-        captured = self.captured if self.direct else [_leaf(c, w) for c, w in zip(self.captured, self.wanted)]
-        with torch.enable_grad(), self._again(captured, leaves(inner)):
+        captured = self.captured if self.in_place else list(map(_leaf, self.captured, self.wanted))
+        with torch.enable_grad(), self._again(captured, inner):
             out = spread(fn, inner)
         outs = leaves(out)
+        if self.recording.opaque:
+            self._check_reach(outs, [*captured, *leaves(inner)])
         edges = [torch.autograd.graph.get_gradient_edge(o) if _has_graph(o) else None for o in outs]
         sources = [leaf for leaf, need in zip(leaves(inner), leaves(needs)) if need]
         targets = [c for c, w in zip(captured, self.wanted) if w]
@@ -568,7 +606,7 @@ class Replay(VJP):
                 inner[i] = t
             for i, t in zip(theirs, tensors[len(own) :]):
                 captured[i] = t
-            with self._again(captured, inner):
+            with self._again(captured, tuple(inner)):
                 out = spread(fn, unflatten(x, inner))
             structure[:] = [map_wire(lambda leaf: None if is_differentiable(leaf) else leaf, out)]
             return tuple(leaf for leaf in leaves(out) if is_differentiable(leaf))
@@ -591,9 +629,11 @@ class Replay(VJP):
 
     def _add(self, gradients: Iterator[Tensor | None]) -> None:
         for i, gradient in zip([i for i, w in enumerate(self.wanted) if w], gradients, strict=True):
-            if gradient is not None:
-                before = self.gradients[i]
-                self.gradients[i] = gradient if before is None else before + gradient
+            self._add_one(i, gradient)
+
+    def _add_one(self, i: int, gradient: Tensor | None) -> None:
+        before = self.gradients[i]
+        self.gradients[i] = gradient if before is None else before if gradient is None else before + gradient
 
     def collect(self, closed: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Gradients that a pullback gave for the tensors in its closure."""
@@ -602,8 +642,7 @@ class Replay(VJP):
         given = {places[id(stand_in(t))] if id(stand_in(t)) in places else places.get(id(t)): g for t, g in closed}
         for i, wanted in enumerate(self.wanted):
             if wanted and i in given:
-                before = self.gradients[i]
-                self.gradients[i] = given[i] if before is None else before + given[i]
+                self._add_one(i, given[i])
             elif wanted:
                 raise ReplayError(
                     f"a pullback gave no gradient for a tensor of shape {tuple(self.captured[i].shape)}"
@@ -627,23 +666,40 @@ class Replay(VJP):
         changed = [name for _, name, tensor, before in self.recording.fixed if version(tensor) != before]
         if changed:
             raise ReplayError(
-                f"{sorted({*changed, *self.recording.surprises})} of a module changed between forward and backward",
+                f"{changed} of a module changed between forward and backward",
                 expected="the tensors that forward read",
                 cure="run backward before changing them, or clone them in forward",
             )
 
-    def _is_direct(self) -> bool:
-        """Rule 2 and 3 of NOTE [Replay]: nothing has to be replaced."""
+    def _check_reach(self, outs: Sequence[Any], known: Sequence[Any]) -> None:
+        """Raise where a closure's graph reaches a leaf that was not captured: its gradient would be dropped."""
+        roots = [o for o in outs if _has_graph(o)]
+        for leaf in graph_leaves(roots, {id(t) for t in known} | self.inside):
+            raise ReplayError(
+                f"the function uses a tensor of shape {tuple(leaf.shape)} that was not captured",
+                expected="tensors that go through torch functions",
+                cure="an autograd.Function hides what it is given: let an nn.Module own the tensor, or make it a leaf",
+            )
+
+    def _is_in_place(self) -> bool:
+        """Rule 2 and 3 of NOTE [Replay]: the captured tensors are leaves, and where the functions will find them."""
         r = self.recording
         return (
-            not (r.noted or r.written)
-            and all(table[name] is self.captured[i] for table, name, i in r.filled)
+            all(table[name] is self.captured[i] for table, name, i in r.filled)
             and all(table[name] is tensor for table, name, tensor, _ in r.fixed)
             and all(c.is_leaf for c in self.captured)
         )
 
+    def _are_conditions(self) -> bool:
+        """Rules 4 and 6: nothing has to be restored."""
+        r = self.recording
+        return r.random is None and not r.pins and r.autocast == autocast_state()
+
+    def _again(self, captured: Sequence[Tensor], given: Wire) -> AbstractContextManager[None]:
+        return _NOTHING if self._same else self._restored(captured, leaves(given))
+
     @contextmanager
-    def _again(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
+    def _restored(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
         r = self.recording
         with ExitStack() as stack:
             if r.random is not None:
@@ -653,7 +709,7 @@ class Replay(VJP):
             if r.pins:
                 token = _PINNING.set(_replayed([(name, fetch(value, self.kept)) for name, value in r.pins]))
                 stack.callback(_PINNING.reset, token)
-            if not self.direct or self.functional:
+            if not self.direct:
                 stack.enter_context(self._replaced(captured, given))
             yield
 
@@ -681,6 +737,7 @@ class Replay(VJP):
             with Watch([*given, *captured], table, _unexpected) as watch:
                 yield
             self.met |= watch.met
+            self.inside |= watch.inside
         finally:
             _STAND_INS.reset(token)
 
