@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from .errors import NotInvertibleError, OptionError
 from .invertible import VJP, Invertible, OneWay, Pair, Residue, name_of, pair
 from .lowering import Options, State, cut_points, lower, recompute_values, runs_plainly, walk
-from .wires import Wire, leaves
+from .wires import Wire
 
 MODES = ("invert", "store", "recompute")
 
@@ -110,7 +110,9 @@ class Checkpointed(Wrapper):
         if not kwargs:
             return super().__call__(*xs)
         if not isinstance(self.op, Pair):
-            raise OptionError(f"{self!r} got keyword arguments {sorted(kwargs)}", expected="none: only functions take them")
+            raise OptionError(
+                f"{self!r} got keyword arguments {sorted(kwargs)}", expected="none: only functions take them"
+            )
         forward_fn, inverse_fn = partial(self.op.forward_fn, **kwargs), partial(self.op.inverse_fn, **kwargs)
         return replace(self, op=replace(self.op, forward_fn=forward_fn, inverse_fn=inverse_fn))(*xs)
 
@@ -330,7 +332,8 @@ def _checkpoint(f: Any, inverse: Callable[..., Any] | None, options: Options) ->
     if inverse is None:
         if options.segments != 1 or options.donate:
             raise NotInvertibleError(
-                f"checkpoint: {name_of(f)} has no inverse", cure="segments and donate need an invertible op, or inverse=..."
+                f"checkpoint: {name_of(f)} has no inverse",
+                cure="segments and donate need an invertible op, or inverse=...",
             )
         return f if isinstance(f, CheckpointedFunction) else CheckpointedFunction(f, options)
     lowered = Checkpointed(pair(f, inverse), options)

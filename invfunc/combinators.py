@@ -28,7 +28,7 @@ from .invertible import (
     pair,
     split_residue,
 )
-from .wires import Wire, describe, leaves, spread
+from .wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 
 # ---- side by side ----------------------------------------------------------------------------------------------
 
@@ -50,7 +50,9 @@ class Parallel(Invertible):
         return tuple(y for y, _ in stepped), join_residues([r for _, r in stepped])
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
-        return self._each(lambda part, y, r: part.inverse_with_residue(r, y), y, split_residue(residue, len(self.parts)))
+        return self._each(
+            lambda part, y, r: part.inverse_with_residue(r, y), y, split_residue(residue, len(self.parts))
+        )
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         residues, none = split_residue(residue, len(self.parts)), (None,) * len(self.parts)
@@ -215,7 +217,9 @@ def _split(sizes: int | tuple[int, ...], dim: int, interleaved: bool, x: Wire) -
 def _length(sizes: int | tuple[int, ...], dim: int, x: Wire) -> int:
     """The size of the dimension that is split, checked."""
     if not isinstance(x, Tensor):
-        raise WireError(f"split received {describe(x)}", expected="one tensor", cure="split acts on tensors, not tuples")
+        raise WireError(
+            f"split received {describe(x)}", expected="one tensor", cure="split acts on tensors, not tuples"
+        )
     if not -x.dim() <= dim < x.dim():
         raise WireError(f"split along dim {dim}", expected=f"a tensor with such a dim, got {tuple(x.shape)}")
     length = x.shape[dim]
@@ -594,12 +598,12 @@ class Half(Invertible):
         """``(y1, gy1) -> (x1, gx1, gt)``: by the law's own pullback where that speaks of t alone, else by vjp."""
         op = self._law(t, y1)
         if isinstance(op, Pair) and op.pullback_fn and not op.residue and gy1 is not None:
-            x1, gx1, closed = op.pullback_fn(y1, gy1)
-            gradients = {id(tensor): g for tensor, g in closed}
-            if all(id(leaf) in gradients for leaf in leaves(t)) and len(gradients) == len(leaves(t)):
-                return x1, gx1, (tuple(gradients[id(part)] for part in t) if isinstance(t, tuple) else gradients[id(t)])
+            x1, gx1, *closed = op.pullback_fn(y1, gy1)
+            gradients = {id(tensor): g for tensor, g in (closed[0] if closed else ())}
+            if gradients.keys() == set(map(id, leaves(t))) and len(gradients) == len(leaves(t)):
+                return x1, gx1, map_wire(lambda leaf: gradients[id(leaf)], t)
         x1 = vjp.run(op.inverse_with_residue, (residue, y1))
-        needs = (None if need is None else (tuple(True for _ in t) if isinstance(t, tuple) else True, need))
+        needs = None if need is None else (map_wire(is_differentiable, t), need)
         _, pull = vjp(lambda t, x1: self._law(t, x1).forward_with_residue(x1)[0], (t, x1), needs)
         gt, gx1 = pull(gy1)
         return x1, gx1, gt

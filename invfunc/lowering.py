@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch.autograd import forward_ad
 
+from . import transforms
 from .combinators import Half, Parallel, Plumbing
 from .errors import DonatedError, ReplayError, place_error
 from .invertible import Chain, Invertible, OneWay, Pair, Residue
@@ -127,16 +126,7 @@ def _may_have_gradients(op: Invertible) -> bool:
 
 def runs_plainly() -> bool:
     """Whether nothing has to be kept: no gradients, or forward mode (rule 8 of NOTE [Trunk])."""
-    return not torch.is_grad_enabled() or _in_forward_mode()
-
-
-def _in_forward_mode() -> bool:
-    if forward_ad._current_level >= 0:
-        return True
-    if not _in_transform():
-        return False
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return any(interpreter.key() == TransformType.Jvp for interpreter in stack)
+    return not torch.is_grad_enabled() or transforms.forward_mode()
 
 
 @singledispatch
@@ -295,9 +285,9 @@ def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
 
 def owners_of(op: Invertible) -> Owners:
     """`owners` of an op's functions, found once for each value."""
-    found = op.__dict__.get("_owners")
+    found = vars(op).get("_owners")
     if found is None:
-        found = op.__dict__["_owners"] = owners(op.functions)
+        object.__setattr__(op, "_owners", found := owners(op.functions))  # values are frozen; this is a cache
     return found
 
 
@@ -306,7 +296,7 @@ _ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 def carrier(value: Tensor) -> Tensor:
     """A one-element stand-in of the shape of a value."""
-    if type(value) is not Tensor or torch.compiler.is_compiling() or _in_transform():
+    if type(value) is not Tensor or torch.compiler.is_compiling() or transforms.active():
         return value.new_zeros(()).expand(value.shape)
     key = value.dtype, value.device
     zero = _ZEROS.get(key)
@@ -315,19 +305,15 @@ def carrier(value: Tensor) -> Tensor:
     return zero.expand_as(value)
 
 
-def _in_transform() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
 def _apply(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
     """``node.apply``; outside of transforms without binding a signature, which costs more than the node itself."""
-    if _in_transform() or torch.compiler.is_compiling():
+    if transforms.active() or torch.compiler.is_compiling():
         return node.apply(*args)
     return super(torch.autograd.Function, node).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _needs_gradient(tensor: Tensor) -> bool:
-    return tensor.requires_grad or (_in_transform() and torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return tensor.requires_grad or (transforms.active() and transforms.is_wrapped(tensor))
 
 
 def _keep(leaf: Any, kept: list[Tensor]) -> Any:
@@ -422,7 +408,7 @@ class _Recompute(torch.autograd.Function):
 
 def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``(gys, ys) -> (gxs, xs, gkept)``: the backward of a stage."""
-    count, kept, grads = len(call.y_kinds), _alive(ctx.saved_tensors), _alive(grads)
+    count, kept, grads = len(call.y_kinds), transforms.alive(ctx.saved_tensors), transforms.alive(grads)
     y, gy = _filled(call.y_spec, grads[count:], kept), _filled(call.y_spec, grads[:count], None)
     residue = _map_residue(lambda leaf: fetch(leaf, kept), call.residue_spec)
     replay, needs = _replay(ctx, call, kept)
@@ -436,18 +422,13 @@ def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor 
 def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``gys -> (gxs, gkept)``: the backward of a recomputed op."""
     count = len(call.x_kinds)
-    saved, gys = _alive(ctx.saved_tensors), _alive(gys)
+    saved, gys = transforms.alive(ctx.saved_tensors), transforms.alive(gys)
     xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
     y, pull = replay(_on_wire(call.op), (_filled(call.x_spec, xs, kept),), (needs,))
     _check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
     (gx,) = pull(_filled(call.y_spec, gys, None))
     return _arranged(call, gx, None, replay.finish())
-
-
-def _alive(tensors: Sequence[Any]) -> Sequence[Any]:
-    """Tensors without wrappers of transforms that have ended: `torch.func.vjp` runs backward after its own end."""
-    return torch._functorch.utils.unwrap_dead_wrappers(tuple(tensors))
 
 
 def _on_wire(op: Invertible) -> Callable[[Wire], Wire]:
@@ -465,7 +446,7 @@ def _replay(ctx: Any, call: Call, kept: Sequence[Tensor]) -> tuple[Replay, Wire]
         [want and is_differentiable(c) for want, c in zip(wants, captured, strict=False)],
         kept,
         rebuilds=call.carried,
-        functional=torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None,
+        functional=torch.is_grad_enabled() or transforms.active(),
     )
     left = iter(needed[:count])
     return replay, map_wire(lambda leaf: leaf is STRAND and next(left), call.x_spec)
@@ -630,7 +611,7 @@ def why_not_donate(tensor: Any) -> str | None:
         return "there is no tensor at this place of the wire"
     if type(tensor) is Donated:
         return "it has been donated already"
-    if _in_transform():
+    if transforms.active():
         return "a torch.func transform is active"
     if tensor.is_leaf and tensor.requires_grad:
         return "it is a leaf that requires grad, which its owner will read"

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from . import transforms
 from .errors import ReplayError
 from .invertible import VJP, graph_leaves, name_of
 from .wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
@@ -165,7 +166,7 @@ class Scope:
         self.seen: set[int] = set()
         self.before: list[tuple[nn.Module, dict[str, Any], str, Tensor, Tensor, int]] = []
         self.began: int | None = None  # where the graph of this call begins, when it builds one
-        self.wrapping = torch._C._functorch.maybe_current_level() is not None
+        self.wrapping = transforms.active()
         self.places: dict[int, int] = {}
 
     def capture(self, tensor: Tensor) -> int:
@@ -178,7 +179,7 @@ class Scope:
 
     def matters(self, tensor: Tensor) -> bool:
         """Whether a tensor has to be an explicit input: it may get a gradient, or belongs to a transform."""
-        return tensor.requires_grad or (self.wrapping and torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+        return tensor.requires_grad or (self.wrapping and transforms.is_wrapped(tensor))
 
     def see(self, tensor: Tensor) -> None:
         """Capture a tensor that a closure was seen to use: when it runs again, it has to use it again."""
@@ -478,7 +479,7 @@ def _quiet(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T:
 def _graphed(fn: Callable[[Wire], Wire], x: Wire, found: Owners, scope: Scope) -> Wire:
     """Run on detached leaves with gradients on, and drop the graph once it has told which outputs need one."""
     inner = map_wire(lambda leaf: _leaf(leaf, isinstance(leaf, Tensor) and leaf.requires_grad), x)
-    scope.began = torch._C._autograd._get_sequence_nr()
+    scope.began = transforms.graph_position()
     with torch.enable_grad():
         out = _watched(fn, inner, found, scope) if found.needs_watch() else fn(inner)
     flat = [leaf for leaf in leaves(out) if is_differentiable(leaf)]
@@ -577,14 +578,14 @@ class Replay(VJP):
         if self.recording.opaque:
             self._check_reach(outs, [*captured, *leaves(inner)])
         edges = [torch.autograd.graph.get_gradient_edge(o) if _has_graph(o) else None for o in outs]
-        sources = [leaf for leaf, need in zip(leaves(inner), leaves(needs)) if need]
-        targets = [c for c, w in zip(captured, self.wanted) if w]
+        sources = [leaf for leaf, need in zip(leaves(inner), leaves(needs), strict=True) if need]
+        targets = [c for c, w in zip(captured, self.wanted, strict=True) if w]
 
         def pull(gout: Wire) -> Wire:
             roots = [(e, g) for e, g in zip(edges, leaves(gout), strict=True) if e is not None and g is not None]
             if not roots:
                 return map_wire(lambda need: None, needs)
-            outputs, seeds = zip(*roots)
+            outputs, seeds = zip(*roots, strict=True)
             found = torch.autograd.grad(outputs, [*sources, *targets], seeds, allow_unused=True)
             gradients = iter(found)
             gx = map_wire(lambda need: next(gradients) if need else None, needs)
@@ -602,9 +603,9 @@ class Replay(VJP):
 
         def closed(*tensors: Tensor) -> tuple[Tensor, ...]:
             inner, captured = list(flat), list(self.captured)
-            for i, t in zip(own, tensors):
+            for i, t in zip(own, tensors[: len(own)], strict=True):
                 inner[i] = t
-            for i, t in zip(theirs, tensors[len(own) :]):
+            for i, t in zip(theirs, tensors[len(own) :], strict=True):
                 captured[i] = t
             with self._again(captured, tuple(inner)):
                 out = spread(fn, unflatten(x, inner))
@@ -725,7 +726,8 @@ class Replay(VJP):
             if contents:
                 stack.enter_context(_swapped(contents))
             if r.noted:
-                stack.enter_context(self._standing_in({key: captured[i] for key, i in r.noted.items()}, captured, given))
+                table = {key: captured[i] for key, i in r.noted.items()}
+                stack.enter_context(self._standing_in(table, captured, given))
             yield
 
     @contextmanager
@@ -743,7 +745,7 @@ class Replay(VJP):
 
 
 def _unexpected(tensor: Tensor) -> None:
-    if tensor.requires_grad and tensor.is_leaf and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if tensor.requires_grad and tensor.is_leaf and not transforms.is_wrapped(tensor):
         raise _rebound(f"the function met a tensor of shape {tuple(tensor.shape)} that it did not meet in forward")
 
 

@@ -1,0 +1,48 @@
+"""What torch tells of the transforms that are active. The one file that asks its private modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch._C._functorch as functorch  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+
+
+def active() -> bool:
+    """Whether a `torch.func` transform is running."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a transform."""
+    return functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The data below the wrappers: all samples of a ``vmap``, with its dimension."""
+    while is_wrapped(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed, by a transform or by `torch.autograd.forward_ad`."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not active():
+        return False
+    return any(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ())
+
+
+def alive(tensors: Iterable[Any]) -> tuple[Any, ...]:
+    """Tensors without the wrappers of transforms that have ended: `torch.func.vjp` runs backward after its own end."""
+    return unwrap_dead_wrappers(tuple(tensors))
+
+
+def graph_position() -> int:
+    """A number that every autograd node made from now on, in this thread, reaches or exceeds."""
+    return torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
