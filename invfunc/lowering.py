@@ -16,15 +16,18 @@ NOTE [Trunk] One node for each primitive, linked by carriers, closed by a tail.
 7.  When gradients must be differentiable, or belong to a transform, backward uses ``torch.func.vjp``:
     ``autograd.grad(create_graph=True)`` would walk through the saved output into the same node without end.
 8.  Forward mode needs nothing kept: the pipeline runs plainly.
+9.  A residue that may have a gradient is an *output* of its stage and saved as one, so that a second backward, to which
+    it is a function of x like y itself, goes through the stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial, singledispatch
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,11 +42,17 @@ from .wires import Wire, is_differentiable, leaves, map_wire
 # ---- what flows along a trunk --------------------------------------------------------------------------------------
 
 
-class Strand(NamedTuple):
+@dataclass(slots=True)
+class Strand:
     """A tensor on its way through a trunk, with the carrier that will bring its value back."""
 
     value: Tensor
     carrier: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The tensor's, for error messages."""
+        return self.value.shape
 
 
 State = Any  # a wire whose differentiable tensors are strands
@@ -56,21 +65,21 @@ def begin(x: Wire) -> State:
 
 def values(state: State) -> Wire:
     """The wire that a state stands for."""
-    if isinstance(state, Strand):
-        return state.value
-    return tuple([values(part) for part in state]) if isinstance(state, tuple) else state
+    if isinstance(state, tuple):
+        return tuple([values(part) for part in state])
+    return state.value if isinstance(state, Strand) else state
 
 
 def strands(state: State) -> list[Strand]:
     """The strands of a state, left to right."""
-    if isinstance(state, Strand):
-        return [state]
-    return [strand for part in state for strand in strands(part)] if isinstance(state, tuple) else []
+    if isinstance(state, tuple):
+        return [strand for part in state for strand in strands(part)]
+    return [state] if isinstance(state, Strand) else []
 
 
 def _map_state(fn: Callable[[Any], Any], state: State) -> Any:
-    if isinstance(state, tuple) and not isinstance(state, Strand):
-        return tuple(_map_state(fn, part) for part in state)
+    if isinstance(state, tuple):
+        return tuple([_map_state(fn, part) for part in state])
     return fn(state)
 
 
@@ -101,7 +110,7 @@ class Options:
 
 def lower(op: Invertible, x: Wire, options: Options) -> Wire:
     """Run an op so that its activations are freed and rebuilt in backward."""
-    if runs_plainly() or not (_any_gradient(x) or _may_have_gradients(op)):
+    if runs_plainly() or not may_have_gradients(op, x):
         return op.forward(x)
     if not options.donate:
         return close(walk(op, begin(x), options))
@@ -115,10 +124,10 @@ def _any_gradient(x: Wire) -> bool:
     return any(isinstance(leaf, Tensor) and _needs_gradient(leaf) for leaf in leaves(x))
 
 
-def _may_have_gradients(op: Invertible) -> bool:
-    """Whether an op's functions could close over anything that needs a gradient."""
+def may_have_gradients(op: Invertible, x: Wire) -> bool:
+    """Whether the input needs a gradient, or an op's functions could close over anything that does."""
     found = owners_of(op)
-    if found.opaque or any(map(_needs_gradient, found.tensors)):
+    if _any_gradient(x) or found.opaque or any(map(_needs_gradient, found.tensors)):
         return True
     seen: set[int] = set()
     return any(_needs_gradient(tensor) for module in found.modules for _, _, _, tensor, _ in slots(module, seen))
@@ -195,6 +204,9 @@ def store(op: Invertible, state: State, options: Options) -> State:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
+Again: TypeAlias = Callable[[list[Wire]], Wire]  # takes its input out of the list: nobody else keeps it alive
+
+
 @dataclass
 class Call:
     """All that is static in a node; an opaque object, so that functorch does not take it apart."""
@@ -209,6 +221,8 @@ class Call:
     carried: bool  # whether x came with carriers
     count_kept: int
     dead: tuple[int, ...]  # outputs that depend on nothing differentiable
+    count_lost: int = 0  # differentiable tensors of the residue
+    again: Again | None = None  # how a recomputed op runs in backward, where that is not as in forward
 
 
 class _Strand:
@@ -237,19 +251,19 @@ def stage(op: Invertible, state: State, options: Options) -> State:
     return _filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
 
 
-def recompute(op: Invertible, state: State, options: Options) -> State:
-    """Run an op from a stored input; backward runs it again, with its tape, from there."""
-    return begin(recompute_values(op, close(state), options))
+def recompute(op: Invertible, state: State, options: Options, again: Again | None = None) -> State:
+    """Run an op from a stored input; backward runs it again, with its tape or as ``again`` says, from there."""
+    return begin(recompute_values(op, close(state), options, again))
 
 
-def recompute_values(op: Invertible, x: Wire, options: Options) -> Wire:
+def recompute_values(op: Invertible, x: Wire, options: Options, again: Again | None = None) -> Wire:
     """`recompute` on a wire."""
-    y, recording = recorded(op.forward, x, owners_of(op), options.preserve_rng_state, True)
+    y, recording = recorded(op.forward, x, owners_of(op), options.preserve_rng_state, again is None)
     if not (recording.captured or _any_gradient(x)):
         return y
     call, kept, ys = _call(op, recording, x, y, None, False)
     call.x_spec = map_wire(lambda leaf: STRAND if is_differentiable(leaf) else _keep(leaf, kept), x)
-    call.count_kept, call.dead = len(kept), recording.dead
+    call.count_kept, call.dead, call.again = len(kept), recording.dead, again
     out = iter(_apply(_Recompute, call, *filter(is_differentiable, leaves(x)), *kept, *ys))
     return map_wire(lambda leaf: next(out) if is_differentiable(leaf) else leaf, y)
 
@@ -262,11 +276,23 @@ def _call(
     ys: list[Tensor] = []
     kept = list(recording.captured)
     x_spec, y_spec = _spec(x, xs, None), _spec(y, ys, kept)
-    residue_spec = None if residue is None else _map_residue(lambda leaf: _keep(leaf, kept), residue)
+    lost: list[Tensor] = []
+    residue_spec = None if residue is None else _residue_spec(residue, lost, kept)
     if recording.pins:
         recording.pins[:] = [(name, _keep(value, kept)) for name, value in recording.pins]
     call = Call(op, recording, x_spec, y_spec, residue_spec, _kinds(xs), _kinds(ys), carried, len(kept), ())
-    return call, kept, ys
+    call.count_lost = len(lost)
+    return call, [*kept, *lost], ys
+
+
+def _residue_spec(residue: Residue, lost: list[Tensor], kept: list[Tensor]) -> Residue:
+    """The structure of a residue; what may have a gradient of its own is lost by the op, the rest is kept."""
+    if isinstance(residue, (tuple, list)):
+        return tuple([_residue_spec(part, lost, kept) for part in residue])
+    if is_differentiable(residue):
+        lost.append(residue)
+        return STRAND
+    return _keep(residue, kept)
 
 
 def _spec(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
@@ -289,6 +315,13 @@ def owners_of(op: Invertible) -> Owners:
     if found is None:
         object.__setattr__(op, "_owners", found := owners(op.functions))  # values are frozen; this is a cache
     return found
+
+
+def owning(op: Invertible, **changes: Any) -> Invertible:
+    """The op, with something else known of its owners than its structure tells."""
+    twin = copy(op)
+    object.__setattr__(twin, "_owners", replace(owners_of(op), **changes))
+    return twin
 
 
 _ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -323,12 +356,6 @@ def _keep(leaf: Any, kept: list[Tensor]) -> Any:
     return Kept(len(kept) - 1)
 
 
-def _map_residue(fn: Callable[[Any], Any], residue: Residue) -> Any:
-    if isinstance(residue, (tuple, list)) and not isinstance(residue, Kept):
-        return tuple(_map_residue(fn, part) for part in residue)
-    return fn(residue)
-
-
 def _dead(op: Invertible, needs: Sequence[bool], found: tuple[int, ...]) -> tuple[int, ...]:
     """Outputs without a gradient: found by the recording, or the untouched component of a coupling."""
     if isinstance(op, Half) and len(needs) == 2:
@@ -340,21 +367,22 @@ def _dead(op: Invertible, needs: Sequence[bool], found: tuple[int, ...]) -> tupl
 
 
 class _Stage(torch.autograd.Function):
-    """``(call, *xs, *carriers, *kept, *ys) -> (*ys, *carriers)``; see NOTE [Trunk]."""
+    """``(call, *xs, *carriers, *kept, *lost, *ys) -> (*ys, *carriers, *lost)``; see NOTE [Trunk]."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ys = tensors[len(tensors) - len(call.y_kinds) :]
-        return (*[y.detach() for y in ys], *map(carrier, ys))
+        last = len(tensors) - len(call.y_kinds)
+        ys, lost = tensors[last:], tensors[last - call.count_lost : last]
+        return (*[y.detach() for y in ys], *map(carrier, ys), *[r.detach() for r in lost])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *tensors = inputs
         ctx.call = call
         first = len(call.x_kinds) * (1 + call.carried)
-        ctx.save_for_backward(*tensors[first : first + call.count_kept])
+        ctx.save_for_backward(*tensors[first : first + call.count_kept], *output[2 * len(call.y_kinds) :])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(output[i] for i in call.dead))
 
@@ -403,15 +431,42 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _rerun(ctx, ctx.call, gys)
+        lean = ctx.call.again is not None and not ctx.call.recording.opaque and not _functional()
+        return (_rerun_lean if lean else _rerun)(ctx, ctx.call, gys)
+
+
+class _Root(torch.autograd.Function):
+    """``(sink, anchor, *xs) -> xs``: roots that their graph does not keep alive, as an AccumulateGrad does its leaf."""
+
+    @staticmethod
+    def forward(sink: Any, anchor: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in xs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.gxs, wanted = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(out for out, want in zip(output, wanted, strict=True) if not want))
+
+    @staticmethod
+    def backward(ctx: Any, *gxs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.gxs[:] = gxs
+        return (None,) * (2 + len(gxs))
 
 
 def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``(gys, ys) -> (gxs, xs, gkept)``: the backward of a stage."""
-    count, kept, grads = len(call.y_kinds), transforms.alive(ctx.saved_tensors), transforms.alive(grads)
-    y, gy = _filled(call.y_spec, grads[count:], kept), _filled(call.y_spec, grads[:count], None)
-    residue = _map_residue(lambda leaf: fetch(leaf, kept), call.residue_spec)
+    count, grads = len(call.y_kinds), transforms.alive(grads)
+    saved = transforms.alive(ctx.saved_tensors)
+    kept, lost = saved[: call.count_kept], iter(saved[call.count_kept :])
+    y, gy = _filled(call.y_spec, grads[count : 2 * count], kept), _filled(call.y_spec, grads[:count], None)
+    residue = None if call.residue_spec is None else _fill(call.residue_spec, lost, kept)
     replay, needs = _replay(ctx, call, kept)
+    if any(g is not None for g in grads[2 * count :]):  # rule 9: a second backward goes through the residue
+        x = replay.run(call.op.inverse_with_residue, (residue, y))
+        _, pull = replay(lambda x: call.op.forward_with_residue(x), (x,), (needs,))
+        (gx,) = pull((gy, _filled(call.residue_spec, grads[2 * count :], None)))
+        return _arranged(call, gx, x, replay.finish())
     if any(g is not None for g in grads[:count]):
         x, gx = call.op.pull(residue, y, gy, replay, needs)
         return _arranged(call, gx, x, replay.finish())
@@ -425,14 +480,48 @@ def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor |
     saved, gys = transforms.alive(ctx.saved_tensors), transforms.alive(gys)
     xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
-    y, pull = replay(_on_wire(call.op), (_filled(call.x_spec, xs, kept),), (needs,))
+    y, pull = replay(_on_wire(call), (_filled(call.x_spec, xs, kept),), (needs,))
     _check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
     (gx,) = pull(_filled(call.y_spec, gys, None))
     return _arranged(call, gx, None, replay.finish())
 
 
-def _on_wire(op: Invertible) -> Callable[[Wire], Wire]:
-    return lambda x: op.forward(x)
+def _rerun_lean(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """`_rerun`, with x let go: no frame, no node and no leaf of the new graph keeps it, but what the op itself saves."""
+    count = len(call.x_kinds)
+    kept = ctx.saved_tensors[count:]
+    handed = [_filled(call.x_spec, ctx.saved_tensors[:count], kept)]
+    ctx.maybe_clear_saved_tensors()
+    replay, needs = _replay(ctx, call, kept)
+    gxs: list[Tensor | None] = [None] * count
+
+    def run(anchor: Tensor) -> Wire:
+        handed[0] = _rooted(anchor, handed[0], leaves(needs), gxs)
+        return call.again(handed)  # pyright: ignore[reportOptionalCall]
+
+    y, pull = replay(run, torch.zeros(()), True)
+    _check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
+    del y
+    pull(_filled(call.y_spec, gys, None))
+    return _arranged(call, _filled(call.x_spec, gxs, None), None, replay.finish())
+
+
+def _rooted(anchor: Tensor, x: Wire, needs: Sequence[bool], gxs: list[Tensor | None]) -> Wire:
+    """A wire as roots of a graph; backward puts their gradients into a list."""
+    xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+    wanted = [need for leaf, need in zip(leaves(x), needs, strict=True) if is_differentiable(leaf)]
+    roots = iter(_Root.apply((gxs, wanted), anchor, *xs))
+    return map_wire(lambda leaf: next(roots) if is_differentiable(leaf) else leaf, x)
+
+
+def _on_wire(call: Call) -> Callable[[Wire], Wire]:
+    again = call.again
+    return call.op.forward if again is None else lambda x: again([x])
+
+
+def _functional() -> bool:
+    """Whether gradients must be differentiable, or belong to a transform (rule 7 of NOTE [Trunk])."""
+    return torch.is_grad_enabled() or transforms.active()
 
 
 def _replay(ctx: Any, call: Call, kept: Sequence[Tensor]) -> tuple[Replay, Wire]:
@@ -446,7 +535,7 @@ def _replay(ctx: Any, call: Call, kept: Sequence[Tensor]) -> tuple[Replay, Wire]
         [want and is_differentiable(c) for want, c in zip(wants, captured, strict=False)],
         kept,
         rebuilds=call.carried,
-        functional=torch.is_grad_enabled() or transforms.active(),
+        functional=_functional(),
     )
     left = iter(needed[:count])
     return replay, map_wire(lambda leaf: leaf is STRAND and next(left), call.x_spec)
@@ -472,7 +561,7 @@ def _arranged(call: Call, gx: Wire, x: Wire, gcaptured: Sequence[Tensor | None])
     if call.carried:
         _check_kinds(f"the inverse of {call.op!r}", x, call.x_kinds)
     xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)] if call.carried else []
-    return (None, *gxs, *xs, *gcaptured, *([None] * (call.count_kept - len(gcaptured) + len(call.y_kinds))))
+    return (None, *gxs, *xs, *gcaptured, *([None] * (call.count_kept - len(gcaptured) + call.count_lost + len(call.y_kinds))))
 
 
 def _on_strands(call: Call, wire: Wire) -> list[Any]:

@@ -76,6 +76,6 @@ def describe(wire: Wire) -> str:
     """
     if isinstance(wire, tuple):
         return f"({', '.join(map(describe, wire))}{',' * (len(wire) == 1)})"
-    if isinstance(wire, Tensor):
+    if hasattr(wire, "shape"):
         return str(tuple(wire.shape))
     return "None" if wire is None else type(wire).__name__
