@@ -1,0 +1,614 @@
+"""Log-determinants: a walk that turns an op on x into one on ``(x, total)``, and what flows are built from.
+
+The total is one number for each element of the batch (dim 0). Forward adds log|det J| of each primitive to it, inverse
+subtracts it, so that an op with its log-determinant is an invertible op again: it composes, inverts and lowers like any
+other, and what it adds to memory is one vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Transform, constraints
+
+from .checkpoint import Wrapper
+from .combinators import (
+    DerivedLaw,
+    Half,
+    InverseLaw,
+    Parallel,
+    Plumbing,
+    check_components,
+    invert_law,
+    parallel,
+    sum_per_sample,
+)
+from .debug import require
+from .errors import NotDifferentiableError, NotInvertibleError, OptionError, WireError, place_error
+from .invertible import (
+    VJP,
+    Chain,
+    Inverse,
+    Invertible,
+    OneWay,
+    Pair,
+    Rearrangement,
+    Residue,
+    identity,
+    invert,
+    one_way,
+    pair,
+)
+from .wires import Wire, describe, is_differentiable, leaves, map_wire
+
+Rule: TypeAlias = Callable[[Wire, Wire], Tensor]  # (x, y) -> log|det J|, (batch,)
+
+
+def with_log_det(op: Invertible, *, exact: str | None = None) -> Invertible:
+    r"""An op with its log-determinant: it acts on ``(x, total)``.
+
+    .. math:: (x, t) \mapsto (f(x),\; t + \log|\det J_f(x)|), \qquad
+        (y, t) \mapsto (f^{-1}(y),\; t - \log|\det J_f(f^{-1}(y))|)
+
+    It respects composition: ``with_log_det(chain(f, g)) = chain(with_log_det(f), with_log_det(g))``, inversion:
+    ``with_log_det(invert(f)) = invert(with_log_det(f))``, and lowering: ``with_log_det(checkpoint(f)) =
+    checkpoint(with_log_det(f))``.
+
+    Args:
+        op: The op. Compositions are taken apart; primitives bring their rule (``pair(..., log_det=)``), and what only
+            moves elements has the log-determinant 0.
+        exact: What to do for a primitive without a rule: None raises; ``"autodiff"`` forms the Jacobian of each element
+            of the batch with ``torch.func.jacrev``, for small inputs.
+
+    Shapes:
+        ``((N, ...), (N,)) -> ((N, ...), (N,))``, where dim 0 is the batch; the total has the dtype of x.
+
+    Cost:
+        One evaluation of each rule in either direction. Lowered, the total is all that is kept beside the output, and
+        the functions of a coupling are still evaluated once in forward and once in backward. ``"autodiff"`` holds a
+        D x D matrix for each element of the batch while it is evaluated: O(D^3).
+
+    Raises:
+        NotDifferentiableError: When a primitive has no rule, naming it; for the law of a coupling, in the first call.
+        OptionError: When ``exact`` is neither None nor ``"autodiff"``.
+
+    Example:
+        >>> import invfunc as inv
+        >>> op = with_log_det(inv.ops.exp())
+        >>> op(torch.tensor([[1.0, 2.0]]), torch.zeros(1))
+        (tensor([[2.7183, 7.3891]]), tensor([3.]))
+
+    Source:
+        Rezende and Mohamed, Variational inference with normalizing flows (2015).
+    """
+    if exact not in (None, "autodiff"):
+        raise OptionError(f"with_log_det: exact is {exact!r}", expected="None or 'autodiff'")
+    labels = f"with_log_det({op!r})", f"with_log_det({op.inverted()!r})"
+    return Chain((lifted(op, exact),), labels)
+
+
+def log_det(op: Invertible, x: Wire, *, exact: str | None = None) -> tuple[Wire, Tensor]:
+    r"""The output of an op and the log-determinant of its Jacobian there.
+
+    .. math:: (f(x),\; \log|\det J_f(x)|)
+
+    Args:
+        op: The op.
+        x: Its input, whose dim 0 is the batch.
+        exact: See `with_log_det`.
+
+    Returns:
+        ``(y, log_det)``, the second of shape (N,) and the dtype of x.
+
+    Raises:
+        NotDifferentiableError: When a primitive has no rule.
+
+    Example:
+        >>> import invfunc as inv
+        >>> log_det(inv.ops.exp(), torch.tensor([[1.0, 2.0]]))
+        (tensor([[2.7183, 7.3891]]), tensor([3.]))
+    """
+    return with_log_det(op, exact=exact)(x, zeros_for(x))
+
+
+def zeros_for(x: Wire) -> Tensor:
+    """A total to start from: one zero for each element of the batch."""
+    first = _first_leaf(x)
+    return (first.real if first.is_complex() else first).new_zeros(first.shape[:1])
+
+
+def _first_leaf(x: Wire) -> Tensor:
+    found = next(filter(is_differentiable, leaves(x)), None)
+    if found is None or not found.dim():
+        raise WireError(
+            f"log-determinants of {describe(x)}", expected="a batch: floating-point tensors whose dim 0 counts samples"
+        )
+    return found
+
+
+# ---- the walk ----------------------------------------------------------------------------------------------------
+
+
+Lift: TypeAlias = Callable[[Any, str | None], Invertible]
+
+_LIFTS: dict[type[Invertible], Lift] = {}
+
+
+def lifted(op: Invertible, exact: str | None) -> Invertible:
+    """An op on ``(x, total)``, by its kind; ``functools.singledispatch`` can not be compiled."""
+    for kind in type(op).__mro__:
+        if kind in _LIFTS:
+            return _LIFTS[kind](op, exact)
+    return Counting(op, _autodiff(op, exact))
+
+
+def lifts(*kinds: type[Invertible]) -> Callable[[Lift], Lift]:
+    """Register how ops of some kinds are lifted."""
+
+    def register(lift: Lift) -> Lift:
+        _LIFTS.update(dict.fromkeys(kinds, lift))
+        return lift
+
+    return register
+
+
+@lifts(Pair)
+def _(op: Pair, exact: str | None) -> Invertible:
+    return Counting(op, op.log_det_fn or _autodiff(op, exact))
+
+
+@lifts(Inverse)
+def _(op: Inverse, exact: str | None) -> Invertible:
+    return invert(lifted(op.op, exact))
+
+
+@lifts(OneWay)
+def _(op: OneWay, exact: str | None) -> Invertible:
+    return one_way(partial(_counted, op, _autodiff(op, exact)))
+
+
+@lifts(Rearrangement, Plumbing)
+def _(op: Invertible, exact: str | None) -> Invertible:
+    return _shown_as(op, parallel(op, identity()))
+
+
+@lifts(Chain)
+def _(op: Chain, exact: str | None) -> Invertible:
+    return Chain(tuple(_placed(op, i, exact) for i in range(len(op.parts))), op.labels)
+
+
+@lifts(Parallel)
+def _(op: Parallel, exact: str | None) -> Invertible:
+    alone = [identity()] * len(op.parts)
+    steps = [
+        part
+        for i in range(len(op.parts))
+        for part in _beside(i, Parallel((*alone[:i], _placed(op, i, exact), *alone[i + 1 :])))
+    ]
+    return _shown_as(op, *steps)
+
+
+@lifts(Half)
+def _(op: Half, exact: str | None) -> Invertible:
+    return _shown_as(op, *_beside(op.target, replace(op, law=lift_law(op.law, exact))))
+
+
+@lifts(Wrapper)
+def _(op: Wrapper, exact: str | None) -> Invertible:
+    return replace(op, op=lifted(op.op, exact))
+
+
+def _placed(op: Chain | Parallel, index: int, exact: str | None) -> Invertible:
+    """A part, lifted; an error learns where it stands."""
+    try:
+        return lifted(op.parts[index], exact)
+    except Exception as error:
+        place_error(error, op.place(index))
+        raise
+
+
+def _shown_as(op: Invertible, *parts: Invertible) -> Invertible:
+    return Chain(parts, (repr(op), repr(op.inverted())))
+
+
+def _beside(index: int, op: Invertible) -> tuple[Invertible, ...]:
+    """An op between two plumbings that bring the total to a component and back."""
+    attach = Plumbing(partial(_attach, index), partial(_detach, index), f"attach({index})", f"detach({index})")
+    return attach, op, invert(attach)
+
+
+def _attach(index: int, wire: Wire) -> Wire:
+    check_components("with_log_det", wire, 2)
+    xs, total = wire
+    return (*xs[:index], (xs[index], total), *xs[index + 1 :])
+
+
+def _detach(index: int, wire: Wire) -> Wire:
+    x, total = wire[index]
+    return (*wire[:index], x, *wire[index + 1 :]), total
+
+
+@dataclass(frozen=True)
+class LogDetLaw(DerivedLaw):
+    """The law with its log-determinant: ``t -> with_log_det(law(t))``."""
+
+    exact: str | None = None
+
+    def derive(self, op: Invertible) -> Invertible:
+        return lifted(op, self.exact)
+
+    def acts_on(self, x1: Wire) -> Wire:
+        return super().acts_on(x1[0])
+
+
+def lift_law(law: Callable[..., Invertible], exact: str | None) -> Callable[..., Invertible]:
+    """``t -> with_log_det(law(t))``; that of an inverse law is the inverse of its law's."""
+    return invert_law(lift_law(law.law, exact)) if isinstance(law, InverseLaw) else LogDetLaw(law, exact)
+
+
+# ---- primitives ----------------------------------------------------------------------------------------------------
+
+
+def _counted(op: Invertible, rule: Rule, x: Wire, total: Tensor) -> tuple[Wire, Tensor]:
+    y = op.forward_with_residue(x)[0]
+    return y, total + rule(x, y)
+
+
+def _checked(wire: Wire) -> tuple[Wire, Tensor]:
+    """A wire ``(x, total)`` as it is."""
+    if not (isinstance(wire, tuple) and len(wire) == 2 and isinstance(wire[1], Tensor)):
+        raise WireError(
+            f"with_log_det received {describe(wire)}",
+            expected="(x, total), the total of shape (batch,)",
+            cure="log_det(op, x) starts from zeros",
+        )
+    first, total = _first_leaf(wire[0]), wire[1]
+    if total.shape != first.shape[:1]:
+        raise WireError(
+            f"with_log_det received a total of shape {describe(total)}",
+            expected=f"{tuple(first.shape[:1])}, the batch of {describe(first)}",
+        )
+    return wire
+
+
+@dataclass(frozen=True, repr=False)
+class Counting(Invertible):
+    """A primitive on ``(x, total)``, by its rule."""
+
+    op: Invertible
+    rule: Rule
+
+    def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
+        x, total = _checked(x)
+        y, residue = self.op.forward_with_residue(x)
+        return (y, total + self._by_rule(x, y)), residue
+
+    def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
+        y, total = _checked(y)
+        x = self.op.inverse_with_residue(residue, y)
+        return x, total - self._by_rule(x, y)
+
+    def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
+        """The rule is evaluated once: its value undoes the total, and its vjp joins that of the op."""
+        y, total = y
+        x = vjp.run(self.op.inverse_with_residue, (residue, y))
+        (_, added), pull = vjp(partial(self._of, isinstance(x, tuple)), x, None if needs is None else needs[0])
+        return (x, total - added), (pull(gy), gy[1])
+
+    def _of(self, is_tuple: bool, *x: Wire) -> tuple[Wire, Tensor]:
+        """``x -> (y, log|det J|)``, of a wire that arrives as positional arguments."""
+        wire = x if is_tuple else x[0]
+        y = self.op.forward_with_residue(wire)[0]
+        return y, self._by_rule(wire, y)
+
+    def _by_rule(self, x: Wire, y: Wire) -> Tensor:
+        found, batch = self.rule(x, y), _first_leaf(x).shape[:1]
+        if found.shape != batch:
+            raise WireError(
+                f"log_det of {self.op!r} returned {describe(found)}",
+                expected=f"{tuple(batch)}, one number for each element of the batch",
+            )
+        return found
+
+    def inverted(self) -> Invertible:
+        return Inverse(self)
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        return (*self.op.functions, self.rule)
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+    def __repr__(self) -> str:
+        return f"with_log_det({self.op!r})"
+
+
+def _autodiff(op: Invertible, exact: str | None) -> Rule:
+    """The rule of an op that has none, if that is allowed."""
+    if exact == "autodiff":
+        return partial(autodiff_log_det, op)
+    raise NotDifferentiableError(
+        f"{op!r} has no rule for its log-determinant",
+        cure="give it one with pair(..., log_det=), or pass exact='autodiff' for small inputs",
+    )
+
+
+def autodiff_log_det(op: Invertible, x: Wire, y: Wire) -> Tensor:
+    """``log|det J|`` from the whole Jacobian of each element of the batch, whatever the op; O(D^3).
+
+    The elements of the batch are independent, so that one gradient of a sum over them is a row of every Jacobian.
+
+    Args:
+        op: The op, which must treat the elements of the batch independently.
+        x: Its input.
+        y: Its output; what a rule receives, not used.
+
+    Example:
+        >>> import invfunc as inv
+        >>> autodiff_log_det(inv.ops.exp(), torch.tensor([[1.0, 2.0]]), None)
+        tensor([3.])
+    """
+    own = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+
+    def summed(*tensors: Tensor) -> Tensor:
+        left = iter(tensors)
+        inner = map_wire(lambda leaf: next(left) if is_differentiable(leaf) else leaf, x)
+        outer = leaves(op.forward_with_residue(inner)[0])
+        return torch.cat([_rows(leaf) for leaf in outer if is_differentiable(leaf)], 1).sum(0)
+
+    blocks = torch.func.jacrev(summed, tuple(range(len(own))))(*own)  # each (outputs, batch, *shape of one input)
+    jacobian = torch.cat([block.flatten(2) if block.dim() > 2 else block.unsqueeze(2) for block in blocks], 2)
+    return torch.linalg.slogdet(_square(op, jacobian.movedim(1, 0)))[1]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
+
+
+def _square(op: Invertible, jacobian: Tensor) -> Tensor:
+    outputs, inputs = jacobian.shape[1:]
+    if outputs == inputs:
+        return jacobian
+    raise NotDifferentiableError(
+        f"{op!r} maps {inputs} numbers to {outputs}",
+        expected="as many as it received: otherwise it has no determinant",
+    )
+
+
+# ---- flows -------------------------------------------------------------------------------------------------------
+
+Base: TypeAlias = Any  # a Distribution, or a tuple of bases for a tuple wire
+
+
+@dataclass(frozen=True, repr=False)
+class Flow:
+    """A density over x: that of ``z = op(x)`` under a base distribution; built by `flow`."""
+
+    op: Invertible
+    base: Base
+    counting: Invertible  # the op with its log-determinant
+
+    def __repr__(self) -> str:
+        return f"flow({self.op!r}, {self.base!r})"
+
+    def log_prob(self, x: Wire, condition: Wire = None) -> Tensor:
+        """``log p(x)``, of shape (N,)."""
+        z, total = self.counting(_join(x, condition), zeros_for(x))
+        return total + _base_log_prob(self.base, _part(z, condition))
+
+    def sample(self, shape: int | Sequence[int], condition: Wire = None) -> Wire:
+        """Samples without gradients; see `flow` for the shape."""
+        with torch.no_grad():
+            return self._from(_drawn(self.base, "sample", shape), condition)
+
+    def rsample(self, shape: int | Sequence[int], condition: Wire = None) -> Wire:
+        """Samples as functions of the parameters of op and base."""
+        return self._from(_drawn(self.base, "rsample", shape), condition)
+
+    def _from(self, z: Wire, condition: Wire) -> Wire:
+        return _part(self.op.inverse(_join(z, condition)), condition)
+
+    def rsample_with_log_prob(self, shape: int | Sequence[int], condition: Wire = None) -> tuple[Wire, Tensor]:
+        """Samples and their log-densities, from one evaluation of the inverse."""
+        z = _drawn(self.base, "rsample", shape)
+        x, negative = self.counting.inverse((_join(z, condition), -_base_log_prob(self.base, z)))
+        return _part(x, condition), -negative
+
+
+def _join(x: Wire, condition: Wire) -> Wire:
+    return x if condition is None else (x, condition)
+
+
+def _part(wire: Wire, condition: Wire) -> Wire:
+    return wire if condition is None else wire[0]
+
+
+def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
+    r"""A normalizing flow: the density of x when ``op`` sends data x to latents z of a known density.
+
+    .. math:: \log p(x) = \log p_{base}(f(x)) + \log|\det J_f(x)|
+
+    Args:
+        op: f, from data to latents; ``checkpoint(f)`` trains at constant activation memory.
+        base: A ``torch.distributions.Distribution`` over z, or a tuple of them for a tuple wire. Its ``log_prob`` is
+            summed over every dim but the batch: ``Normal(0, 1)`` serves latents of any shape.
+        exact: See `with_log_det`.
+
+    Returns:
+        A value with ``log_prob(x)``, ``sample(shape)``, ``rsample(shape)`` and ``rsample_with_log_prob(shape)``. The
+        shape goes to the base, and dim 0 of what it returns is the batch: ``sample(5)`` where the base has the shape of
+        one z, ``sample((5, 3, 8, 8))`` where it is ``Normal(0, 1)``. Each takes a ``condition`` for an op on
+        ``(x, condition)`` that passes it through, such as ``inv.ops.given(op)``.
+
+    Cost:
+        ``log_prob`` evaluates op once, ``sample`` and ``rsample`` its inverse.
+
+    Raises:
+        NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
+        WireError: When the base swallows the batch.
+
+    Example:
+        >>> import invfunc as inv
+        >>> log_normal = inv.flow(inv.ops.log(), torch.distributions.Normal(0.0, 1.0))
+        >>> log_normal.log_prob(torch.tensor([[1.0], [2.0]]))
+        tensor([-0.9189, -1.8523])
+        >>> log_normal.sample((4, 1)).shape
+        torch.Size([4, 1])
+
+    Source:
+        Tabak and Turner (2013); Rezende and Mohamed (2015).
+    """
+    return Flow(op, base, with_log_det(op, exact=exact))
+
+
+def _base_log_prob(base: Base, z: Wire) -> Tensor:
+    if isinstance(base, tuple):
+        if not (isinstance(z, tuple) and len(z) == len(base)):
+            raise WireError(f"{len(base)} base distributions got latents {describe(z)}", expected="as many latents")
+        return torch.stack([_base_log_prob(*both) for both in zip(base, z, strict=True)]).sum(0)
+    if not isinstance(z, Tensor):
+        raise WireError(f"the base got latents {describe(z)}", expected="one tensor", cure="pass a tuple of bases")
+    found = base.log_prob(z)
+    if found.shape[:1] != z.shape[:1]:
+        raise WireError(
+            f"the base's log_prob of {describe(z)} has shape {describe(found)}",
+            expected=f"({z.shape[0]}, ...): the batch first",
+            cure="let the event of the base be one sample",
+        )
+    return sum_per_sample(found)
+
+
+def _drawn(base: Base, how: str, shape: int | Sequence[int]) -> Wire:
+    if isinstance(base, tuple):
+        return tuple(_drawn(part, how, shape) for part in base)
+    return getattr(base, how)(Size([shape] if isinstance(shape, int) else shape))
+
+
+# ---- to and from torch.distributions -----------------------------------------------------------------------------
+
+
+class OpTransform(Transform):
+    """An op as a ``torch.distributions.Transform``; built by `as_transform`."""
+
+    bijective = True
+
+    def __init__(self, op: Invertible, event_dim: int, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.op, self.counting = op, with_log_det(op)
+        self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        """The same transform with another cache."""
+        return self if cache_size == self._cache_size else OpTransform(self.op, self.domain.event_dim, cache_size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OpTransform) and (self.op, self.domain.event_dim) == (other.op, other.domain.event_dim)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._unbatched(x, self.op.forward(self._batched(x)))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._unbatched(y, self.op.inverse(self._batched(y)))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``log|det J|``, of the shape of x without its event."""
+        batched = self._batched(x)
+        return self.counting(batched, zeros_for(batched))[1].view(self._batch(x))
+
+    def _batch(self, x: Tensor) -> Size:
+        return x.shape[: x.dim() - self.domain.event_dim]
+
+    def _batched(self, x: Tensor) -> Tensor:
+        """All dims but the event's as one."""
+        batch = self._batch(x)
+        return x.reshape(batch.numel(), *x.shape[len(batch) :])
+
+    def _unbatched(self, like: Tensor, found: Wire) -> Tensor:
+        given = self._batched(like)
+        if not isinstance(found, Tensor) or found.shape != given.shape:
+            raise WireError(
+                f"as_transform: {self.op!r} made {describe(found)} of {describe(given)}",
+                expected="events of the same shape",
+                cure="let the op end with the inverse of its split or reshape",
+            )
+        return found.reshape(like.shape)
+
+    def __repr__(self) -> str:
+        return f"as_transform({self.op!r}, event_dim={self.domain.event_dim})"
+
+
+def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
+    """An op as a ``torch.distributions.Transform``, for ``TransformedDistribution`` and libraries built on it.
+
+    Args:
+        op: The op, from a tensor to a tensor of the same shape.
+        event_dim: How many dims, from the right, are one event; the others are batch, however many. 0 for an op that
+            acts on each number alone.
+
+    Shapes:
+        ``(*batch, *event) -> (*batch, *event)``; ``log_abs_det_jacobian`` has the shape ``batch``.
+
+    Limits:
+        Domain and codomain are declared real; the op itself says what it takes under ``inv.debug(True)``.
+
+    Raises:
+        NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
+        WireError: When op changes the shape of an event.
+
+    Example:
+        >>> import invfunc as inv
+        >>> base = torch.distributions.Normal(torch.zeros(2), 1.0)
+        >>> log_normal = torch.distributions.TransformedDistribution(base, as_transform(inv.ops.exp(), event_dim=0))
+        >>> log_normal.log_prob(torch.ones(3, 2)).shape
+        torch.Size([3, 2])
+    """
+    if not isinstance(event_dim, int) or event_dim < 0:
+        raise OptionError(f"as_transform: event_dim is {event_dim}", expected="0, 1, 2, ...")
+    return OpTransform(op, event_dim)
+
+
+def _through(transform: Transform, x: Tensor) -> Tensor:
+    require(repr(transform), x, transform.domain.check, f"its domain, {transform.domain}")
+    y: Any = transform(x)
+    return y
+
+
+def _transform_log_det(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(transform.log_abs_det_jacobian(x, y))
+
+
+def from_transform(transform: Transform) -> Invertible:
+    """A ``torch.distributions.Transform`` as an op with a log-determinant; ``from_transform(as_transform(op)) = op``.
+
+    Args:
+        transform: A bijective transform; tensors in it get their gradients. Its cache is left out: a cached value may
+            have been computed without gradients.
+
+    Raises:
+        NotInvertibleError: When it is not bijective.
+        DomainError: Under ``inv.debug(True)``, when a value lies outside of the transform's domain.
+
+    Example:
+        >>> op = from_transform(torch.distributions.transforms.ExpTransform())
+        >>> op
+        from_transform(ExpTransform())
+        >>> log_det(op, torch.zeros(2, 3))[1]
+        tensor([0., 0.])
+    """
+    if isinstance(transform, OpTransform):
+        return transform.op
+    if not transform.bijective:
+        raise NotInvertibleError(f"from_transform: {transform!r} is not bijective")
+    pure = transform if transform._cache_size == 0 else transform.with_cache(0)
+    forward, inverse = partial(_through, pure), partial(_through, pure.inv)
+    name = f"from_transform({transform!r})"
+    return pair(forward, inverse, log_det=partial(_transform_log_det, pure), name=name)

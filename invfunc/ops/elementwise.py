@@ -1,0 +1,654 @@
+"""Elementwise ops: each is one function of one number, its inverse, and the logarithm of its derivative.
+
+Range and rounding: a function that saturates (`sigmoid`, `tanh`, `softplus`, `exp`) rounds to the end of its open range
+when its input is large. Its inverse reads such a value as the nearest number inside, so that what is rebuilt is finite.
+Beyond the end there is no inverse: the result is NaN, as torch has it, and under ``inv.debug(True)`` a `DomainError`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..combinators import match, sum_per_sample
+from ..debug import require
+from ..errors import OptionError
+from ..invertible import Chain, Invertible, invert, pair
+from .packing import pack_bits, unpack_bits
+
+
+def _undoing(op: Invertible, label: str) -> Invertible:
+    """``invert(op)``, shown as the call that built it; inverted again, it is shown as op."""
+    return Chain((invert(op),), (label, repr(op)))
+
+
+def _smallest(x: Tensor) -> float:
+    """The smallest positive number of a dtype."""
+    return torch.finfo(x.dtype).tiny * torch.finfo(x.dtype).eps
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=40)  # above torch's default of 20 it would still differ from the identity in float64
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """``log(sigmoid(x))``; torch's own warns in the backward of ``vmap``."""
+    return -_softplus(-x)
+
+
+# ---- exp and log -------------------------------------------------------------------------------------------------
+
+
+def _log(y: Tensor) -> Tensor:
+    require("log", y, torch.gt, "x > 0", "clamp the input, or put softplus() or exp() before it", 0)
+    return y.log().clamp_min(math.log(_smallest(y)))
+
+
+def _pull_exp(y: Tensor, gy: Tensor) -> Any:
+    return _log(y), gy * y
+
+
+def _exp_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(x)
+
+
+def exp() -> Invertible:
+    r"""The exponential function.
+
+    .. math:: y = e^x, \qquad x = \log y, \qquad \log|\det J| = \sum x
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers; the range is y > 0.
+
+    Cost:
+        Its inverse is one logarithm. Lowered, the gradient is read off the output and nothing is kept.
+
+    Raises:
+        DomainError: Under ``inv.debug(True)``, by the inverse of a y that is not positive.
+
+    Example:
+        >>> exp()(torch.tensor([0.0, 1.0]))
+        tensor([1.0000, 2.7183])
+    """
+    return pair(torch.exp, _log, pullback=_pull_exp, log_det=_exp_log_det, name="exp()")
+
+
+def log() -> Invertible:
+    r"""The natural logarithm: ``invert(exp())``.
+
+    .. math:: y = \log x, \qquad x = e^y, \qquad \log|\det J| = -\sum \log x
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        x > 0; the range is all numbers. Of 0, the logarithm of the smallest positive number; of less, NaN.
+
+    Cost:
+        Its inverse is one exponential. Lowered, nothing is kept.
+
+    Raises:
+        DomainError: Under ``inv.debug(True)``, when an x is not positive.
+
+    Example:
+        >>> log()(torch.tensor([1.0, 10.0]))
+        tensor([0.0000, 2.3026])
+    """
+    return _undoing(exp(), "log()")
+
+
+# ---- sigmoid and logit -------------------------------------------------------------------------------------------
+
+
+def _logit(y: Tensor) -> Tensor:
+    require("logit", y, _within, "0 < x < 1", "clamp the input, or put sigmoid() before it", 0, 1)
+    half = torch.finfo(y.dtype).eps / 2
+    return y.logit().clamp(math.log(_smallest(y)), math.log1p(-half) - math.log(half))
+
+
+def _within(x: Tensor, low: float, high: float) -> Tensor:
+    return (x > low) & (x < high)
+
+
+def _pull_sigmoid(y: Tensor, gy: Tensor) -> Any:
+    return _logit(y), gy * y * (1 - y)
+
+
+def _sigmoid_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(log_sigmoid(x) + log_sigmoid(-x))
+
+
+def sigmoid() -> Invertible:
+    r"""The logistic function.
+
+    .. math:: y = \sigma(x) = \frac{1}{1 + e^{-x}}, \qquad x = \log \frac{y}{1 - y}, \qquad
+        \log|\det J| = \sum \log\sigma(x) + \log\sigma(-x)
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers; the range is 0 < y < 1. Near 1 the numbers are sparse: beyond x = 8 in float32 and 18 in float64
+        less than half of the digits of x come back, beyond 17 and 37 none.
+
+    Cost:
+        Its inverse is one logit. Lowered, the gradient is read off the output and nothing is kept.
+
+    Raises:
+        DomainError: Under ``inv.debug(True)``, by the inverse of a y outside of the range.
+
+    Example:
+        >>> sigmoid()(torch.tensor([0.0, 2.0]))
+        tensor([0.5000, 0.8808])
+    """
+    return pair(torch.sigmoid, _logit, pullback=_pull_sigmoid, log_det=_sigmoid_log_det, name="sigmoid()")
+
+
+def logit() -> Invertible:
+    r"""The logarithm of the odds: ``invert(sigmoid())``.
+
+    .. math:: y = \log \frac{x}{1 - x}, \qquad x = \sigma(y), \qquad \log|\det J| = -\sum \log x + \log(1 - x)
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        0 < x < 1; the range is all numbers. 0 and 1 are read as the nearest number inside; beyond them, NaN.
+
+    Cost:
+        Its inverse is one sigmoid. Lowered, nothing is kept.
+
+    Raises:
+        DomainError: Under ``inv.debug(True)``, when an x lies outside of the domain.
+
+    Example:
+        >>> logit()(torch.tensor([0.5, 0.9]))
+        tensor([0.0000, 2.1972])
+    """
+    return _undoing(sigmoid(), "logit()")
+
+
+# ---- tanh and atanh ----------------------------------------------------------------------------------------------
+
+
+def _atanh(y: Tensor) -> Tensor:
+    require("atanh", y, _within, "-1 < x < 1", "clamp the input, or put tanh() before it", -1, 1)
+    limit = math.atanh(1 - torch.finfo(y.dtype).eps / 2)
+    return y.atanh().clamp(-limit, limit)
+
+
+def _pull_tanh(y: Tensor, gy: Tensor) -> Any:
+    return _atanh(y), gy * (1 - y * y)
+
+
+def _tanh_log_slope(x: Tensor) -> Tensor:
+    return 2 * (math.log(2) + log_sigmoid(2 * x) - x)
+
+
+def _tanh_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(_tanh_log_slope(x))
+
+
+def tanh() -> Invertible:
+    r"""The hyperbolic tangent.
+
+    .. math:: y = \tanh x, \qquad x = \operatorname{artanh} y, \qquad
+        \log|\det J| = \sum \log(1 - \tanh^2 x) = 2 \sum \log 2 + \log\sigma(2x) - x
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers; the range is -1 < y < 1. Near its ends the numbers are sparse: beyond \|x\| = 4 in float32 and 9 in
+        float64 less than half of the digits of x come back, beyond 9 and 19 none. `leaky_tanh` does not saturate.
+
+    Cost:
+        Its inverse is one artanh. Lowered, the gradient is read off the output and nothing is kept.
+
+    Raises:
+        DomainError: Under ``inv.debug(True)``, by the inverse of a y outside of the range.
+
+    Example:
+        >>> tanh()(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 0.7616])
+    """
+    return pair(torch.tanh, _atanh, pullback=_pull_tanh, log_det=_tanh_log_det, name="tanh()")
+
+
+def atanh() -> Invertible:
+    r"""The inverse hyperbolic tangent: ``invert(tanh())``.
+
+    .. math:: y = \operatorname{artanh} x, \qquad x = \tanh y, \qquad \log|\det J| = -\sum \log(1 - x^2)
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        -1 < x < 1; the range is all numbers. -1 and 1 are read as the nearest number inside; beyond them, NaN.
+
+    Cost:
+        Its inverse is one tanh. Lowered, nothing is kept.
+
+    Raises:
+        DomainError: Under ``inv.debug(True)``, when an x lies outside of the domain.
+
+    Example:
+        >>> atanh()(torch.tensor([0.0, 0.5]))
+        tensor([0.0000, 0.5493])
+    """
+    return _undoing(tanh(), "atanh()")
+
+
+def _saturates_at(cutoff: float) -> tuple[float, float]:
+    """The value and the slope of tanh at the cutoff."""
+    return math.tanh(cutoff), 1 / math.cosh(cutoff) ** 2
+
+
+def _leaky_tanh_forward(cutoff: float, x: Tensor) -> Tensor:
+    value, slope = _saturates_at(cutoff)
+    return torch.where(x.abs() < cutoff, x.tanh(), x.sign() * (value - slope * cutoff) + slope * x)
+
+
+def _leaky_tanh_inverse(cutoff: float, y: Tensor) -> Tensor:
+    value, slope = _saturates_at(cutoff)
+    inside = y.abs() < value
+    straight = (y - y.sign() * (value - slope * cutoff)) / slope
+    return torch.where(inside, torch.where(inside, y, 0).atanh(), straight)
+
+
+def _pull_leaky_tanh(cutoff: float, y: Tensor, gy: Tensor) -> Any:
+    value, slope = _saturates_at(cutoff)
+    return _leaky_tanh_inverse(cutoff, y), gy * torch.where(y.abs() < value, 1 - y * y, slope)
+
+
+def _leaky_tanh_log_det(cutoff: float, x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(_tanh_log_slope(x.clamp(-cutoff, cutoff)))
+
+
+def leaky_tanh(cutoff: float = 3.0) -> Invertible:
+    r"""The hyperbolic tangent, continued beyond a cutoff by its tangents, so that it never saturates.
+
+    .. math:: y = \tanh x \text{ for } |x| < c, \qquad
+        y = \pm(\tanh c + (1 - \tanh^2 c)(|x| - c)) \text{ beyond}, \qquad
+        \log|\det J| = \sum \log(1 - \tanh^2 \min(|x|, c))
+
+    Args:
+        cutoff: c > 0. Rounding of y grows by :math:`\cosh^2 c` on the way back: 101 for 3, 5507 for 5.
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers, and so is the range.
+
+    Cost:
+        Its inverse is one artanh. Lowered, the gradient is read off the output and nothing is kept.
+
+    Raises:
+        OptionError: When the cutoff is not positive, or so large that tanh has saturated in float32.
+
+    Example:
+        >>> leaky_tanh()(torch.tensor([1.0, 100.0]))
+        tensor([0.7616, 1.9521])
+
+    Source:
+        Ward, flowjax's ``LeakyTanh`` (2022).
+    """
+    if not 0 < cutoff < 8:
+        raise OptionError(f"leaky_tanh: cutoff is {cutoff}", expected="a number between 0 and 8")
+    return pair(
+        partial(_leaky_tanh_forward, cutoff),
+        partial(_leaky_tanh_inverse, cutoff),
+        pullback=partial(_pull_leaky_tanh, cutoff),
+        log_det=partial(_leaky_tanh_log_det, cutoff),
+        name=f"leaky_tanh({cutoff})",
+    )
+
+
+# ---- softplus ----------------------------------------------------------------------------------------------------
+
+
+def _softplus_inverse(y: Tensor) -> Tensor:
+    require("invert(softplus())", y, torch.gt, "y > 0", "clamp the input, or put softplus() before it", 0)
+    return (y + (-(-y).expm1()).log()).clamp_min(math.log(_smallest(y)))
+
+
+def _pull_softplus(y: Tensor, gy: Tensor) -> Any:
+    return _softplus_inverse(y), gy * -(-y).expm1()
+
+
+def _softplus_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(log_sigmoid(x))
+
+
+def softplus() -> Invertible:
+    r"""A smooth positive part.
+
+    .. math:: y = \log(1 + e^x), \qquad x = y + \log(1 - e^{-y}), \qquad \log|\det J| = \sum \log\sigma(x)
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers; the range is y > 0. Of y = 0 the inverse is finite; of less, NaN.
+
+    Cost:
+        Its inverse is one exponential and one logarithm. Lowered, the gradient is read off the output and nothing is
+        kept.
+
+    Raises:
+        DomainError: Under ``inv.debug(True)``, by the inverse of a y that is not positive.
+
+    Example:
+        >>> softplus()(torch.tensor([-1.0, 0.0]))
+        tensor([0.3133, 0.6931])
+    """
+    return pair(_softplus, _softplus_inverse, pullback=_pull_softplus, log_det=_softplus_log_det, name="softplus()")
+
+
+# ---- sinh and asinh ----------------------------------------------------------------------------------------------
+
+
+def _pull_sinh(y: Tensor, gy: Tensor) -> Any:
+    return y.asinh(), gy * y.hypot(y.new_ones(()))
+
+
+def _sinh_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(x - log_sigmoid(2 * x) - math.log(2))
+
+
+def sinh() -> Invertible:
+    r"""The hyperbolic sine.
+
+    .. math:: y = \sinh x, \qquad x = \operatorname{arsinh} y, \qquad
+        \log|\det J| = \sum \log\cosh x = \sum x - \log\sigma(2x) - \log 2
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers, and so is the range; it overflows beyond \|x\| = 89 in float32.
+
+    Cost:
+        Its inverse is one arsinh. Lowered, the gradient is read off the output and nothing is kept.
+
+    Example:
+        >>> sinh()(torch.tensor([0.0, 1.0]))
+        tensor([0.0000, 1.1752])
+    """
+    return pair(torch.sinh, torch.asinh, pullback=_pull_sinh, log_det=_sinh_log_det, name="sinh()")
+
+
+def asinh() -> Invertible:
+    r"""The inverse hyperbolic sine, ``invert(sinh())``: linear near 0, logarithmic far away.
+
+    .. math:: y = \operatorname{arsinh} x, \qquad x = \sinh y, \qquad
+        \log|\det J| = -\tfrac12 \sum \log(1 + x^2)
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers, and so is the range.
+
+    Cost:
+        Its inverse is one sinh. Lowered, nothing is kept.
+
+    Example:
+        >>> asinh()(torch.tensor([0.0, 1000.0]))
+        tensor([0.0000, 7.6009])
+    """
+    return _undoing(sinh(), "asinh()")
+
+
+# ---- powers ------------------------------------------------------------------------------------------------------
+
+
+def _power(p: float | Tensor, x: Tensor) -> Tensor:
+    require("power", x, torch.gt, "x > 0", "put exp() or softplus() before it, or use cbrt()", 0)
+    return x**p
+
+
+def _root(p: float | Tensor, y: Tensor) -> Tensor:
+    require("invert(power)", y, torch.gt, "y > 0", "put exp() or softplus() before it, or use cbrt()", 0)
+    return y ** (1 / p)
+
+
+def _pull_power(p: float | Tensor, y: Tensor, gy: Tensor) -> Any:
+    x = _root(p, y)
+    closed = [(p, match(gy * y * x.log(), p))] if isinstance(p, Tensor) else []
+    return x, gy * p * y / x, closed
+
+
+def _power_log_det(p: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
+    scale = p.abs().log() if isinstance(p, Tensor) else math.log(math.fabs(p))
+    return sum_per_sample((p - 1) * x.log() + scale)
+
+
+def power(p: float | Tensor) -> Invertible:
+    r"""A power of positive numbers.
+
+    .. math:: y = x^p, \qquad x = y^{1/p}, \qquad \log|\det J| = \sum \log|p| + (p - 1) \log x
+
+    Args:
+        p: The exponent, not 0: a number, or a tensor of the shape of x or broadcast to it.
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        x > 0, and the range is y > 0. Elsewhere what torch's power returns, which no inverse undoes: NaN unless p is
+        an integer. For a cube root with its sign, `cbrt`.
+
+    Cost:
+        Its inverse is one power. Lowered, the gradient is read off the output and nothing is kept.
+
+    Raises:
+        OptionError: When p is 0.
+        DomainError: Under ``inv.debug(True)``, when an x or a y is not positive.
+
+    Example:
+        >>> power(2.0)(torch.tensor([1.0, 3.0]))
+        tensor([1., 9.])
+    """
+    if not isinstance(p, Tensor) and p == 0:
+        raise OptionError("power: p is 0", expected="any other number", cure="x ** 0 is 1 for every x")
+    return pair(
+        partial(_power, p),
+        partial(_root, p),
+        pullback=partial(_pull_power, p),
+        log_det=partial(_power_log_det, p),
+        name="power(p)" if isinstance(p, Tensor) else f"power({p})",
+    )
+
+
+def _sign_and_size(x: Tensor) -> tuple[Tensor, Tensor]:
+    """1 or -1, and ``|x|`` except at 0, where its roots have no derivative."""
+    sign = 1 - 2 * (x < 0).to(x.dtype)
+    return sign, sign * x + torch.finfo(x.dtype).tiny * (x == 0).to(x.dtype)
+
+
+def _cbrt(x: Tensor) -> Tensor:
+    sign, size = _sign_and_size(x)
+    y = sign * size ** (1 / 3)
+    return torch.where(x == 0, y - y.detach(), y)
+
+
+def _cube(y: Tensor) -> Tensor:
+    return y * y * y
+
+
+def _cbrt_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(-2 / 3 * _sign_and_size(x)[1].log() - math.log(3))
+
+
+def cbrt() -> Invertible:
+    r"""The cube root, with the sign of its argument.
+
+    .. math:: y = \operatorname{sign}(x) |x|^{1/3}, \qquad x = y^3, \qquad
+        \log|\det J| = -\sum \log 3 + \tfrac23 \log|x|
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers, and so is the range. At 0 the derivative is infinite; it is taken to be that at the smallest normal
+        number, so that no gradient is NaN, and the log-determinant is finite.
+
+    Cost:
+        Its inverse is two products. Lowered, nothing is kept.
+
+    Example:
+        >>> cbrt()(torch.tensor([-8.0, 0.0, 27.0]))
+        tensor([-2.,  0.,  3.])
+    """
+    return pair(_cbrt, _cube, log_det=_cbrt_log_det, name="cbrt()")
+
+
+# ---- rectified ---------------------------------------------------------------------------------------------------
+
+
+def _leak(slope: float, x: Tensor) -> Tensor:
+    return F.leaky_relu(x, slope)
+
+
+def _pull_leaky_relu(slope: float, y: Tensor, gy: Tensor) -> Any:
+    return F.leaky_relu(y, 1 / slope), torch.where(y > 0, gy, gy * slope)
+
+
+def _leaky_relu_log_det(slope: float, x: Tensor, y: Tensor) -> Tensor:
+    return math.log(slope) * sum_per_sample((x <= 0).to(x.dtype))
+
+
+def leaky_relu(slope: float = 0.01) -> Invertible:
+    r"""Negative numbers are scaled down.
+
+    .. math:: y = \max(x, 0) + a \min(x, 0), \qquad x = \max(y, 0) + \min(y, 0) / a, \qquad
+        \log|\det J| = \log a \cdot \#\{x \le 0\}
+
+    Args:
+        slope: a > 0. On the way back, rounding of negative numbers grows by 1/a: 0.1 or more suits deep chains.
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers, and so is the range.
+
+    Cost:
+        Its inverse is another leaky_relu. Lowered, the gradient is read off the output, and nothing is kept.
+
+    Raises:
+        OptionError: When the slope is not positive: then it has no inverse.
+
+    Example:
+        >>> leaky_relu(0.1)(torch.tensor([-1.0, 2.0]))
+        tensor([-0.1000,  2.0000])
+
+    Source:
+        Maas et al., Rectifier nonlinearities improve neural network acoustic models (2013).
+    """
+    if slope <= 0:
+        raise OptionError(f"leaky_relu: slope is {slope}", expected="a positive number", cure="relu() keeps a residue")
+    return pair(
+        partial(_leak, slope),
+        partial(_leak, 1 / slope),
+        pullback=partial(_pull_leaky_relu, slope),
+        log_det=partial(_leaky_relu_log_det, slope),
+        name=f"leaky_relu({slope})",
+    )
+
+
+def _abs(x: Tensor) -> Any:
+    return x.abs(), pack_bits(x < 0)
+
+
+def _sign_again(negative: Tensor, y: Tensor) -> Tensor:
+    return torch.where(unpack_bits(negative, y.shape), -y, y)
+
+
+def _pull_abs(negative: Tensor, y: Tensor, gy: Tensor) -> Any:
+    x = _sign_again(negative, y)
+    return x, gy * x.sign()
+
+
+def _abs_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[:1])
+
+
+def abs() -> Invertible:
+    r"""The absolute value, whose signs are kept as the residue.
+
+    .. math:: y = |x|, \; r = [x < 0], \qquad x = (1 - 2r) y, \qquad \log|\det J| = 0
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers; the range is y >= 0. With its residue it is one to one.
+
+    Cost:
+        Kept: one bit for each element, eight to a byte. Its inverse is one selection.
+
+    Raises:
+        NotInvertibleError: When its inverse is asked for without the residue.
+
+    Example:
+        >>> y, r = abs().forward_with_residue(torch.tensor([-1.0, 2.0]))
+        >>> y
+        tensor([1., 2.])
+        >>> abs().inverse_with_residue(r, y)
+        tensor([-1.,  2.])
+    """
+    return pair(_abs, _sign_again, pullback=_pull_abs, log_det=_abs_log_det, residue=True, name="abs()")
+
+
+def _relu(x: Tensor) -> Any:
+    return x.relu(), x.clamp_max(0)
+
+
+def _add_negative_part(negative: Tensor, y: Tensor) -> Tensor:
+    return y + negative
+
+
+def _pull_relu(negative: Tensor, y: Tensor, gy: Tensor) -> Any:
+    return y + negative, torch.where(y > 0, gy, 0)
+
+
+def relu() -> Invertible:
+    r"""The positive part, whose negative part is kept as the residue.
+
+    .. math:: y = \max(x, 0), \; r = \min(x, 0), \qquad x = y + r
+
+    Shapes:
+        Any shape and floating-point dtype.
+
+    Domain:
+        All numbers; the range is y >= 0.
+
+    Cost:
+        Kept: the negative part, which is as large as an activation: no mask brings back what relu destroys.
+        `leaky_relu` destroys nothing and keeps nothing; `abs` keeps one bit for each element.
+
+    Limits:
+        It has no log-determinant: it is not one to one.
+
+    Raises:
+        NotInvertibleError: When its inverse is asked for without the residue.
+
+    Example:
+        >>> y, r = relu().forward_with_residue(torch.tensor([-1.0, 2.0]))
+        >>> y
+        tensor([0., 2.])
+        >>> relu().inverse_with_residue(r, y)
+        tensor([-1.,  2.])
+    """
+    return pair(_relu, _add_negative_part, pullback=_pull_relu, residue=True, name="relu()")

@@ -1,0 +1,198 @@
+"""Mixtures of logistic distributions: their cumulative distribution function as an elementwise op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..combinators import sum_per_sample
+from ..errors import OptionError, WireError
+from ..invertible import Invertible, chain, named, pair
+from ..wires import describe
+from .elementwise import log_sigmoid, sigmoid
+from .splines import check_parameters
+
+_NAME = "mixture_logit"
+
+
+class Logistics(NamedTuple):
+    """The components of a mixture, in the last dimension."""
+
+    log_weights: Tensor
+    means: Tensor
+    log_scales: Tensor
+
+
+def _logistics(logits: Tensor, means: Tensor | None, log_scales: Tensor | None) -> Logistics:
+    if means is None or log_scales is None:
+        if logits.shape[-1] % 3:
+            raise WireError(
+                f"{_NAME} got {logits.shape[-1]} parameters in the last dimension of {describe(logits)}",
+                expected="3K of them for K components",
+                cure="reshape what the net returns to x.shape + (3K,)",
+            )
+        logits, means, log_scales = logits.chunk(3, -1)
+    if not logits.shape[-1] == means.shape[-1] == log_scales.shape[-1]:
+        raise WireError(f"{_NAME} got {describe((logits, means, log_scales))}", expected="as many components in each")
+    return Logistics(logits.log_softmax(-1), means, log_scales)
+
+
+def _standardised(mixture: Logistics, x: Tensor) -> Tensor:
+    return (x.unsqueeze(-1) - mixture.means) * (-mixture.log_scales).exp()
+
+
+def _log_odds(mixture: Logistics, x: Tensor) -> Tensor:
+    """``logit F(x)``, from log F and log(1 - F): exact in both tails."""
+    z = _standardised(mixture, x)
+    below = (mixture.log_weights + log_sigmoid(z)).logsumexp(-1)
+    return below - (mixture.log_weights + log_sigmoid(-z)).logsumexp(-1)
+
+
+def _log_slope(mixture: Logistics, x: Tensor) -> Tensor:
+    """The logarithm of the derivative of `_log_odds`: ``log f - log F - log(1 - F)``."""
+    z = _standardised(mixture, x)
+    below, above = mixture.log_weights + log_sigmoid(z), log_sigmoid(-z)
+    density = (below + above - mixture.log_scales).logsumexp(-1)
+    return density - below.logsumexp(-1) - (mixture.log_weights + above).logsumexp(-1)
+
+
+def bisected(fn: Callable[[Tensor], Tensor], target: Tensor, low: Tensor, high: Tensor, steps: int) -> Tensor:
+    """Where an increasing function reaches a target between two points, to ``(high - low) / 2**steps``; no gradient.
+
+    Example:
+        >>> bisected(torch.exp, torch.tensor(2.0), torch.tensor(0.0), torch.tensor(1.0), 20)
+        tensor(0.6931)
+    """
+    for _ in range(steps):
+        middle = (low + high) / 2
+        below = fn(middle) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+def _forward(
+    tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, x: Tensor
+) -> Tensor:
+    mixture = _logistics(logits, means, log_scales)
+    check_parameters(_NAME, x, mixture)
+    return _log_odds(mixture, x)
+
+
+def _inverse(
+    tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, y: Tensor
+) -> Tensor:
+    mixture = _logistics(logits, means, log_scales)
+    check_parameters(_NAME, y, mixture)
+    x = _root(tolerance or torch.finfo(y.dtype).eps, Logistics(*(part.detach() for part in mixture)), y.detach())
+    for _ in range(2):  # each step of Newton's method doubles how many derivatives are right: 0, 1, 3
+        x = x - (_log_odds(mixture, x) - y) * (-_log_slope(mixture, x)).exp()
+    return x
+
+
+def _root(tolerance: float, mixture: Logistics, y: Tensor) -> Tensor:
+    """The quantile of the mixture lies between the least and the greatest of its components' quantiles."""
+    quantiles = mixture.means + mixture.log_scales.exp() * y.unsqueeze(-1)
+    steps = math.ceil(-math.log2(tolerance))
+    return bisected(partial(_log_odds, mixture), y, quantiles.amin(-1), quantiles.amax(-1), steps)
+
+
+def _log_det(
+    tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, x: Tensor, y: Tensor
+) -> Tensor:
+    return sum_per_sample(_log_slope(_logistics(logits, means, log_scales), x))
+
+
+def mixture_logit(
+    logits: Tensor, means: Tensor | None = None, log_scales: Tensor | None = None, *, tolerance: float | None = None
+) -> Invertible:
+    r"""The log-odds of a mixture of logistic distributions: `mixture_cdf` followed by a logit; a law of `couple`.
+
+    .. math:: y = \log F(x) - \log(1 - F(x)), \qquad F(x) = \sum_k \pi_k\, \sigma\!\left(\frac{x - \mu_k}{s_k}\right),
+        \qquad \log|\det J| = \sum \log f(x) - \log F(x) - \log(1 - F(x))
+
+    With one component it is :math:`(x - \mu) / s`.
+
+    Args:
+        logits: Unnormalised logarithms of the weights: :math:`\pi = softmax(logits)`. Alone, all parameters in one
+            tensor: logits, means and logarithms of scales, 3K of them.
+        means: The means of the K components.
+        log_scales: The logarithms of their scales.
+        tolerance: How far the bisection narrows its bracket, as a part of it, before two steps of Newton's method; by
+            default the rounding of the dtype.
+
+    Shapes:
+        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it.
+
+    Domain:
+        All numbers, and so is the range: nothing saturates.
+
+    Cost:
+        Forward: two sums over K. The inverse is found by bisection: 52 evaluations of forward in float64, 23 in
+        float32. Its gradients, up to the third, are those of the implicit function: two differentiable steps of
+        Newton's method from the root. Lowered, nothing is kept.
+
+    Raises:
+        WireError: When the numbers of parameters do not fit each other, or their shapes do not fit x.
+        OptionError: When the tolerance is not between 0 and 1.
+
+    Example:
+        >>> op = mixture_logit(torch.zeros(2), torch.tensor([-1.0, 1.0]), torch.zeros(2))
+        >>> op(torch.tensor([0.0, 3.0]))
+        tensor([0.0000, 2.6085])
+        >>> op.inverse(op(torch.tensor([-9.0, 3.0])))
+        tensor([-9.,  3.])
+
+    Source:
+        Ho et al., Flow++ (2019).
+    """
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise OptionError(f"{_NAME}: tolerance is {tolerance}", expected="a number between 0 and 1")
+    static = tolerance, logits, means, log_scales
+    given = "logits, means, log_scales" if means is not None else "parameters"
+    forward, inverse = partial(_forward, *static), partial(_inverse, *static)
+    return pair(forward, inverse, log_det=partial(_log_det, *static), name=f"{_NAME}({given})")
+
+
+def mixture_cdf(
+    logits: Tensor, means: Tensor | None = None, log_scales: Tensor | None = None, *, tolerance: float | None = None
+) -> Invertible:
+    r"""The cumulative distribution function of a mixture of logistics: ``chain(mixture_logit(...), sigmoid())``.
+
+    .. math:: y = F(x) = \sum_k \pi_k\, \sigma\!\left(\frac{x - \mu_k}{s_k}\right), \qquad
+        \log|\det J| = \sum \log f(x)
+
+    Args:
+        logits: Unnormalised logarithms of the weights, or all parameters in one tensor; see `mixture_logit`.
+        means: The means of the K components.
+        log_scales: The logarithms of their scales.
+        tolerance: See `mixture_logit`.
+
+    Shapes:
+        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it.
+
+    Domain:
+        All numbers; the range is 0 < y < 1, near whose end the numbers are sparse: see `sigmoid`. In a network,
+        `mixture_logit` does not saturate.
+
+    Cost:
+        That of `mixture_logit`, and a sigmoid.
+
+    Raises:
+        WireError: When the numbers of parameters do not fit each other, or their shapes do not fit x.
+        DomainError: Under ``inv.debug(True)``, by the inverse of a y outside of the range.
+
+    Example:
+        >>> mixture_cdf(torch.zeros(2), torch.tensor([-1.0, 1.0]), torch.zeros(2))(torch.tensor([0.0, 3.0]))
+        tensor([0.5000, 0.9314])
+
+    Source:
+        Ho et al., Flow++ (2019).
+    """
+    given = "logits, means, log_scales" if means is not None else "parameters"
+    inner = mixture_logit(logits, means, log_scales, tolerance=tolerance)
+    return named(chain(inner, sigmoid()), f"mixture_cdf({given})")
