@@ -286,19 +286,19 @@ class Counting(Invertible):
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         x, total = _checked(x)
         y, residue = self.op.forward_with_residue(x)
-        return (y, total + self._by_rule(x, y)), residue
+        return (y, total + self._by_rule(x, y).to(total.dtype)), residue
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
         y, total = _checked(y)
         x = self.op.inverse_with_residue(residue, y)
-        return x, total - self._by_rule(x, y)
+        return x, total - self._by_rule(x, y).to(total.dtype)
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """The rule is evaluated once: its value undoes the total, and its vjp joins that of the op."""
         y, total = y
         x = vjp.run(self.op.inverse_with_residue, (residue, y))
         (_, added), pull = vjp(partial(self._of, isinstance(x, tuple)), x, None if needs is None else needs[0])
-        return (x, total - added), (pull(gy), gy[1])
+        return (x, total - added.to(total.dtype)), (pull(gy), gy[1])
 
     def _of(self, is_tuple: bool, *x: Wire) -> tuple[Wire, Tensor]:
         """``x -> (y, log|det J|)``, of a wire that arrives as positional arguments."""

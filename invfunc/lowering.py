@@ -36,7 +36,7 @@ from . import transforms
 from .combinators import Half, Parallel, Plumbing
 from .errors import DonatedError, ReplayError, place_error
 from .invertible import Chain, Invertible, OneWay, Pair, Residue
-from .replay import Kept, Owners, Recording, Replay, fetch, owners, recorded, slots
+from .replay import Kept, Kind, Owners, Recording, Replay, check_kinds, fetch, kinds, owners, recorded, slots
 from .wires import Wire, is_differentiable, leaves, map_wire
 
 # ---- what flows along a trunk --------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ class Call:
     x_spec: Wire  # the structure of x; a leaf is `STRAND`, the place of a kept tensor, or itself
     y_spec: Wire
     residue_spec: Residue
-    x_kinds: list[tuple[torch.Size, torch.dtype]]
-    y_kinds: list[tuple[torch.Size, torch.dtype]]
+    x_kinds: list[Kind]
+    y_kinds: list[Kind]
     carried: bool  # whether x came with carriers
     count_kept: int
     dead: tuple[int, ...]  # outputs that depend on nothing differentiable
@@ -245,7 +245,7 @@ def stage(op: Invertible, state: State, options: Options) -> State:
     if not (carried or recording.captured or any(needs)):
         return begin(y)
     call, kept, ys = _call(op, recording, x, y, residue, carried)
-    call.dead = _dead(op, needs, recording.dead)
+    call.dead = _dead(op, needs, tuple(i for i in recording.dead if i < len(ys)))  # residues come behind
     carriers = [s.carrier if s.carrier is not None else carrier(s.value) for s in xs] if carried else []
     out = _apply(_Stage, call, *[s.value for s in xs], *carriers, *kept, *ys)
     return _filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
@@ -280,7 +280,7 @@ def _call(
     residue_spec = None if residue is None else _residue_spec(residue, lost, kept)
     if recording.pins:
         recording.pins[:] = [(name, _keep(value, kept)) for name, value in recording.pins]
-    call = Call(op, recording, x_spec, y_spec, residue_spec, _kinds(xs), _kinds(ys), carried, len(kept), ())
+    call = Call(op, recording, x_spec, y_spec, residue_spec, kinds(xs), kinds(ys), carried, len(kept), ())
     call.count_lost = len(lost)
     return call, [*kept, *lost], ys
 
@@ -303,10 +303,6 @@ def _spec(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wi
         on_strands.append(wire)
         return STRAND
     return None if kept is None else _keep(wire, kept)
-
-
-def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(t.shape, t.dtype) for t in tensors]
 
 
 def owners_of(op: Invertible) -> Owners:
@@ -356,11 +352,13 @@ def _keep(leaf: Any, kept: list[Tensor]) -> Any:
     return Kept(len(kept) - 1)
 
 
-def _dead(op: Invertible, needs: Sequence[bool], found: tuple[int, ...]) -> tuple[int, ...]:
-    """Outputs without a gradient: found by the recording, or the untouched component of a coupling."""
-    if isinstance(op, Half) and len(needs) == 2:
-        return () if needs[1 - op.target] else (1 - op.target,)
-    return found
+def _dead(op: Invertible, x: Wire, needs: Sequence[bool], found: tuple[int, ...]) -> tuple[int, ...]:
+    """Outputs without a gradient: found by the recording, or of the untouched component of a coupling."""
+    if not isinstance(op, Half) or all(needs):
+        return found
+    first = sum(map(is_differentiable, leaves(x[0])))
+    untouched = range(first, len(needs)) if op.target == 0 else range(first)
+    return tuple(i for i in untouched if not needs[i])
 
 
 # ---- the nodes -------------------------------------------------------------------------------------------------------
@@ -481,7 +479,7 @@ def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor |
     xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
     y, pull = replay(_on_wire(call), (_filled(call.x_spec, xs, kept),), (needs,))
-    _check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
+    check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
     (gx,) = pull(_filled(call.y_spec, gys, None))
     return _arranged(call, gx, None, replay.finish())
 
@@ -500,7 +498,7 @@ def _rerun_lean(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Ten
         return call.again(handed)  # pyright: ignore[reportOptionalCall]
 
     y, pull = replay(run, torch.zeros(()), True)
-    _check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
+    check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
     del y
     pull(_filled(call.y_spec, gys, None))
     return _arranged(call, _filled(call.x_spec, gxs, None), None, replay.finish())
@@ -559,28 +557,13 @@ def _arranged(call: Call, gx: Wire, x: Wire, gcaptured: Sequence[Tensor | None])
     count = len(call.x_kinds)
     gxs = _on_strands(call, gx) if gx is not None else [None] * count
     if call.carried:
-        _check_kinds(f"the inverse of {call.op!r}", x, call.x_kinds)
+        check_kinds(f"the inverse of {call.op!r}", x, call.x_kinds)
     xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)] if call.carried else []
     return (None, *gxs, *xs, *gcaptured, *([None] * (call.count_kept - len(gcaptured) + call.count_lost + len(call.y_kinds))))
 
 
 def _on_strands(call: Call, wire: Wire) -> list[Any]:
     return [leaf for leaf, spec in zip(leaves(wire), leaves(call.x_spec), strict=True) if spec is STRAND]
-
-
-def _check_kinds(subject: str, wire: Wire, expected: list[tuple[torch.Size, torch.dtype]]) -> None:
-    """Raise where a function returned something else in backward than forward had."""
-    got = [(t.shape, t.dtype) for t in leaves(wire) if is_differentiable(t)]
-    if got != expected:
-        raise ReplayError(
-            f"{subject} returned {_shown(got)}",
-            expected=f"{_shown(expected)} as in forward",
-            cure="the function must be pure; test an op with invfunc.testing.check_laws",
-        )
-
-
-def _shown(kinds: list[tuple[torch.Size, torch.dtype]]) -> str:
-    return ", ".join(f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in kinds) or "nothing"
 
 
 # ---- donation --------------------------------------------------------------------------------------------------------

@@ -5,10 +5,13 @@ Leaves that are not tensors, ``None``, and integer or bool tensors ride along un
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from torch import Tensor
+
+from .errors import WireError
 
 Wire: TypeAlias = Any  # a Tensor, another leaf, or a tuple of wires: recursive types are not worth their errors here
 
@@ -58,7 +61,30 @@ def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:
 
 def spread(fn: Callable[..., Any], wire: Wire) -> Any:
     """Call a user's function: a tuple wire becomes its positional arguments."""
-    return fn(*wire) if isinstance(wire, tuple) else fn(wire)
+    if not isinstance(wire, tuple):
+        return fn(wire)
+    try:
+        return fn(*wire)
+    except TypeError:
+        _check_arity(fn, wire)
+        raise
+
+
+def _check_arity(fn: Callable[..., Any], wire: tuple[Wire, ...]) -> None:
+    """Raise a named error where a function does not take as many components as it got."""
+    try:
+        signature = inspect.signature(getattr(fn, "forward", fn))  # a module's own, not that of its __call__
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*wire)
+    except TypeError as error:
+        name = getattr(fn, "__name__", None) or type(fn).__name__
+        raise WireError(
+            f"{name} received {len(wire)} components {describe(wire)}",
+            expected=f"as many as {name}{signature} takes",
+            cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all",
+        ) from error
 
 
 def is_differentiable(leaf: Any) -> bool:

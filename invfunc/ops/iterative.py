@@ -1,0 +1,690 @@
+"""Ops whose inverse solves an equation: residual flows by a fixed point, autoregressive flows element by element.
+
+NOTE [Implicit] An op y = F(x) whose inverse is found by iteration:
+
+1.  Nothing is differentiated through the iterations. If x = F^-1(y), then ``gy = J^-T gx``, and the gradient of what F
+    closes over is ``-gy`` pulled back through F, where J is F's Jacobian at x: `SolvedInverse.pull`.
+2.  ``J^-T`` is itself the inverse of an op of the same kind, on the wire ``(g, x)``: see `Adjoint`. So it has a
+    gradient, and so on: gradients of every order converge by their own criterion. Those of an unrolled iteration do
+    not: it may stop at once because the *value* is there, as at f(0) = 0, with the derivative far from its limit.
+3.  The inverse is a stage of a trunk in plain autograd too: only so does rule 1 hold under every transform.
+4.  Forward mode has no such hook. There the solution is found first, without gradients; then as many differentiable
+    steps follow as a vector without structure needs to vanish under repeated application of f's Jacobian.
+5.  Weights are computed once for all evaluations of one solve: spectral normalisation moves its estimate, and with it
+    the weights, in every evaluation in training, so that there would be no fixed point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+
+from .. import transforms
+from ..combinators import add_wires, affine, sum_per_sample
+from ..debug import checking
+from ..errors import DomainError, OptionError, WireError
+from ..invertible import VJP, Inverse, Invertible, Pair, Residue, name_of
+from ..log_det import log_det
+from ..lowering import Options, begin, close, runs_plainly, walk
+from ..wires import Wire, describe, is_differentiable, map_wire, spread
+
+# ---- a primitive whose inverse is solved for -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class Solved(Pair):
+    """A primitive on x, or on ``(x, *context)``, whose inverse solves an equation for x; see NOTE [Implicit]."""
+
+    adjoint_fn: Callable[..., Tensor] | None = None  # (gx, x, *context) -> gy with J(x)^T gy = gx
+
+    def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
+        return SolvedInverse(self).forward(y)
+
+    def inverted(self) -> Invertible:
+        return SolvedInverse(self)
+
+
+@dataclass(frozen=True, repr=False)
+class SolvedInverse(Inverse):
+    """The inverse of a `Solved` op, with implicit gradients."""
+
+    op: Solved
+
+    def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
+        if runs_plainly():
+            return spread(self.op.inverse_fn, x), None
+        return close(walk(self, begin(x), Options())), None
+
+    def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
+        """Rule 1 of NOTE [Implicit]; y is what the op calls x."""
+        assert self.op.adjoint_fn is not None
+        (x, *context), (gx, *gcontext) = _parts(y), _parts(gy)
+        solved = vjp.run(self.op.adjoint_fn, (torch.zeros_like(x) if gx is None else gx, x, *context))
+        rebuilt, pull = vjp(self.op.forward_fn, y, _like(y, False, map(_differentiable, context)))
+        _, *gpassed = _parts(pull(_like(y, -solved, map(_nothing, context))))
+        return rebuilt, _like(y, solved, map(add_wires, gcontext, gpassed))
+
+    def inverted(self) -> Invertible:
+        return self.op
+
+
+def _parts(wire: Wire) -> tuple[Any, ...]:
+    return wire if isinstance(wire, tuple) else (wire,)
+
+
+def _like(wire: Wire, first: Any, rest: Iterable[Any]) -> Wire:
+    """A wire that is a tuple if another is."""
+    return (first, *rest) if isinstance(wire, tuple) else first
+
+
+def _differentiable(wire: Wire) -> Wire:
+    return map_wire(is_differentiable, wire)
+
+
+def _nothing(wire: Wire) -> Wire:
+    return map_wire(_none, wire)
+
+
+def _none(leaf: Any) -> None:
+    return None
+
+
+# ---- fixed points ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an iteration ends, and what its error says."""
+
+    subject: str
+    tolerance: float | None
+    max_iterations: int
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """``y -> x`` with ``x + fn(x) = y``."""
+
+    fn: Callable[..., Tensor]
+    limits: Limits
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The user's function that this object calls."""
+        return (self.fn,)
+
+    def __call__(self, y: Tensor, *context: Wire) -> Wire:
+        x = self._solve_forward(y, context) if transforms.forward_mode() else self._solve(y, context)
+        return (x, *context) if context else x
+
+    def _solve(self, y: Tensor, context: tuple[Wire, ...]) -> Tensor:
+        with _fixed_weights():
+            fn = self.fn.linearised(*context) if isinstance(self.fn, Adjoint) else _with(self.fn, context)
+            return _iterate(partial(_fixed_point_step, fn, y), y, y, self.limits)
+
+    def _solve_forward(self, y: Tensor, context: tuple[Wire, ...]) -> Tensor:
+        """Rule 4 of NOTE [Implicit]."""
+        fn = _with(self.fn, context)
+        with forward_ad._set_fwd_grad_enabled(False), torch.no_grad():
+            x = self._solve(y, context)
+            count = _steps_to_forget(fn, x, self.limits)
+        with _fixed_weights():
+            for _ in range(count):
+                x = y - fn(x)
+        return x
+
+
+def _fixed_point_step(fn: Callable[[Tensor], Tensor], y: Tensor, x: Tensor) -> Tensor:
+    return y - fn(x)
+
+
+def _with(fn: Callable[..., Any], context: tuple[Wire, ...]) -> Callable[[Tensor], Any]:
+    return partial(_called_with, fn, context) if context else fn
+
+
+def _called_with(fn: Callable[..., Any], context: tuple[Wire, ...], x: Tensor) -> Any:
+    return fn(x, *context)
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """``(g, x, *context) -> J(x)^T g``, where J is the Jacobian of fn."""
+
+    fn: Callable[..., Tensor]
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The user's function that this object calls."""
+        return (self.fn,)
+
+    def __call__(self, g: Tensor, x: Tensor, *context: Wire) -> Tensor:
+        return self.linearised(x, *context)(g)
+
+    def linearised(self, x: Tensor, *context: Wire) -> Callable[[Tensor], Tensor]:
+        """The same as a function of g, with fn evaluated here, once for all g."""
+        return _transposed(_with(self.fn, context), x)
+
+
+def _transposed(fn: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """``g -> J(x)^T g``."""
+    return partial(_only, torch.func.vjp(fn, x)[1])
+
+
+def _only(pull: Callable[[Tensor], tuple[Tensor]], g: Tensor) -> Tensor:
+    return pull(g)[0]
+
+
+def _iterate(step: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, limits: Limits) -> Tensor:
+    """``x <- step(x)`` until it stands still; y sets the scale beside x."""
+    enough, nearly = (limits.tolerance, 0.0) if limits.tolerance else _tolerances(x)
+    before, first, moved, ratio, count = float("inf"), 0.0, 0.0, 0.0, 0
+    for count in range(1, limits.max_iterations + 1):
+        new = step(x)
+        moved, length = _sizes(new - x)
+        moved /= max(_sizes(new)[0], _sizes(y)[0], torch.finfo(x.dtype).tiny)
+        x = new
+        if moved <= enough or (moved <= nearly and length >= before):
+            return x
+        ratio, before = length / before, length
+        first = length if count == 1 else first
+        if not length <= 1e6 * first < float("inf"):  # it diverges, or is NaN
+            break
+    raise DomainError(
+        f"{limits.subject}: its inverse did not converge in {count} iterations",
+        expected=f"f with a Lipschitz constant below 1, and steps down to {enough:.2g} of x",
+        got=f"a step of {moved:.2g}, {ratio:.3g} of the one before it",
+        cure="bound every layer of f with torch.nn.utils.parametrizations.spectral_norm (and scale it below 1), leave "
+        "dropout out of it, or raise max_iterations or tolerance",
+    )
+
+
+def _tolerances(x: Tensor) -> tuple[float, float]:
+    """How small a step ends the iteration, and how small one does that is not shorter than the one before.
+
+    The steps of a contraction grow shorter until rounding stops them: that of x, or that of autocast inside f.
+    """
+    eps, device = torch.finfo(x.dtype).eps, x.device.type
+    coarse = torch.finfo(torch.get_autocast_dtype(device)).eps if torch.is_autocast_enabled(device) else eps
+    return 8 * eps if eps < 1e-5 else eps, 1024 * coarse if coarse < 1e-5 else coarse**0.5
+
+
+def _sizes(tensor: Tensor) -> tuple[float, float]:
+    """The largest absolute value and the length, over every sample of every transform."""
+    tensor = transforms.unwrapped(tensor)
+    if not tensor.numel():
+        return 0.0, 0.0
+    flat = tensor.detach().flatten()
+    largest, length = torch.stack((flat.abs().max(), torch.linalg.vector_norm(flat))).tolist()
+    return largest, length
+
+
+def _largest(tensor: Tensor) -> float:
+    return _sizes(tensor)[0]
+
+
+def _steps_to_forget(fn: Callable[[Tensor], Tensor], x: Tensor, limits: Limits) -> int:
+    """Rule 4 of NOTE [Implicit]: how often f's Jacobian has to be applied until a vector without structure is gone."""
+    transposed = _transposed(fn, x)
+    noise = torch.arange(1, x.numel() + 1, device=x.device).mul(12.9898).sin().to(x.dtype).view(x.shape)
+    vanished, count = torch.finfo(x.dtype).eps * _largest(noise), 0
+    while _largest(noise) > vanished and count < limits.max_iterations:
+        noise, count = transposed(noise), count + 1
+    return count + count // 2 + 1
+
+
+@contextmanager
+def _fixed_weights() -> Iterator[None]:
+    """Rule 5 of NOTE [Implicit]; what a surrounding ``parametrize.cached()`` holds is neither read nor changed."""
+    held, parametrize._cache = parametrize._cache, {}
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        parametrize._cache = held
+
+
+# ---- residual flows --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Residual:
+    """``x -> x + fn(x)``."""
+
+    fn: Callable[..., Tensor]
+    label: str
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The user's function that this object calls."""
+        return (self.fn,)
+
+    def __call__(self, x: Tensor, *context: Wire) -> Wire:
+        t = self.fn(x, *context)
+        if not isinstance(t, Tensor) or t.shape != x.shape:
+            raise WireError(f"{self.label}: f returned {describe(t)}", expected=f"{describe(x)} like its input")
+        if checking():
+            self._check_contraction(_with(self.fn, context), x)
+        return (x + t, *context) if context else x + t
+
+    def _check_contraction(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        with torch.no_grad():
+            slope = _steepness(fn, x)
+        if slope >= 1:
+            raise DomainError(
+                f"{self.label}: f is not a contraction",
+                expected="a Lipschitz constant below 1",
+                got=f"at least {slope:.4g} at this input",
+                cure="bound every layer with torch.nn.utils.parametrizations.spectral_norm and scale it below 1",
+            )
+
+
+def _steepness(fn: Callable[[Tensor], Tensor], x: Tensor, steps: int = 20) -> float:
+    """A lower bound of the spectral norm of f's Jacobian at x, the largest of the batch, by power iteration."""
+    transposed = _transposed(fn, x)
+    v, scale = torch.ones_like(x), x.new_zeros(())
+    for _ in range(steps):
+        u = torch.func.jvp(fn, (x,), (v,))[1]
+        scale = sum_per_sample(u * u).sqrt() / sum_per_sample(v * v).sqrt()
+        v = transposed(u)
+        v = v / _largest(v) if _largest(v) else torch.ones_like(x)
+    return _largest(torch.nan_to_num(scale))
+
+
+def residual_flow(
+    fn: Callable[[Tensor], Tensor],
+    *,
+    tolerance: float | None = None,
+    max_iterations: int = 500,
+    log_det: Callable[[Callable[..., Any], Tensor], Tensor] | None = None,
+) -> Invertible:
+    r"""A residual block that is invertible because its branch is a contraction.
+
+    .. math:: y = x + f(x), \qquad x = \lim_k x_k,\; x_{k+1} = y - f(x_k),\; x_0 = y, \qquad Lip(f) < 1
+
+    Args:
+        fn: The branch f, a callable or module with Lipschitz constant below 1: layers under
+            `torch.nn.utils.parametrizations.spectral_norm`, each followed by a factor below 1, between activations with
+            slope at most 1. It is a function of x alone: no dropout, no batch statistics.
+        tolerance: The iteration ends when no element moves by more than this part of the largest; by default when it
+            moves by a few units in the last place, or has stopped to come closer. The error of x is at most
+            ``Lip / (1 - Lip)`` times that.
+        max_iterations: When it has not ended by then, it raises.
+        log_det: How the log-determinant is computed: `exact_log_det` (the default), `power_series_log_det`,
+            `roulette_log_det`, or any function ``(fn, x) -> (N,)``.
+
+    Shapes:
+        ``(N, ...)``, unchanged; floating dtypes.
+
+    Cost:
+        Forward evaluates f once. The inverse evaluates it :math:`\log(tolerance) / \log(Lip)` times, at worst: 20 times
+        in float32 at Lip = 0.5 and 130 at 0.9, in float64 50 and 330. Lowered: nothing is kept but what f closes over,
+        and backward takes one inverse and one evaluation with its vjp. ``checkpoint(invert(op))`` keeps as little; its
+        backward evaluates f twice, and its vjp about as often as forward has evaluated f. Gradients through the inverse
+        are implicit in plain autograd too: no iteration is taped.
+
+    Raises:
+        DomainError: When the iteration does not converge: always, never silently. In debug mode, also in forward when
+            f's Jacobian at x has a norm of 1 or more.
+        WireError: When f returns another shape than it was given.
+
+    Limits:
+        Outside of debug mode nothing proves that f is a contraction. If it is not, an iteration that converges all the
+        same may have found another x. In half precision and under autocast, x comes back to about ``eps / (1 - Lip)``.
+        The number of iterations depends on data, so the inverse does not compile with ``fullgraph=True``.
+
+    Example:
+        >>> import torch
+        >>> op = residual_flow(torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Softsign()))
+        >>> x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
+        >>> bool(torch.allclose(op.inverse(op(x)), x))
+        True
+
+    Source:
+        Behrmann et al., Invertible Residual Networks (2019); Chen et al., Residual Flows (2019); Bai et al., Deep
+        Equilibrium Models (2019), for the implicit gradient.
+    """
+    if not callable(fn):
+        raise OptionError(f"residual_flow: got {describe(fn)}", expected="a function or a module")
+    if max_iterations < 1 or not (tolerance is None or tolerance > 0):
+        raise OptionError(
+            f"residual_flow: tolerance is {tolerance} and max_iterations {max_iterations}", expected="positive numbers"
+        )
+    limits = Limits(f"residual_flow({name_of(fn)})", tolerance, max_iterations)
+    return residual(fn, limits, log_det or exact_log_det())
+
+
+def residual(fn: Callable[..., Tensor], limits: Limits, rule: Callable[..., Tensor] | None) -> Solved:
+    """The op of `residual_flow`; on a wire ``(x, *context)``, fn receives the context, too."""
+    log_det_fn = None if rule is None else partial(_residual_log_det, rule, fn)
+    forward, inverse = Residual(fn, limits.subject), FixedPoint(fn, limits)
+    return Solved(forward, inverse, None, log_det_fn, False, limits.subject, ResidualAdjoint(fn, limits))
+
+
+@dataclass(frozen=True)
+class ResidualAdjoint:
+    """``(gx, x, *context) -> gy`` with ``gy + J(x)^T gy = gx``: the inverse of a residual flow."""
+
+    fn: Callable[..., Tensor]
+    limits: Limits
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The user's function that this object calls."""
+        return (self.fn,)
+
+    def __call__(self, gx: Tensor, x: Tensor, *context: Wire) -> Tensor:
+        limits = Limits(f"{self.limits.subject}, gradient of its inverse", None, 2 * self.limits.max_iterations)
+        return residual(Adjoint(self.fn), limits, None).inverse((gx, x, *context))[0]
+
+
+# ---- log-determinants of I + J -------------------------------------------------------------------------------------
+
+
+def _residual_log_det(rule: Callable[..., Tensor], fn: Callable[..., Any], x: Wire, y: Wire) -> Tensor:
+    x, *context = _parts(x)
+    return rule(_with(fn, tuple(context)), x)
+
+
+@dataclass(frozen=True)
+class ExactLogDet:
+    """Built by `exact_log_det`."""
+
+    def __call__(self, fn: Callable[..., Any], x: Tensor) -> Tensor:
+        size = x.shape[1:].numel()
+        basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
+        rows = torch.func.vmap(_transposed(fn, x))(basis.expand(size, *x.shape))
+        jacobian = rows.flatten(2).movedim(0, 1)
+        return torch.linalg.slogdet(torch.eye(size, dtype=x.dtype, device=x.device) + jacobian).logabsdet
+
+
+def exact_log_det() -> Callable[..., Tensor]:
+    r"""The log-determinant of a residual flow from its whole Jacobian: the default.
+
+    .. math:: \log|\det(I + J_f(x))|
+
+    Cost:
+        For D elements in a sample: D vjps of f, :math:`N D^2` numbers, and N factorisations of :math:`O(D^3)`.
+
+    Limits:
+        f must treat samples independently.
+
+    Example:
+        >>> import torch
+        >>> exact_log_det()(torch.nn.Softsign(), torch.zeros(1, 3))
+        tensor([2.0794])
+    """
+    return ExactLogDet()
+
+
+@dataclass(frozen=True)
+class SeriesLogDet:
+    """Built by `power_series_log_det` and `roulette_log_det`."""
+
+    terms: int
+    keep: float | None
+    probes: int
+
+    def __call__(self, fn: Callable[..., Any], x: Tensor) -> Tensor:
+        transposed = _transposed(fn, x)
+        return torch.stack([self._probe(transposed, x) for _ in range(self.probes)]).mean(0)
+
+    def _probe(self, transposed: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        terms = self.terms + (0 if self.keep is None else _geometric(self.keep))
+        probe = torch.randint_like(x, 2) * 2 - 1
+        power, weight, total = probe, 1.0, x.new_zeros(x.shape[:1])
+        for k in range(1, terms + 1):
+            if self.keep is not None and k > self.terms:
+                weight /= self.keep  # 1 / the probability of coming as far as this term
+            power = transposed(power)
+            total = total - (-1) ** k * weight / k * sum_per_sample(power * probe)
+        return total
+
+
+def _geometric(keep: float) -> int:
+    """How often a coin that falls on "go on" with this probability does so before it does not."""
+    count = 0
+    while torch.rand(()).item() < keep:
+        count += 1
+    return count
+
+
+def power_series_log_det(terms: int = 10, probes: int = 1) -> Callable[..., Tensor]:
+    r"""The log-determinant of a residual flow by a truncated power series of Hutchinson's trace estimates.
+
+    .. math:: \log\det(I + J) = \sum_{k \ge 1} \frac{(-1)^{k+1}}{k} \mathrm{tr}\, J^k
+              \approx \sum_{k=1}^{terms} \frac{(-1)^{k+1}}{k} v^\top J^k v, \qquad v \in \{-1, 1\}^D
+
+    Args:
+        terms: The terms that are summed. The bias is at most :math:`D \, Lip^{terms+1} / ((terms + 1)(1 - Lip))`.
+        probes: The random vectors v that are averaged over; the variance falls as 1 / probes.
+
+    Cost:
+        ``terms * probes`` vjps of f.
+
+    Limits:
+        A biased estimate with noise. Lowered, backward replays the same v. Under `torch.vmap`, pass
+        ``randomness="different"``.
+
+    Example:
+        >>> import torch
+        >>> rule = power_series_log_det(terms=30)
+        >>> x = torch.ones(1, 3)
+        >>> bool(torch.allclose(rule(torch.nn.Softsign(), x), exact_log_det()(torch.nn.Softsign(), x)))
+        True
+
+    Source:
+        Behrmann et al., Invertible Residual Networks (2019).
+    """
+    _check_series("power_series_log_det", terms, probes)
+    return SeriesLogDet(terms, None, probes)
+
+
+def roulette_log_det(terms: int = 2, keep: float = 0.5, probes: int = 1) -> Callable[..., Tensor]:
+    r"""The log-determinant of a residual flow by a power series of random length: an unbiased estimate.
+
+    .. math:: \log\det(I + J) = E_{n, v} \sum_{k=1}^{n} \frac{(-1)^{k+1}}{k \, P(n \ge k)} v^\top J^k v
+
+    Args:
+        terms: The terms that are always summed.
+        keep: The probability of going on after each further term.
+        probes: The random vectors that are averaged over.
+
+    Cost:
+        ``(terms + keep / (1 - keep)) * probes`` vjps of f on average.
+
+    Limits:
+        The variance is finite only if ``Lip**2 < keep``. Noise is as in `power_series_log_det`.
+
+    Example:
+        >>> import torch
+        >>> roulette_log_det()(torch.nn.Softsign(), torch.ones(4, 3)).shape
+        torch.Size([4])
+
+    Source:
+        Chen et al., Residual Flows for Invertible Generative Modeling (2019).
+    """
+    _check_series("roulette_log_det", terms, probes)
+    if not 0 < keep < 1:
+        raise OptionError(f"roulette_log_det: keep is {keep}", expected="a probability between 0 and 1")
+    return SeriesLogDet(terms, keep, probes)
+
+
+def _check_series(subject: str, terms: int, probes: int) -> None:
+    if terms < 1 or probes < 1:
+        raise OptionError(f"{subject}: {terms} terms and {probes} probes", expected="at least one of each")
+
+
+# ---- autoregressive flows --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """``x -> law(net(x))(x)``, and what else is known of it."""
+
+    net: Callable[[Tensor], Wire]
+    law: Callable[..., Invertible]
+    dim: int
+    label: str
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The user's functions that this object calls."""
+        return (self.net, self.law)
+
+    def __call__(self, x: Tensor, *context: Wire) -> Wire:
+        t = self.given(x, context)
+        if checking():
+            self._check_order(x, t, context)
+        y = self.op(t).forward(x)
+        return (y, *context) if context else y
+
+    def given(self, x: Tensor, context: tuple[Wire, ...]) -> tuple[Tensor, ...]:
+        """What the net tells the law, as a tuple."""
+        if not isinstance(x, Tensor) or not -x.dim() <= self.dim < x.dim():
+            raise WireError(f"{self.label} received {describe(x)}", expected=f"a tensor with a dim {self.dim}")
+        told = self.net(x, *context)
+        t = _parts(told)
+        for part in t:
+            fits = isinstance(part, Tensor) and part.dim() >= x.dim()
+            if not fits or part.shape[self._at(x)] != x.shape[self.dim]:
+                raise WireError(
+                    f"{self.label}: the net returned {describe(told)}",
+                    expected=f"tensors like {describe(x)}, with {x.shape[self.dim]} elements along dim {self.dim}",
+                    cure="wrap the net to get (s, t): exp_scale(net), sigmoid_scale(net), tanh_scale(net, bound)",
+                )
+        return t
+
+    def op(self, t: tuple[Tensor, ...]) -> Invertible:
+        """The law's op."""
+        op = self.law(*t)
+        if not isinstance(op, Invertible):
+            raise OptionError(f"{self.label}: the law returned {type(op).__name__}", expected="an invertible op")
+        return op
+
+    def solve(self, y: Tensor, *context: Wire) -> Wire:
+        """The inverse: element i needs the parameters of element i alone, which need the elements before it."""
+        dim = self._at(y)
+        solved, rest = y.narrow(dim, 0, 0), torch.zeros_like(y)
+        for i in range(y.shape[dim]):
+            t = self.given(torch.cat((solved, rest.narrow(dim, i, y.shape[dim] - i)), dim), context)
+            x = self.op(tuple(part.narrow(dim, i, 1) for part in t)).inverse(y.narrow(dim, i, 1))
+            solved = torch.cat((solved, x), dim)
+        return (solved, *context) if context else solved
+
+    def adjoint(self, gx: Tensor, x: Tensor, *context: Wire) -> Tensor:
+        """``J^T g = gx`` for a triangular J: Jacobi's iteration ends after as many steps as there are elements."""
+        t = self.given(x, context)
+        transposed = _transposed(partial(self._alone, context), x)
+        diagonal = _transposed(self.op(t).forward, x)(torch.ones_like(x))
+        g, stops = gx / diagonal, not torch.is_grad_enabled() and not transforms.forward_mode()
+        for _ in range(x.shape[self.dim]):
+            new = g + (gx - transposed(g)) / diagonal
+            if stops and _largest(new - g) <= 2 * torch.finfo(g.dtype).eps * _largest(new):
+                return new
+            g = new
+        return g
+
+    def _alone(self, context: tuple[Wire, ...], x: Tensor) -> Tensor:
+        return self.op(self.given(x, context)).forward(x)
+
+    def log_det(self, x: Wire, y: Wire) -> Tensor:
+        """The law's."""
+        x, *context = _parts(x)
+        return log_det(self.op(self.given(x, tuple(context))), x)[1]
+
+    def _at(self, x: Tensor) -> int:
+        return self.dim % x.dim()
+
+    def _check_order(self, x: Tensor, t: tuple[Tensor, ...], context: tuple[Wire, ...]) -> None:
+        """Change the elements from i on: what the net says of the elements up to i must not change."""
+        dim = self._at(x)
+        with torch.no_grad():
+            for i in range(x.shape[dim]):
+                other = torch.cat((x.narrow(dim, 0, i), x.narrow(dim, i, x.shape[dim] - i) + 1), dim)
+                for part, moved in zip(t, self.given(other, context), strict=True):
+                    self._check_same(i, part.narrow(dim, 0, i + 1), moved.narrow(dim, 0, i + 1))
+
+    def _check_same(self, i: int, part: Tensor, moved: Tensor) -> None:
+        apart = _largest(part - moved)
+        if not apart <= torch.finfo(part.dtype).eps ** 0.5 * max(_largest(part), 1.0):
+            raise DomainError(
+                f"{self.label}: the net is not autoregressive along dim {self.dim}",
+                expected=f"parameters of elements 0 to {i} that depend only on the elements before each",
+                got=f"a change by {apart:.3g} when elements from {i} on change",
+                cure="mask the net, and shift its output by one element if element i sees itself",
+            )
+
+
+def autoregressive(
+    net: Callable[[Tensor], Wire], *, law: Callable[..., Invertible] = affine, dim: int = 1
+) -> Invertible:
+    r"""Each element is changed by what a masked net reads from the elements before it.
+
+    .. math:: y_i = law\bigl(net(x_1, \dots, x_{i-1})\bigr)(x_i)
+
+    Args:
+        net: A masked callable or module (MADE, causal convolution, causal transformer), which you supply: what it
+            returns at place i along ``dim`` depends on the places before i only. It returns what the law needs, one
+            tensor or a tuple; `exp_scale` and its kin make ``(s, t)`` for `affine` of it.
+        law: As in `couple`, elementwise.
+        dim: The dimension that is ordered.
+
+    Shapes:
+        ``(N, ..., D, ...)``, unchanged, with D elements along ``dim``; each tensor from the net has the same D there.
+
+    Cost:
+        Forward evaluates the net once; the inverse D times, one element after another. Lowered: nothing is kept but
+        what the net closes over, and backward takes one inverse. So train the inverse where you can: the forward of
+        ``checkpoint(invert(op))`` is sequential, but its backward evaluates the net three times and its vjp up to D
+        times. Gradients through the inverse are implicit in plain autograd too.
+
+    Log-determinant:
+        The law's; it evaluates the net once more.
+
+    Raises:
+        DomainError: In debug mode, when the net is not autoregressive; the check evaluates it D times.
+        WireError: When the net returns other shapes.
+
+    Limits:
+        A net that is not autoregressive has no such inverse and, lowered, trains wrong: check yours once in debug mode.
+
+    Example:
+        >>> import torch
+        >>> class Before(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.exp(x[:, :1].expand(x.shape) * torch.tensor([0.0, 1.0])), torch.zeros_like(x)
+        >>> op = autoregressive(Before())
+        >>> op(torch.tensor([[1.0, 2.0]]))
+        tensor([[1.0000, 5.4366]])
+        >>> op.inverse(op(torch.tensor([[1.0, 2.0]])))
+        tensor([[1., 2.]])
+
+    Source:
+        Papamakarios et al., Masked Autoregressive Flow (2017); Kingma et al., Inverse Autoregressive Flow (2016).
+    """
+    if not callable(net):
+        raise OptionError(f"autoregressive: got {describe(net)}", expected="a function or a module")
+    label = f"autoregressive({name_of(net)}{'' if law is affine else f', law={name_of(law)}'})"
+    return ordered(Autoregressive(net, law, dim, label))
+
+
+def ordered(flow: Autoregressive) -> Solved:
+    """The op of `autoregressive`; on a wire ``(x, *context)``, the net receives the context, too."""
+    return Solved(flow, flow.solve, None, flow.log_det, False, flow.label, flow.adjoint)
+
+
+def with_function(op: Solved, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Solved:
+    """The op of a user's function, wrapped."""
+    rule, inverse = op.forward_fn, op.inverse_fn
+    if isinstance(rule, Autoregressive):
+        return ordered(replace(rule, net=wrap(rule.net)))
+    assert isinstance(rule, Residual) and isinstance(inverse, FixedPoint) and isinstance(op.log_det_fn, partial)
+    return residual(wrap(rule.fn), inverse.limits, op.log_det_fn.args[0])
