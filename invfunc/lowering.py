@@ -245,7 +245,7 @@ def stage(op: Invertible, state: State, options: Options) -> State:
     if not (carried or recording.captured or any(needs)):
         return begin(y)
     call, kept, ys = _call(op, recording, x, y, residue, carried)
-    call.dead = _dead(op, needs, tuple(i for i in recording.dead if i < len(ys)))  # residues come behind
+    call.dead = _dead(op, x, needs, tuple(i for i in recording.dead if i < len(ys)))  # residues come behind
     carriers = [s.carrier if s.carrier is not None else carrier(s.value) for s in xs] if carried else []
     out = _apply(_Stage, call, *[s.value for s in xs], *carriers, *kept, *ys)
     return _filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
@@ -429,8 +429,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
-        lean = ctx.call.again is not None and not ctx.call.recording.opaque and not _functional()
-        return (_rerun_lean if lean else _rerun)(ctx, ctx.call, gys)
+        return (_rerun if ctx.call.again is None or _functional() else _rerun_lean)(ctx, ctx.call, gys)
 
 
 class _Root(torch.autograd.Function):
@@ -494,6 +493,10 @@ def _rerun_lean(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Ten
     gxs: list[Tensor | None] = [None] * count
 
     def run(anchor: Tensor) -> Wire:
+        if not handed:
+            raise ReplayError(
+                f"{call.op!r} makes tensors that require grad of its own", cure="mark it inv.store(...) and plan again"
+            )
         handed[0] = _rooted(anchor, handed[0], leaves(needs), gxs)
         return call.again(handed)  # pyright: ignore[reportOptionalCall]
 
