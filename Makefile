@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint parity clean
 
 setup: $(STAMP)
 
@@ -22,12 +22,16 @@ demo: setup
 	$(BIN)/python -m invfunc
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+# The tests that ship with MemCNN, against our modules of its names.
+parity: setup
+	$(BIN)/python tests/parity/run.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

@@ -27,7 +27,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial, singledispatch
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ from torch import Tensor
 from . import transforms
 from .combinators import Half, Parallel, Plumbing
 from .errors import DonatedError, ReplayError, place_error
-from .invertible import Chain, Invertible, OneWay, Pair, Residue
+from .invertible import Chain, Invertible, OneWay, Rearrangement, Residue
+from .packing import pack_bits, unpack_bits
 from .replay import Kept, Kind, Owners, Recording, Replay, check_kinds, fetch, kinds, owners, recorded, slots
 from .wires import Wire, is_differentiable, leaves, map_wire
 
@@ -239,13 +240,14 @@ def stage(op: Invertible, state: State, options: Options) -> State:
     """Run a primitive, recorded, and put its node on the trunk; without a node where nothing needs a gradient."""
     x, xs = values(state), strands(state)
     needs = [_needs_gradient(s.value) for s in xs]
-    partly = len(xs) > 1 and isinstance(op, Pair) and not all(needs)
+    partly = not (all(needs) or isinstance(op, (Half, Rearrangement)))
     (y, residue), recording = recorded(op.forward_with_residue, x, owners_of(op), options.preserve_rng_state, partly)
     carried = any([s.carrier is not None for s in xs])
     if not (carried or recording.captured or any(needs)):
         return begin(y)
     call, kept, ys = _call(op, recording, x, y, residue, carried)
-    call.dead = _dead(op, x, needs, tuple(i for i in recording.dead if i < len(ys)))  # residues come behind
+    found = recording.dead if recording.captured or any(needs) else range(len(ys))
+    call.dead = _dead(op, x, needs, tuple(i for i in found if i < len(ys)))  # residues come behind
     carriers = [s.carrier if s.carrier is not None else carrier(s.value) for s in xs] if carried else []
     out = _apply(_Stage, call, *[s.value for s in xs], *carriers, *kept, *ys)
     return _filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
@@ -478,16 +480,16 @@ def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor |
     xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
     y, pull = replay(_on_wire(call), (_filled(call.x_spec, xs, kept),), (needs,))
-    check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
+    check_kinds("{!r} on replay", call.op, y, call.y_kinds)
     (gx,) = pull(_filled(call.y_spec, gys, None))
     return _arranged(call, gx, None, replay.finish())
 
 
 def _rerun_lean(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """`_rerun`, with x let go: no frame, no node and no leaf of the new graph keeps it, but what the op itself saves."""
+    """`_rerun`, with x let go: nothing of the new graph keeps it, but what the op itself saves."""
     count = len(call.x_kinds)
     kept = ctx.saved_tensors[count:]
-    handed = [_filled(call.x_spec, ctx.saved_tensors[:count], kept)]
+    handed = [_filled(call.x_spec, [x.detach() for x in ctx.saved_tensors[:count]], kept)]
     ctx.maybe_clear_saved_tensors()
     replay, needs = _replay(ctx, call, kept)
     gxs: list[Tensor | None] = [None] * count
@@ -501,7 +503,7 @@ def _rerun_lean(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Ten
         return call.again(handed)  # pyright: ignore[reportOptionalCall]
 
     y, pull = replay(run, torch.zeros(()), True)
-    check_kinds(f"{call.op!r} on replay", y, call.y_kinds)
+    check_kinds("{!r} on replay", call.op, y, call.y_kinds)
     del y
     pull(_filled(call.y_spec, gys, None))
     return _arranged(call, _filled(call.x_spec, gxs, None), None, replay.finish())
@@ -537,6 +539,7 @@ def _replay(ctx: Any, call: Call, kept: Sequence[Tensor]) -> tuple[Replay, Wire]
         kept,
         rebuilds=call.carried,
         functional=_functional(),
+        inverse=(call.op.inverse_with_residue, call.x_kinds),
     )
     left = iter(needed[:count])
     return replay, map_wire(lambda leaf: leaf is STRAND and next(left), call.x_spec)
@@ -560,9 +563,15 @@ def _arranged(call: Call, gx: Wire, x: Wire, gcaptured: Sequence[Tensor | None])
     count = len(call.x_kinds)
     gxs = _on_strands(call, gx) if gx is not None else [None] * count
     if call.carried:
-        check_kinds(f"the inverse of {call.op!r}", x, call.x_kinds)
+        check_kinds("the inverse of {!r}", call.op, x, call.x_kinds)
     xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)] if call.carried else []
-    return (None, *gxs, *xs, *gcaptured, *([None] * (call.count_kept - len(gcaptured) + call.count_lost + len(call.y_kinds))))
+    return (
+        None,
+        *gxs,
+        *xs,
+        *gcaptured,
+        *([None] * (call.count_kept - len(gcaptured) + call.count_lost + len(call.y_kinds))),
+    )
 
 
 def _on_strands(call: Call, wire: Wire) -> list[Any]:
@@ -579,6 +588,8 @@ def _on_strands(call: Call, wire: Wire) -> list[Any]:
 #     pipeline itself (counted again when it has run).
 # 3.  One holder is let in, the node that made the tensor, so that a ReLU may come before: it runs after the head, where
 #     the tensor is back; should it be reached by another way, it raises.
+# 4.  That node compares with zero what it saved, and what comes back is rounded: a zero that returns as 1e-17 would open
+#     the ReLU. So the signs of such a tensor are kept, one bit for each element.
 
 
 class Donated(Tensor):
@@ -590,6 +601,8 @@ class Donated(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.storage, Tensor.untyped_storage):  # whether it is empty may be asked
+            return func(torch.empty(0))
         raise _was_read()
 
     @classmethod
@@ -620,6 +633,7 @@ class Donation:
         found = leaves(x)
         self.x = x
         self.given: list[Tensor] = []
+        self.signs: list[Tensor | None] = []
         self.empty: list[tuple[Tensor, Tensor, int, list[bool]]] = []  # object, implementation, bytes, whether empty
         for place in [i for i, t in enumerate(found) if is_differentiable(t)] if which is True else which or ():
             tensor = found[place] if 0 <= place < len(found) else None
@@ -632,7 +646,8 @@ class Donation:
         """Open a trunk whose first node puts the rebuilt inputs back."""
         nonce = torch.zeros((), requires_grad=True)  # backward has to reach the head even if no input needs a gradient
         out = _Head.apply(self, nonce, *self.given)
-        linked = {id(t): Strand(*pair) for t, pair in zip(self.given, zip(out, out[len(out) // 2 :]))}
+        half = len(self.given)
+        linked = {id(t): Strand(out[i], out[half + i]) for i, t in enumerate(self.given)}
         return _map_state(
             lambda leaf: linked.get(id(leaf), Strand(leaf, None)) if is_differentiable(leaf) else leaf, self.x
         )
@@ -650,6 +665,7 @@ class Donation:
                     cure="leave donate=False, or move stored and recomputed parts, and cuts, behind the first coupling",
                 )
         for tensor in self.given:
+            self.signs.append(_signs(tensor))
             storage, empty, hidden = tensor.untyped_storage(), [True], Donated(tensor)
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(partial(_raise_if, empty))
@@ -661,14 +677,32 @@ class Donation:
 
     def restore(self, values: Sequence[Tensor]) -> None:
         """Fill the same storages with the rebuilt values, at the version that others have seen."""
-        for (tensor, hidden, size, empty), value in zip(self.empty, values, strict=True):
+        for (tensor, hidden, size, empty), value, signs in zip(self.empty, values, self.signs, strict=True):
             hidden.untyped_storage().resize_(size)
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(hidden):
-                hidden.detach().copy_(value)
+                hidden.detach().copy_(value if signs is None else _signed(value, signs))
             torch._C._swap_tensor_impl(tensor, hidden)
             tensor.__class__, hidden.__class__ = Tensor, Donated
             empty[0] = False
         self.empty.clear()
+
+
+def _signs(tensor: Tensor) -> Tensor | None:
+    """Rule 4 of NOTE [Donation]: where a tensor is positive, if its maker saved it and is no tail, which compares not."""
+    if _is_tail(tensor.grad_fn) or not tensor.is_floating_point() or not _saved_by_its_maker(tensor):
+        return None
+    with torch.no_grad():
+        return pack_bits(tensor > 0)
+
+
+def _is_tail(node: Any) -> bool:
+    return isinstance(node, _Tail._backward_cls)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _signed(value: Tensor, signs: Tensor) -> Tensor:
+    """A rebuilt tensor, positive exactly where the original was."""
+    positive = value.clamp_min(torch.finfo(value.dtype).tiny)
+    return torch.where(unpack_bits(signs, value.shape), positive, value.clamp_max(0))
 
 
 def _raise_if(empty: list[bool], *_: Any) -> None:
@@ -688,6 +722,8 @@ def why_not_donate(tensor: Any) -> str | None:
         return "it has been donated already"
     if transforms.active():
         return "a torch.func transform is active"
+    if tensor.grad_fn is not None and not _can_tell(tensor.grad_fn):
+        return "the operation that made it has already run backward"
     if tensor.is_leaf and tensor.requires_grad:
         return "it is a leaf that requires grad, which its owner will read"
     if type(tensor) is not Tensor or not is_differentiable(tensor):
@@ -703,11 +739,23 @@ def why_not_donate(tensor: Any) -> str | None:
     return None
 
 
+def _can_tell(node: Any) -> bool:
+    """Whether a node still has what it saved: after backward it has not, and tells no more whether it was the tensor."""
+    try:
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                getattr(node, name)
+        return not _is_tail(node) or node.saved_tensors is not None
+    except RuntimeError:
+        return False
+
+
 def _saved_by_its_maker(tensor: Tensor) -> int:
     """How often the node that made a tensor has saved it: rule 3 of NOTE [Donation]."""
     node = tensor.grad_fn
     names = [name for name in dir(node) if name.startswith("_saved_")] if node is not None else []
     saved = [getattr(node, name, None) for name in names]
+    saved += node.saved_tensors if _is_tail(node) else []  # pyright: ignore[reportAttributeAccessIssue]
     pointer = tensor.untyped_storage().data_ptr()
     return sum(isinstance(s, Tensor) and s.untyped_storage().data_ptr() == pointer for s in saved)
 

@@ -23,7 +23,7 @@ from .iterative import autoregressive, exact_log_det, power_series_log_det, resi
 from .linear import diagonal, householder, linear, lu, orthogonal, tall_linear, triangular
 from .mixture import mixture_cdf, mixture_logit
 from .normalisation import actnorm, actnorm_init, batch_norm
-from .packing import pack_bits, unpack_bits
+from ..packing import pack_bits, unpack_bits
 from .residual import (
     enter_streams,
     hyperbolic,

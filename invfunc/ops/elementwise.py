@@ -19,7 +19,7 @@ from ..combinators import match, sum_per_sample
 from ..debug import require
 from ..errors import OptionError
 from ..invertible import Chain, Invertible, invert, pair
-from .packing import pack_bits, unpack_bits
+from ..packing import pack_bits, unpack_bits
 
 
 def _undoing(op: Invertible, label: str) -> Invertible:

@@ -1,0 +1,419 @@
+"""Pipelines as modules: `Lowered` for any op, `Sequential` and `Coupling` for the two that are built most often."""
+
+# pyright: reportIncompatibleMethodOverride=false
+# A module's forward takes what its op takes; those of `torch.nn` take each their own.
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from ..checkpoint import Wrapper, checkpoint
+from ..combinators import Half, additive, couple, split
+from ..errors import OptionError
+from ..invertible import Invertible, OneWay, Pair, chain, name_of
+from ..wires import Wire
+from .module import InvertibleModule, Live, OpModule, op_of
+
+Owner: TypeAlias = nn.Module | Tensor
+Path: TypeAlias = tuple[str, ...]
+
+# ---- modules made from the catalogue's ops ---------------------------------------------------------------------------
+
+
+class Layer(InvertibleModule):
+    """A module whose function is an op's: a subclass defines `make`, and has all that an `InvertibleModule` has.
+
+    The caller's tensors are left alone, unless ``donate`` says otherwise.
+    """
+
+    donate = False
+
+    def make(self) -> Invertible:
+        """The op, whether the module is reversed or not."""
+        raise NotImplementedError
+
+    def build(self) -> Invertible:
+        op = self.make()
+        return op.inverted() if self.reversed else op
+
+    def build_inverse(self) -> Invertible:
+        return self.build().inverted()
+
+    def function(self, *xs: Wire) -> Wire:
+        """``x -> y``, plainly."""
+        return self.make()(*xs)
+
+    def forward(self, *xs: Wire) -> Wire:
+        """``y = op(x)``, lowered."""
+        return OpModule.forward(self, *xs)
+
+    def inverse(self, *ys: Wire) -> Wire:
+        """``x = op.inverse(y)``, lowered."""
+        return OpModule.inverse(self, *ys)
+
+    @property
+    def call_function(self) -> Any:
+        """What `forward` lowers, plainly."""
+        return self.build()
+
+    @property
+    def call_inverse(self) -> Any:
+        """What `inverse` lowers, plainly."""
+        return self.build_inverse()
+
+    def _round_trip(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        op = self.build()
+        y, residue = op.forward_with_residue(args[0] if len(args) == 1 else args)
+        return self.pack(y), self.pack(op.inverse_with_residue(residue, y))
+
+    def _configure(self, options: Mapping[str, Any]) -> None:
+        """Take options of `invfunc.checkpoint`; those that are flags of the module become its flags."""
+        try:
+            checkpoint(chain(), **{**options, "segments": 1})
+        except TypeError as error:
+            raise OptionError(f"got {sorted(options)}", expected="options of invfunc.checkpoint") from error
+        self._options = {name: value for name, value in options.items() if name not in ("mode", "donate")}
+        self.donate = options.get("donate", False)
+        self._set_mode(options.get("mode", "invert"))
+
+    @property
+    def reversible(self) -> bool:
+        """Whether the inverse has an inverse: not where a stage has none."""
+        return not _is_one_way(self.make())
+
+
+def _is_one_way(op: Invertible) -> bool:
+    return isinstance(op, OneWay) or any(map(_is_one_way, op.parts))
+
+
+# ---- any op ----------------------------------------------------------------------------------------------------------
+
+
+class Names(nn.Module):
+    """A level of names between a `Lowered` module and the modules inside its op."""
+
+    def forward(self) -> None:
+        """Names are not called."""
+        raise OptionError("these are the names of an op's modules", cure="call the Lowered module that they belong to")
+
+
+class Lowered(Layer):
+    """An op as a module: it owns the modules and parameters that the op's functions use.
+
+    Names tell where in the op a module is: the number of a part of a chain, ``f`` and ``g`` in a coupling, the name of
+    the argument for a tensor. A module that is used at several places has several names, as in `torch.nn`.
+
+    Args:
+        op: What the combinators made; a function or a module becomes a `one_way` stage.
+        options: Those of `invfunc.checkpoint`.
+
+    Raises:
+        OptionError: When an option is unknown, or the op closes over a tensor that a module can not own.
+
+    Limits:
+        What a plain Python function finds in its closure, or among its globals, is owned too, but such a module can not
+        be copied: pass the module itself, a bound method or a `functools.partial` instead.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> block = inv.couple(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> net = inv.nn.Lowered(inv.chain(inv.split(2), block, inv.concat(2)))
+        >>> [name for name, _ in net.named_parameters()]
+        ['1.f.weight', '1.f.bias', '1.g.weight', '1.g.bias']
+        >>> net(torch.randn(3, 8)).sum().backward()
+        >>> net.inverse(net(torch.ones(1, 8))).shape
+        torch.Size([1, 8])
+    """
+
+    def __init__(self, op: Invertible | Callable[..., Any], **options: Any) -> None:
+        super().__init__()
+        self._op = op if isinstance(op, Invertible) else chain(op)
+        self._configure(options)
+        checkpoint(self._op, **self._options)
+        self._tensors: list[tuple[nn.Module, str, Tensor]] = []
+        self._closed: set[int] = set()
+        for path, owner, closed in owned(self._op):
+            self._own(path, owner, closed)
+
+    def make(self) -> Invertible:
+        """The op, with the tensors that the module holds now in the places of those that it was made with."""
+        changed = {id(t): getattr(m, name) for m, name, t in self._tensors if getattr(m, name) is not t}
+        if changed.keys() & self._closed:
+            raise self._closes("a tensor that the module now holds another of")
+        return copy.deepcopy(self._op, self._same() | changed) if changed else self._op
+
+    @property
+    def op(self) -> Invertible:
+        """What the combinators made."""
+        return self.make()
+
+    def _same(self) -> dict[int, Any]:
+        """What a copy of the op shares with it: every module and every tensor."""
+        return {id(owner): owner for _, owner, _ in owned(self._op)}
+
+    def _own(self, path: Path, owner: Owner, closed: bool) -> None:
+        if closed:
+            self._closed.add(id(owner))
+        home: nn.Module = self
+        for name in path[:-1]:
+            if name not in home._modules:
+                home.add_module(name, Names())
+            home = home._modules[name]  # pyright: ignore[reportAssignmentType]
+        name = f"{path[-1]}_" if hasattr(type(home), path[-1]) else path[-1]
+        if isinstance(owner, nn.Module):
+            home.add_module(name, owner)
+        elif _owns(home, name, owner, closed):
+            self._tensors.append((home, name, owner))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._op = self.make()
+        self._tensors = [(home, name, getattr(home, name)) for home, name, _ in self._tensors]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the op and the module refer to the same modules there, too."""
+        if self._closed:
+            raise self._closes("modules that a copy would not use")
+        return self.__dict__
+
+    def _closes(self, what: str) -> OptionError:
+        return OptionError(
+            f"Lowered: a function of {self._op!r} closes over {what}",
+            cure="pass the module itself, a bound method or a functools.partial, not a function that closes over it",
+        )
+
+    def extra_repr(self) -> str:
+        """The op, and the flags that are not the default."""
+        given = [f"{name}={value!r}" for name, value in self._options.items()]
+        return ", ".join(filter(None, [repr(self._op), *given, super().extra_repr()]))
+
+
+def _owns(home: nn.Module, name: str, tensor: Tensor, closed: bool) -> bool:
+    """Register a tensor, as a parameter or a buffer; a constant in a closure is none of the module's business."""
+    if isinstance(tensor, nn.Parameter):
+        home.register_parameter(name, tensor)
+    elif tensor.requires_grad:
+        raise OptionError(
+            f"Lowered: the op closes over a tensor {tuple(tensor.shape)} that requires grad and is no parameter",
+            expected="a parameter, which a module can own",
+            cure="make it one with torch.nn.Parameter, or let a module compute it",
+        )
+    elif not closed:
+        home.register_buffer(name, tensor)
+    return name in home._parameters or name in home._buffers
+
+
+# ---- which modules and tensors an op's functions use, and what to call them ------------------------------------------
+
+
+def owned(op: Invertible) -> Iterator[tuple[Path, Owner, bool]]:
+    """Every module and tensor inside an op: its name, itself, and whether it was found in a closure."""
+    yield from _owned_below(op, ())
+
+
+def _owned_below(op: Invertible, path: Path) -> Iterator[tuple[Path, Owner, bool]]:
+    if isinstance(op, Wrapper) and not isinstance(op, Live):
+        yield from _owned_below(op.op, path)
+    elif op.parts and not isinstance(op, Live):
+        for name, part in _named_parts(op):
+            yield from _owned_below(part, (*path, name))
+    else:
+        yield from _named(_functions(op), path)
+
+
+def _named_parts(op: Invertible) -> list[tuple[str, Invertible]]:
+    labels = [part.label if isinstance(part, Half) else str(i) for i, part in enumerate(op.parts)]
+    unique = len(set(labels)) == len(labels)
+    return [(label if unique else str(i), part) for i, (label, part) in enumerate(zip(labels, op.parts, strict=True))]
+
+
+def _functions(op: Invertible) -> list[tuple[str, Any]]:
+    """The functions of a primitive by their roles."""
+    if isinstance(op, Live):
+        return [("", op.module)]
+    if isinstance(op, Pair):
+        roles = ("forward", op.forward_fn), ("inverse", op.inverse_fn), ("pullback", op.pullback_fn)
+        return [*roles, ("log_det", op.log_det_fn)]
+    return [("", fn) for fn in op.functions]
+
+
+def _named(functions: list[tuple[str, Any]], path: Path) -> Iterator[tuple[Path, Owner, bool]]:
+    """What functions own, each once: by its name in the first function that has it, with the role where two collide."""
+    found: dict[int, tuple[str, Owner, bool]] = {}
+    for role, fn in functions:
+        for name, owner, closed in _reached(fn, "", False, set()):
+            if id(owner) not in found:
+                taken = {n for n, _, _ in found.values()}
+                found[id(owner)] = (_free_name(name, role, taken), owner, closed)
+    alone = len(found) == 1
+    for name, owner, closed in found.values():
+        last = () if alone and not name and path else (name or "module",)
+        yield (*path, *last), owner, closed
+
+
+def _free_name(name: str, role: str, taken: set[str]) -> str:
+    options = [name, role, f"{role}_{name}", *(f"{name or role}_{i}" for i in range(2, len(taken) + 3))]
+    return next(option for option in options if option not in taken)
+
+
+def _reached(item: Any, name: str, closed: bool, seen: set[int]) -> Iterator[tuple[str, Owner, bool]]:
+    """Look through partials, methods, wrappers, containers and closures."""
+    if isinstance(item, (nn.Module, Tensor)):
+        yield name, item, closed
+    elif id(item) not in seen:
+        seen.add(id(item))
+        for inner, child, closes in _inside(item):
+            yield from _reached(child, inner or name, closed or closes, seen)
+
+
+def _inside(item: Any) -> Iterator[tuple[str, Any, bool]]:
+    """``(name or nothing, child, whether it is in a closure)`` for what a function is made of."""
+    if isinstance(item, Invertible):
+        yield from ((name, fn, False) for name, fn in _functions(item))
+        yield from (("", part, False) for part in item.parts)
+    elif hasattr(item, "functions"):  # the package's own wrappers
+        yield from (("", fn, False) for fn in item.functions)
+    elif isinstance(item, partial):
+        yield from ((name, value, False) for name, value in [("", item.func), *_arguments(item)])
+    elif isinstance(item, MethodType):
+        yield "", item.__self__, False
+    elif isinstance(item, FunctionType):
+        yield from ((name, value, True) for name, value in _closure(item))
+    elif isinstance(item, (tuple, list)):
+        yield from (("", value, False) for value in item)
+    elif isinstance(item, Mapping):
+        yield from ((str(name), value, False) for name, value in item.items())
+    elif callable(item) and not isinstance(item, type):
+        yield from ((name, value, False) for name, value in getattr(item, "__dict__", {}).items())
+
+
+def _arguments(item: partial[Any]) -> list[tuple[str, Any]]:
+    """The bound arguments of a partial by the names of the parameters."""
+    try:
+        names = [name.strip("_") for name in inspect.signature(item.func).parameters]
+    except ValueError:  # a builtin without a signature
+        names = []
+    names += [str(i) for i in range(len(names), len(item.args))]
+    return [*zip(names, item.args, strict=False), *item.keywords.items()]
+
+
+def _closure(fn: FunctionType) -> list[tuple[str, Any]]:
+    """The modules, tensors and functions that a plain function finds outside of itself."""
+    if (fn.__module__ or "").split(".")[0] in ("torch", "invfunc"):
+        return []
+    found = inspect.getclosurevars(fn)
+    reached = {**found.globals, **found.nonlocals}
+    return [
+        (name, v)
+        for name, v in reached.items()
+        if isinstance(v, (nn.Module, Tensor, FunctionType, partial, MethodType))
+    ]
+
+
+# ---- the two that are built most often -------------------------------------------------------------------------------
+
+
+class Sequential(Layer, nn.Sequential):
+    """Modules one after another, as `torch.nn.Sequential`, lowered as one pipeline at constant memory.
+
+    A child of this package whose flags say so is stored or run again instead; an ordinary module has no inverse, so its
+    input is stored.
+
+    Args:
+        modules: As for `torch.nn.Sequential`: modules, or one ``OrderedDict`` of them. An op becomes a `Lowered`.
+        options: Those of `invfunc.checkpoint`.
+
+    Raises:
+        NotInvertibleError: When the inverse is asked of an ordinary module.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> net = inv.nn.Sequential(inv.nn.Linear(4, 4), inv.ops.tanh(), inv.nn.Linear(4, 6))
+        >>> net
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+          (1): Lowered(tanh())
+          (2): Linear(in_features=4, out_features=6, bias=True)
+        )
+        >>> net(torch.randn(2, 4)).shape
+        torch.Size([2, 6])
+    """
+
+    def __init__(self, *modules: Any, **options: Any) -> None:
+        nn.Module.__init__(self)
+        named = modules[0].items() if len(modules) == 1 and isinstance(modules[0], OrderedDict) else enumerate(modules)
+        for name, module in named:
+            self.add_module(str(name), module)
+        self._configure(options)
+
+    def add_module(self, name: str, module: Any) -> None:
+        """Add a module, or an op."""
+        super().add_module(name, Lowered(module) if isinstance(module, Invertible) else module)
+
+    def make(self) -> Invertible:
+        return chain(*map(op_of, self))
+
+
+class Coupling(Layer):
+    """A coupling of the halves of one tensor: ``chain(split, couple(f, g, law), concat)`` as a module.
+
+    Args:
+        f: A module or a function; see `invfunc.couple`.
+        g: Likewise; without it, the second half passes untouched.
+        law: What the halves do to each other; see `invfunc.couple`.
+        sizes: Into which parts to split; see `invfunc.split`. None couples the components of a tuple instead.
+        dim: The dimension to split.
+        interleaved: Take every other slice instead of halves.
+        options: Those of `invfunc.checkpoint`.
+
+    Raises:
+        WireError: When the input does not split, or f or g returns something that does not fit.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> block = inv.nn.Coupling(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> y = block(torch.ones(2, 8))
+        >>> torch.allclose(block.inverse(y), torch.ones(2, 8), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        g: Callable[..., Any] | None = None,
+        *,
+        law: Callable[..., Invertible] = additive,
+        sizes: Any = 2,
+        dim: int = 1,
+        interleaved: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.f, self.g, self.law = f, g, law
+        self.sizes, self.dim, self.interleaved = sizes, dim, interleaved
+        self._configure(options)
+
+    def couple(self) -> Invertible:
+        """The coupling of the parts."""
+        return couple(self.f, self.g, law=self.law)
+
+    def make(self) -> Invertible:
+        if self.sizes is None:
+            return self.couple()
+        parts = split(self.sizes, self.dim, interleaved=self.interleaved)
+        return chain(parts, self.couple(), parts.inverted())
+
+    def extra_repr(self) -> str:
+        """What is not a module."""
+        shown = [] if self.sizes is None else [f"sizes={self.sizes}, dim={self.dim}"]
+        shown += [f"law={name_of(self.law)}"] * (self.law is not additive)
+        return ", ".join(filter(None, [*shown, super().extra_repr()]))
