@@ -1,6 +1,7 @@
 """invfunc: deep networks at constant activation memory, by composing invertible functions and lowering them once."""
 
-from .checkpoint import checkpoint
+from . import errors, nn, ops, testing
+from .checkpoint import checkpoint, mode, recompute, reconstruct, store
 from .combinators import (
     additive,
     affine,
@@ -14,5 +15,53 @@ from .combinators import (
     swap,
     tanh_scale,
 )
+from .debug import debug
 from .invertible import Invertible, chain, identity, invert, one_way, pair
+from .log_det import as_transform, flow, from_transform, log_det, with_log_det
+from .memory import Measurement, measure
+from .ops import reversible_residual
+from .planning import Costs, Plan, plan, profile
 from .replay import record
+
+__all__ = [
+    "Costs",
+    "Invertible",
+    "Measurement",
+    "Plan",
+    "additive",
+    "affine",
+    "as_transform",
+    "chain",
+    "checkpoint",
+    "concat",
+    "couple",
+    "debug",
+    "errors",
+    "exp_scale",
+    "flow",
+    "from_transform",
+    "identity",
+    "invert",
+    "log_det",
+    "measure",
+    "mode",
+    "nn",
+    "one_way",
+    "ops",
+    "pair",
+    "parallel",
+    "permute_wires",
+    "plan",
+    "profile",
+    "recompute",
+    "reconstruct",
+    "record",
+    "reversible_residual",
+    "sigmoid_scale",
+    "split",
+    "store",
+    "swap",
+    "tanh_scale",
+    "testing",
+    "with_log_det",
+]

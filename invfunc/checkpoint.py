@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copyreg
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import WRAPPER_ASSIGNMENTS, partial
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.utils._pytree as pytree
+from torch import Size, Tensor, nn
 
-from .errors import NotInvertibleError, OptionError
+from .errors import NotInvertibleError, OptionError, ReplayError, WireError
 from .invertible import VJP, Invertible, OneWay, Pair, Residue, name_of, pair
-from .lowering import Options, State, cut_points, lower, recompute_values, runs_plainly, walk
-from .wires import Wire
+from .lowering import (
+    Options,
+    State,
+    lower,
+    may_have_gradients,
+    owning,
+    recompute_values,
+    runs_plainly,
+    walk,
+)
+from .wires import Wire, is_differentiable
 
 MODES = ("invert", "store", "recompute")
 
@@ -54,10 +69,17 @@ def _checked_mode(name: str) -> str:
     return name
 
 
+def forced_mode() -> str | None:
+    """The mode of the surrounding ``with inv.mode(...)``; it overrides every option, mark and plan."""
+    return _MODE.get()
+
+
 def _current(options: Options) -> Options:
-    """Options under the mode of the surrounding ``with inv.mode(...)``."""
+    """Options under the mode of the surrounding ``with inv.mode(...)``; what is not rebuilt can not be donated."""
     override = _MODE.get()
-    return options if override is None else replace(options, mode=override)
+    if override is None:
+        return options
+    return replace(options, mode=override, donate=override == "invert" and options.donate)
 
 
 # ---- lowered and marked values ---------------------------------------------------------------------------------------
@@ -115,6 +137,10 @@ class Checkpointed(Wrapper):
             )
         forward_fn, inverse_fn = partial(self.op.forward_fn, **kwargs), partial(self.op.inverse_fn, **kwargs)
         return replace(self, op=replace(self.op, forward_fn=forward_fn, inverse_fn=inverse_fn))(*xs)
+
+    def __reduce__(self) -> Any:
+        """A decorated function is pickled by its name, as functions are."""
+        return _global_name(self) or (copyreg.__newobj__, (Checkpointed,), vars(self))  # pyright: ignore
 
     def __repr__(self) -> str:
         given = {k: v for k, v in vars(self.options).items() if v != getattr(Options(), k)}
@@ -203,27 +229,63 @@ def _lift(op: Invertible | Callable[..., Any]) -> Invertible:
     return op if isinstance(op, Invertible) else OneWay(op)
 
 
-# ---- plain functions ---------------------------------------------------------------------------------------------------
+# ---- plain functions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A pytree without its tensors: one leaf of a wire, in front of them."""
+
+    spec: pytree.TreeSpec
+    rest: list[Any]  # its leaves, Tensor in the place of tensors
+
+    @staticmethod
+    def fell(tree: Any) -> tuple[Any, ...]:
+        """A pytree as a wire: ``(Tree, tensor, tensor, ...)``."""
+        flat, spec = pytree.tree_flatten(tree, lambda node: isinstance(node, Size))
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        return Tree(spec, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat]), *tensors
+
+    def grow(self, tensors: Iterable[Tensor]) -> Any:
+        """The pytree with these tensors."""
+        left = iter(tensors)
+        return pytree.tree_unflatten([next(left) if leaf is Tensor else leaf for leaf in self.rest], self.spec)
+
+    def objects(self) -> list[Any]:
+        """Leaves of the user's own classes: they may hold tensors that nobody sees."""
+        found = [leaf for leaf in self.rest if not isinstance(leaf, (type, Enum))]
+        return [leaf for leaf in found if type(leaf).__module__ not in _PLAIN]
+
+
+_PLAIN = ("builtins", "torch", "numpy")
 
 
 @dataclass(frozen=True)
-class Bound:
-    """A function of any arguments and results as a function of one wire: their leaves."""
+class OnTree:
+    """A function of any arguments and results as a function of one wire."""
 
     fn: Callable[..., Any]
-    arguments: pytree.TreeSpec
-    results: list[pytree.TreeSpec]  # filled by the first call
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
         """The user's function."""
         return (self.fn,)
 
-    def __call__(self, *flat: Any) -> tuple[Any, ...]:
-        args, kwargs = pytree.tree_unflatten(list(flat), self.arguments)
-        found, spec = pytree.tree_flatten(self.fn(*args, **kwargs))
-        self.results[:] = [spec]
-        return tuple(found)
+    def __call__(self, arguments: Tree, *tensors: Tensor) -> tuple[Any, ...]:
+        args, kwargs = arguments.grow(tensors)
+        results, *out = Tree.fell(self.fn(*args, **kwargs))
+        for item in results.objects():
+            if any(map(is_differentiable, getattr(item, "__dict__", {}).values())):
+                raise WireError(
+                    f"{name_of(self.fn)} returned a {type(item).__name__} with tensors in it",
+                    expected="tensors, or containers that torch.utils._pytree knows",
+                    cure="return a tuple or a dict, or register the class with torch.utils._pytree",
+                )
+        return results, *out
+
+    @property
+    def __name__(self) -> str:
+        return name_of(self.fn)
 
 
 class CheckpointedFunction:
@@ -231,25 +293,61 @@ class CheckpointedFunction:
 
     __wrapped__: Callable[..., Any]
 
-    def __init__(self, fn: Callable[..., Any], options: Options) -> None:
+    def __init__(self, fn: Callable[..., Any], options: Options, op: Invertible | None = None) -> None:
         self.options = options
+        self.op = OneWay(OnTree(fn)) if op is None else op
+        self.known: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()  # of methods, by instance
         wraps(self, fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
         if runs_plainly() or _current(self.options).mode == "store":
             return self.__wrapped__(*args, **kwargs)
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        bound = Bound(self.__wrapped__, spec, [])
-        out = recompute_values(OneWay(bound), tuple(flat), self.options)
-        return pytree.tree_unflatten(list(out), bound.results[0])
+        x = Tree.fell((args, kwargs))
+        op = owning(self.op, opaque=True) if x[0].objects() else self.op
+        if not may_have_gradients(op, x):
+            return self.__wrapped__(*args, **kwargs)
+        self._check_arguments(x[0])
+        results, *out = recompute_values(op, x, self.options)
+        return results.grow(out)
+
+    def _check_arguments(self, arguments: Tree) -> None:
+        for leaf in arguments.rest:
+            if isinstance(leaf, Iterator):
+                raise ReplayError(
+                    f"{self!r} got a {type(leaf).__name__}",
+                    expected="arguments that can be read twice: backward runs the function again",
+                    cure="pass a list",
+                )
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         """A checkpointed function in a class is a method."""
-        return self if instance is None else partial(self, instance)
+        if instance is None:
+            return self
+        method = MethodType(self.__wrapped__, instance)
+        op = OneWay(OnTree(method))
+        if isinstance(instance, nn.Module):
+            op = owning(op, self_contained=self.known.setdefault(instance, {}))
+        return CheckpointedFunction(method, self.options, op)
+
+    def __reduce__(self) -> Any:
+        return _global_name(self) or (_checkpointed, (self.__wrapped__, self.options))
 
     def __repr__(self) -> str:
         return f"checkpoint({name_of(self.__wrapped__)})"
+
+
+def _checkpointed(fn: Callable[..., Any], options: Options) -> CheckpointedFunction:
+    return fn if isinstance(fn, CheckpointedFunction) else CheckpointedFunction(fn, options)
+
+
+def _global_name(value: Any) -> str | None:
+    """The name by which a decorated function is found in its module, for pickle; None if it is not."""
+    path = getattr(value, "__qualname__", None)
+    found: Any = sys.modules.get(getattr(value, "__module__", ""))
+    for name in path.split(".") if path else ():
+        found = getattr(found, name, None)
+    return path if path and found is value else None
 
 
 def wraps(wrapper: Any, fn: Callable[..., Any]) -> None:
@@ -259,7 +357,7 @@ def wraps(wrapper: Any, fn: Callable[..., Any]) -> None:
     object.__setattr__(wrapper, "__wrapped__", fn)
 
 
-# ---- the transformer -----------------------------------------------------------------------------------------------------
+# ---- the transformer ------------------------------------------------------------------------------------------------
 
 
 def checkpoint(
@@ -270,6 +368,7 @@ def checkpoint(
     segments: int | Sequence[int] = 1,
     donate: bool | Sequence[int] = False,
     preserve_rng_state: bool = True,
+    plan: Any = None,
 ) -> Any:
     r"""Lower a pipeline, or any plain function, so that its activations are freed and rebuilt in backward.
 
@@ -284,6 +383,7 @@ def checkpoint(
             it shortens what rounding accumulates over, and in mode ``"recompute"`` the region that is run again.
         donate: Free the storage of the input, too, until backward rebuilds it: True, or the places on the wire.
         preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
+        plan: What to do with each op of the chain, from `invfunc.plan`, in place of mode and segments.
 
     Returns:
         An op for an op or a function with an inverse: it composes, inverts, and ``checkpoint`` of it is itself. A
@@ -319,6 +419,14 @@ def checkpoint(
     cuts = segments if isinstance(segments, int) else tuple(segments)
     given = donate if isinstance(donate, bool) else tuple(donate)
     options = Options(_checked_mode(mode), cuts, given, preserve_rng_state)
+    if given and mode != "invert":
+        raise OptionError(f"checkpoint: donate={donate} with mode={mode!r}", expected="mode 'invert': only it rebuilds")
+    if plan is not None:
+        if inverse is not None or replace(options, preserve_rng_state=True) != Options():
+            raise OptionError(
+                "checkpoint: plan=... comes with other options", expected="f, plan and preserve_rng_state"
+            )
+        return Checkpointed(plan.applied_to(f), options)
     if f is None:
         return partial(_checkpoint, inverse=inverse, options=options)
     return _checkpoint(f, inverse, options)
@@ -351,8 +459,12 @@ def _checkpoint_op(op: Invertible, inverse: Callable[..., Any] | None, options: 
 
 
 def _check_segments(op: Invertible, segments: int | tuple[int, ...]) -> None:
-    cuts, count = cut_points(op, segments) if segments != 0 else (0,), max(len(op.parts), 1)
-    if list(cuts) != sorted(set(cuts)) or any(not 0 < cut < count for cut in cuts):
+    count = max(len(op.parts), 1)
+    if isinstance(segments, int):
+        fits = 1 <= segments <= count
+    else:
+        fits = list(segments) == sorted(set(segments)) and all(0 < cut < count for cut in segments)
+    if not fits:
         raise OptionError(
             f"checkpoint: segments={segments} of an op with {count} parts",
             expected=f"a number from 1 to {count}, or increasing cut points between 1 and {count - 1}",

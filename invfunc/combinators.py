@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .debug import require
 from .errors import OptionError, WireError, place_error
 from .invertible import (
     VJP,
@@ -28,6 +29,7 @@ from .invertible import (
     pair,
     split_residue,
 )
+from .replay import returned
 from .wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 
 # ---- side by side ----------------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ def split(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = F
         WireError: When the size does not divide or add up; the message says what to pass.
 
     Cost:
-        Forward returns views; backward concatenates. Values and gradients are moved, not computed: the inverse is exact.
+        Forward returns views; backward concatenates. Values and gradients are moved: the inverse is exact.
 
     Example:
         >>> import torch
@@ -372,10 +374,12 @@ def additive(t: Tensor) -> Invertible:
 
 
 def _scale_shift(s: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    require("affine's scale", s, torch.ne, "a scale that is nowhere 0", "bound it: exp_scale, tanh_scale", 0)
     return x * s + t
 
 
 def _unshift_unscale(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    require("affine's scale", s, torch.ne, "a scale that is nowhere 0", "bound it: exp_scale, tanh_scale", 0)
     return (y - t) / s
 
 
@@ -396,6 +400,9 @@ def affine(s: Tensor, t: Tensor) -> Invertible:
     Args:
         s: The scale, nowhere zero, of the shape of x or broadcast to it.
         t: The shift, likewise.
+
+    Raises:
+        DomainError: Under ``inv.debug(True)``, when a scale is 0.
 
     Limits:
         Rounding grows with ``max|s| / min|s|``: bound the scale with `sigmoid_scale` or `tanh_scale` in deep chains.
@@ -575,7 +582,7 @@ class Half(Invertible):
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         x1, x2 = self._target_first(x)
-        y1, residue = self._law(spread(self.fn, x2), x1).forward_with_residue(x1)
+        y1, residue = self._law(returned(self.fn, spread(self.fn, x2)), x1).forward_with_residue(x1)
         self._check_shape(x1, y1)
         return self._in_place((y1, x2)), residue
 

@@ -73,4 +73,4 @@ def place_error(error: Exception, place: str) -> None:
     if isinstance(error, InvertibleError):
         error.path = (place, *error.path)
     elif hasattr(error, "add_note"):  # Python >= 3.11
-        error.add_note(f"in {place}")
+        error.add_note(f"in {place}")  # pyright: ignore[reportAttributeAccessIssue]

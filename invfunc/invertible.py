@@ -203,8 +203,9 @@ def graph_leaves(outputs: Sequence[Tensor], known: set[int]) -> list[Tensor]:
             continue
         seen.add(node)
         nodes += [parent for parent, _ in node.next_functions]
-        if hasattr(node, "variable") and id(node.variable) not in known:
-            found.append(node.variable)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            found.append(leaf)
     return found
 
 
@@ -381,7 +382,7 @@ class Chain(Invertible):
         return self._fold(step, (y, gy), self._backwards())
 
     def inverted(self) -> Invertible:
-        labels = self.labels and self.labels[::-1]
+        labels = None if self.labels is None else (self.labels[1], self.labels[0])
         return Chain(tuple(part.inverted() for part in reversed(self._parts)), labels)
 
     def _backwards(self):
@@ -391,7 +392,7 @@ class Chain(Invertible):
         """Run ``step`` through numbered parts; an error on its way up learns where it happened."""
         index = 0
         try:
-            for index, part in parts:
+            for index, part in parts:  # noqa: B007 - where an error happened
                 x = step(x, part)
         except Exception as error:
             place_error(error, self.place(index))
@@ -437,7 +438,9 @@ def name_of(fn: Callable[..., Any]) -> str:
         fn = fn.func
     if isinstance(fn, Invertible):
         return repr(fn)
-    return getattr(fn, "__name__", None) or type(fn).__name__
+    owner = getattr(fn, "__self__", None)
+    prefix = f"{owner!r}." if isinstance(owner, Invertible) else ""
+    return prefix + (getattr(fn, "__name__", None) or type(fn).__name__)
 
 
 # ---- constructors ----------------------------------------------------------------------------------------------
@@ -560,9 +563,9 @@ def identity() -> Invertible:
 
 
 def invert(op: Invertible) -> Invertible:
-    """The op with forward and inverse exchanged; also ``~op``.
+    r"""The op with forward and inverse exchanged; also ``~op``.
 
-    .. math:: invert(f)(y) = f^{-1}(y), \\qquad invert(invert(f)) = f
+    .. math:: invert(f)(y) = f^{-1}(y), \qquad invert(invert(f)) = f
 
     Args:
         op: The op. Compositions are inverted part by part, so the result lowers as well as ``op`` does.

@@ -588,8 +588,8 @@ def _on_strands(call: Call, wire: Wire) -> list[Any]:
 #     pipeline itself (counted again when it has run).
 # 3.  One holder is let in, the node that made the tensor, so that a ReLU may come before: it runs after the head, where
 #     the tensor is back; should it be reached by another way, it raises.
-# 4.  That node compares with zero what it saved, and what comes back is rounded: a zero that returns as 1e-17 would open
-#     the ReLU. So the signs of such a tensor are kept, one bit for each element.
+# 4.  That node compares with zero what it saved, and what comes back is rounded: a zero that returns as 1e-17 would
+#     open the ReLU. So the signs of such a tensor are kept, one bit for each element.
 
 
 class Donated(Tensor):
@@ -597,7 +597,7 @@ class Donated(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor) -> Donated:
-        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device="meta")
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=torch.device("meta"))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -638,8 +638,8 @@ class Donation:
         for place in [i for i, t in enumerate(found) if is_differentiable(t)] if which is True else which or ():
             tensor = found[place] if 0 <= place < len(found) else None
             reason = "it is there twice" if any(tensor is t for t in self.given) else why_not_donate(tensor)
-            if reason:
-                raise _not_donated(place, reason)
+            if reason or tensor is None:
+                raise _not_donated(place, reason or "it is None")
             self.given.append(tensor)
 
     def begin(self) -> State:
@@ -671,7 +671,7 @@ class Donation:
                 tensor.grad_fn.register_prehook(partial(_raise_if, empty))
             size = storage.nbytes()
             torch._C._swap_tensor_impl(tensor, hidden)
-            tensor.__class__, hidden.__class__ = Donated, Tensor
+            tensor.__class__, hidden.__class__ = Donated, Tensor  # pyright: ignore[reportAttributeAccessIssue]
             storage.resize_(0)
             self.empty.append((tensor, hidden, size, empty))
 
@@ -679,16 +679,16 @@ class Donation:
         """Fill the same storages with the rebuilt values, at the version that others have seen."""
         for (tensor, hidden, size, empty), value, signs in zip(self.empty, values, self.signs, strict=True):
             hidden.untyped_storage().resize_(size)
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(hidden):
+            with torch.no_grad(), transforms.preserved_version(hidden):
                 hidden.detach().copy_(value if signs is None else _signed(value, signs))
             torch._C._swap_tensor_impl(tensor, hidden)
-            tensor.__class__, hidden.__class__ = Tensor, Donated
+            tensor.__class__, hidden.__class__ = Tensor, Donated  # pyright: ignore[reportAttributeAccessIssue]
             empty[0] = False
         self.empty.clear()
 
 
 def _signs(tensor: Tensor) -> Tensor | None:
-    """Rule 4 of NOTE [Donation]: where a tensor is positive, if its maker saved it and is no tail, which compares not."""
+    """Rule 4 of NOTE [Donation]: where a tensor is positive, if its maker saved it; a tail does not compare."""
     if _is_tail(tensor.grad_fn) or not tensor.is_floating_point() or not _saved_by_its_maker(tensor):
         return None
     with torch.no_grad():
@@ -734,18 +734,18 @@ def why_not_donate(tensor: Any) -> str | None:
     users = torch._C._storage_Use_Count(storage._cdata) - 1 - _saved_by_its_maker(tensor)
     if users > 1:
         return f"{users - 1} other tensors share its storage (views, detached aliases, or results saved for backward)"
-    if tensor._use_count() > 1:
+    if transforms.use_count(tensor) > 1:
         return "an operation has saved it for backward, or a view of it is alive"
     return None
 
 
 def _can_tell(node: Any) -> bool:
-    """Whether a node still has what it saved: after backward it has not, and tells no more whether it was the tensor."""
+    """Whether a node still has what it saved: after its backward it can not tell whether that was the tensor."""
     try:
         for name in dir(node):
             if name.startswith("_saved_"):
                 getattr(node, name)
-        return not _is_tail(node) or node.saved_tensors is not None
+        return not _is_tail(node) or node.saved_tensors is not None  # pyright: ignore
     except RuntimeError:
         return False
 
@@ -755,7 +755,7 @@ def _saved_by_its_maker(tensor: Tensor) -> int:
     node = tensor.grad_fn
     names = [name for name in dir(node) if name.startswith("_saved_")] if node is not None else []
     saved = [getattr(node, name, None) for name in names]
-    saved += node.saved_tensors if _is_tail(node) else []  # pyright: ignore[reportAttributeAccessIssue]
+    saved += node.saved_tensors if _is_tail(node) else []  # pyright: ignore
     pointer = tensor.untyped_storage().data_ptr()
     return sum(isinstance(s, Tensor) and s.untyped_storage().data_ptr() == pointer for s in saved)
 

@@ -28,7 +28,7 @@ from ctypes import string_at
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -93,6 +93,8 @@ def owners(functions: Iterable[Any]) -> Owners:
             todo += item.functions
         elif isinstance(item, (tuple, list)):
             todo += item
+        elif isinstance(item, dict):
+            todo += item.values()
         elif callable(item) and not _closes_over_nothing(item):
             closures.append(item)
     nearby = {id(m): m for closure in closures for m in _visible(closure) if isinstance(m, nn.Module)}
@@ -133,7 +135,14 @@ def slots(module: nn.Module, seen: set[int]) -> list[tuple[nn.Module, dict[str, 
             found += [(owner, buffers, name, tensor, True) for name, tensor in buffers.items() if tensor is not None]
         if owner._modules:
             todo += [child for child in reversed(owner._modules.values()) if child is not None]
+        if Tensor in map(type, vars(owner).values()):
+            found += [(owner, vars(owner), name, value, False) for name, value in vars(owner).items() if _counts(value)]
     return found
+
+
+def _counts(value: Any) -> bool:
+    """Whether an attribute that a module has not registered is a tensor that needs a gradient."""
+    return type(value) is Tensor and (value.requires_grad or transforms.active())
 
 
 # ---- the recording -----------------------------------------------------------------------------------------------
@@ -154,6 +163,8 @@ class Recording:
     autocast: tuple[Any, ...] = ()
     alive: list[Tensor] = field(default_factory=list)  # keeps the ids in ``noted`` from being reused
     expected: set[int] = field(default_factory=set)  # those of ``noted`` that forward was seen to use
+    copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # written tensors without a slot, and copies
+    returned: tuple[Any, list[Kind]] | None = None  # a function of an op, and what it returned
     opaque: bool = False  # whether a closure was called
 
 
@@ -168,6 +179,8 @@ class Scope:
         self.began: int | None = None  # where the graph of this call begins, when it builds one
         self.wrapping = transforms.active()
         self.places: dict[int, int] = {}
+        self.made: set[int] = set()  # ids of tensors that the call has made, as far as it was watched
+        self.owned: set[int] = set()  # ids of the dicts of modules that were known before the call
 
     def capture(self, tensor: Tensor) -> int:
         """The place of a tensor among the captured ones."""
@@ -181,11 +194,17 @@ class Scope:
         """Whether a tensor has to be an explicit input: it may get a gradient, or belongs to a transform."""
         return tensor.requires_grad or (self.wrapping and transforms.is_wrapped(tensor))
 
-    def see(self, tensor: Tensor) -> None:
+    def see(self, tensor: Tensor, wrapped: bool) -> None:
         """Capture a tensor that a closure was seen to use: when it runs again, it has to use it again."""
         known = id(tensor) in self.places
         if self.began is not None and tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= self.began:
             return  # made inside, by something that a TorchFunctionMode does not see
+        if wrapped:
+            if tensor.requires_grad and id(tensor) not in {
+                id(self.recording.captured[i]) for *_, i in self.recording.filled
+            }:
+                raise _hidden(tensor)
+            return
         self.note(tensor)
         if not known and tensor.requires_grad and id(tensor) in self.recording.noted:
             self.recording.expected.add(id(tensor))
@@ -220,13 +239,34 @@ class Scope:
                 self.recording.fixed.append((table, name, tensor, version(tensor)))
 
     def leave(self) -> None:
-        """Tell the buffers that the call wrote from those it only read."""
+        """Tell the buffers that the call wrote from those it only read, and its own swaps from the modules' slots."""
+        r = self.recording
         for owner, table, name, tensor, copy, before in self.before:
-            if _writes(owner, name, tensor, copy, before):
-                self.recording.written.append((table, name, copy))
+            if not _writes(owner, name, tensor, copy, before):
+                r.fixed.append((table, name, tensor, before))
+            elif r.opaque and self._lent(table, name, tensor):
+                r.copied.append((tensor, copy))
             else:
-                self.recording.fixed.append((table, name, tensor, before))
+                r.written.append((table, name, copy))
         self.before.clear()
+        if r.opaque:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        """What the call lent to a slot is no slot of its module, but one of its closure."""
+        r = self.recording
+        lent = [(table, name, r.captured[i]) for table, name, i in r.filled if self._lent(table, name, r.captured[i])]
+        for _, _, tensor in lent:
+            if id(tensor) not in r.noted:
+                r.noted[id(tensor)] = self.places[id(tensor)]
+                r.alive.append(tensor)
+        r.filled[:] = [slot for slot in r.filled if not self._lent(*slot[:2], r.captured[slot[2]])]
+        r.fixed[:] = [slot for slot in r.fixed if not self._lent(*slot[:3])]
+
+    def _lent(self, table: dict[str, Any], name: str, tensor: Tensor) -> bool:
+        """Whether the call itself put a tensor into a slot and took it out again, as ``functional_call`` does."""
+        now = table.get(name)
+        return now is not tensor and id(table) not in self.owned and id(now) not in self.made
 
 
 _WRITES: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], bool]] = WeakKeyDictionary()
@@ -256,8 +296,11 @@ def version(tensor: Tensor) -> int:
 class Watch(TorchFunctionMode):
     """Sees every tensor that goes into a torch function; replaces some, reports those it did not expect."""
 
-    def __init__(self, given: Iterable[Any], stand_ins: dict[int, Tensor], report: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, given: Iterable[Any], stand_ins: dict[int, Tensor], report: Callable[[Tensor, bool], None]
+    ) -> None:
         super().__init__()
+        self.level = transforms.level()
         self.inside = {id(leaf) for leaf in given}
         self.stand_ins = stand_ins
         self.placed = {id(tensor): key for key, tensor in stand_ins.items()}  # a slot may hold the stand-in itself
@@ -288,8 +331,19 @@ class Watch(TorchFunctionMode):
         if id(tensor) in self.placed:
             self.met.add(self.placed[id(tensor)])
         elif id(tensor) not in self.inside:
-            self.report(tensor)
+            self._report(tensor)
         return tensor
+
+    def _report(self, tensor: Tensor) -> None:
+        """Report what came from outside; a transform that the function itself uses may have wrapped it."""
+        own = transforms.below(tensor, self.level)
+        if id(own) not in self.inside:
+            self.report(own, own is not tensor)
+
+    def see_all(self, items: Iterable[Any]) -> None:
+        """See tensors that did not go into a torch function."""
+        for item in items:
+            self._see(item)
 
     def _made(self, out: Any) -> None:
         if isinstance(out, Tensor):
@@ -301,6 +355,14 @@ class Watch(TorchFunctionMode):
 
 
 _STAND_INS: ContextVar[tuple[dict[int, Tensor], ...]] = ContextVar("stand_ins", default=())
+
+
+def _hidden(tensor: Tensor) -> ReplayError:
+    return ReplayError(
+        f"a tensor of shape {tuple(tensor.shape)} of the function's closure goes straight into a torch.func transform",
+        expected="tensors that can be replayed: arguments, parameters of modules, or what torch functions are given",
+        cure="pass it as an argument, or give the transform tensor.clone()",
+    )
 
 
 def stand_in(tensor: Tensor) -> Tensor:
@@ -343,13 +405,17 @@ class Streams:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Draw the same numbers again, and leave the generators as they were."""
-        now = Streams([device for device, _ in self.cuda])
-        self.put()
-        try:
-            yield
-        finally:
-            now.put()
+        """Draw the same numbers again, and leave the generators as they were: all threads draw from the same."""
+        with _DICE:
+            now = Streams([device for device, _ in self.cuda])
+            self.put()
+            try:
+                yield
+            finally:
+                now.put()
+
+
+_DICE = threading.RLock()
 
 
 def cuda_devices(tensors: Iterable[Tensor]) -> Sequence[int]:
@@ -448,22 +514,27 @@ def recorded(
     scope = Scope(found)
     for module in found.modules:
         scope.enter(module)
+    if found.opaque:
+        scope.owned = {id(table) for table, *_ in [*scope.recording.filled, *scope.recording.fixed]}
+        scope.owned |= {id(table) for _, table, *_ in scope.before}
     for tensor in found.tensors:
         scope.note(tensor)
     given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
     before = Streams(cuda_devices(given)) if randomness else None
     versions = list(map(version, given))
+    recording = _RECORDING.set(scope.recording)
     pinning = _PINNING.set(partial(_pin, scope.recording.pins))
     try:
         out = _graphed(fn, x, found, scope) if graph and not scope.wrapping else _quiet(fn, x, found, scope)
+    except RuntimeError as error:
+        if "is being used in an in-place operation" in str(error):
+            raise _changed(fn) from error
+        raise
     finally:
         _PINNING.reset(pinning)
+        _RECORDING.reset(recording)
     if versions != list(map(version, given)):
-        raise ReplayError(
-            f"{name_of(fn)} changed its input in place",
-            expected="a function that leaves its input alone: backward runs it again",
-            cure="use the out-of-place operation, or clone the input first",
-        )
+        raise _changed(fn)
     scope.leave()
     if before is not None and not before.same(Streams([d for d, _ in before.cuda])):
         scope.recording.random = before
@@ -471,9 +542,70 @@ def recorded(
     return out, scope.recording
 
 
+def _changed(fn: Callable[..., Any]) -> ReplayError:
+    return ReplayError(
+        f"{name_of(fn)} changed its input in place",
+        expected="a function that leaves its input alone: backward runs it again",
+        cure="use the out-of-place operation, or clone the input first",
+    )
+
+
+Kind: TypeAlias = tuple[torch.Size, torch.dtype]
+
+_RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+def returned(fn: Callable[..., Any], out: T) -> T:
+    """Note what a function of an op returned, where nothing else would show that it returns something else later."""
+    recording = _RECORDING.get()
+    if recording is not None:
+        recording.returned = fn, kinds(leaves(out))
+    return out
+
+
+def kinds(items: Iterable[Any]) -> list[Kind]:
+    """The shape and dtype of each differentiable tensor."""
+    return [(t.shape, t.dtype) for t in items if is_differentiable(t)]
+
+
+def check_kinds(subject: str, of: Any, wire: Wire, expected: list[Kind]) -> None:
+    """Raise where a function returned something else in backward than forward had; ``{}`` in subject names it."""
+    found = kinds(leaves(wire))
+    if found != expected:
+        raise _differs(subject.format(of), found, expected)
+
+
+def _kinds_of(items: Iterable[Any]) -> list[Kind | None]:
+    return [(t.shape, t.dtype) if is_differentiable(t) else None for t in items]
+
+
+def _check_seeds(fn: Callable[..., Any], found: list[Kind | None], gout: Wire) -> None:
+    """Raise where a function returned in backward what the gradient of its output does not fit."""
+    seeds = leaves(gout)
+    given = [None if g is None else (g.shape, g.dtype) for g in seeds]
+    if len(seeds) == len(found) and all(g in (None, k) for g, k in zip(given, found, strict=True)):
+        return
+    subject = "the function" if name_of(fn) == "<lambda>" else name_of(fn)
+    raise _differs(f"{subject} on replay", [k for k in found if k is not None], kinds(seeds))
+
+
+def _differs(subject: str, found: list[Kind], expected: list[Kind]) -> ReplayError:
+    return ReplayError(
+        f"{subject} returned {_shown(found)}",
+        expected=f"{_shown(expected)} as in forward",
+        cure="the function must be pure; test an op with invfunc.testing.check_laws",
+    )
+
+
+def _shown(found: list[Kind]) -> str:
+    return ", ".join(f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in found) or "nothing"
+
+
 def _quiet(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T:
     with torch.no_grad():
-        return _watched(fn, x, found, scope) if found.needs_watch() else fn(x)
+        if not found.needs_watch():
+            return fn(x)
+        return _watched(fn, map_wire(_detached, x), found, scope)  # aliases: a closure may hold the input, too
 
 
 def _graphed(fn: Callable[[Wire], Wire], x: Wire, found: Owners, scope: Scope) -> Wire:
@@ -506,12 +638,15 @@ def _watched(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T
 
     def entered(module: nn.Module, _: Any) -> None:
         if threading.get_ident() == thread:
-            scope.enter(module)
+            with torch._C.DisableTorchFunction():  # what `Scope` reads, the function does not
+                scope.enter(module)
 
     handle = register_module_forward_pre_hook(entered) if found.opaque else None
     try:
-        with Watch(leaves(x), {}, scope.see):
+        with Watch(leaves(x), {}, scope.see) as watch:
             out = fn(x)
+        watch.see_all(leaves(out))  # a function may return what it closes over
+        scope.made = watch.inside
     finally:
         if handle is not None:
             handle.remove()
@@ -520,6 +655,7 @@ def _watched(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T
     return out
 
 
+_HOLE = object()
 _NOTHING = nullcontext()
 _SLOTS = threading.RLock()  # a slot that is swapped while another thread reads it would corrupt the module
 
@@ -534,6 +670,7 @@ class Replay(VJP):
         kept: The tensors that pins refer to.
         rebuilds: Whether anybody upstream needs the rebuilt input.
         functional: Gradients must be differentiable or belong to a transform: use ``torch.func.vjp``.
+        inverse: The op's inverse, and what it has to return.
     """
 
     def __init__(
@@ -545,7 +682,9 @@ class Replay(VJP):
         *,
         rebuilds: bool = True,
         functional: bool = False,
+        inverse: tuple[Callable[..., Any] | None, list[Kind]] = (None, []),
     ) -> None:
+        self.inverse, self.x_kinds = inverse
         self.recording, self.captured, self.wanted, self.kept = recording, captured, wanted, kept
         self.rebuilds, self.functional = rebuilds, functional
         self.gradients: list[Tensor | None] = [None] * len(captured)
@@ -553,41 +692,62 @@ class Replay(VJP):
         self._check()
         self.inside: set[int] = set()
         self.in_place = self._is_in_place()
-        self.direct = self.in_place and not (functional or recording.noted or recording.written)
+        self.direct = self.in_place and not (functional or recording.noted or recording.written or recording.copied)
         self._same = self.direct and self._are_conditions()
 
     # ---- evaluation ----
 
     def run(self, fn: Callable[..., Any], x: Wire) -> Wire:
-        with self._again(self.captured, x):
-            return spread(fn, x)
+        out = self._evaluate(fn, x, self.captured)
+        if fn == self.inverse:
+            check_kinds("the inverse of {.__self__!r}", fn, out, self.x_kinds)
+        return out
 
     def __call__(self, fn: Callable[..., Any], x: Wire, needs: Wire | None) -> tuple[Wire, Callable[[Wire], Wire]]:
         needs = map_wire(is_differentiable, x) if needs is None else needs
         if not (any(self.wanted) or any(leaves(needs))):
             return self.run(fn, x), lambda gy: map_wire(lambda leaf: None, x)
-        return (self._functional if self.functional else self._eager)(fn, x, needs)
+        out, pull = (self._functional if self.functional else self._eager)(fn, x, needs)
+        if self.recording.returned is not None and self.recording.returned[0] is fn:
+            check_kinds("{} on replay", name_of(fn), out, self.recording.returned[1])
+        return out, pull
+
+    def _evaluate(self, fn: Callable[..., Any], x: Wire, captured: Sequence[Tensor]) -> Wire:
+        """``fn(*x)`` as it ran in forward; what it returns of its closure is replaced as well."""
+        with self._again(captured, x):
+            out = spread(fn, x)
+        if not self.recording.noted or self.direct:
+            return out
+        table = {key: captured[i] for key, i in self.recording.noted.items()}
+        self.met |= table.keys() & set(map(id, leaves(out)))
+        return map_wire(lambda leaf: table.get(id(leaf), leaf), out)
 
     def _eager(self, fn: Callable[..., Any], x: Wire, needs: Wire) -> tuple[Wire, Callable[[Wire], Wire]]:
         """Autograd on detached leaves: leaner than ``torch.func.vjp``, but not differentiable again."""
         inner = map_wire(_leaf, x, needs)
         captured = self.captured if self.in_place else list(map(_leaf, self.captured, self.wanted))
-        with torch.enable_grad(), self._again(captured, inner):
-            out = spread(fn, inner)
+        known = [*captured, *leaves(inner)]
+        with torch.enable_grad():
+            given = map_wire(_not_leaf, inner, needs)
+            out = self._evaluate(fn, given, captured)
+            if self.recording.opaque and self._strangers(out, known):
+                with self._standing_in({}, captured, leaves(given)):  # tells which leaves the function has made itself
+                    out = self._evaluate(fn, given, captured)
+                self._check_reach(out, known)
         outs = leaves(out)
-        if self.recording.opaque:
-            self._check_reach(outs, [*captured, *leaves(inner)])
         edges = [torch.autograd.graph.get_gradient_edge(o) if _has_graph(o) else None for o in outs]
         sources = [leaf for leaf, need in zip(leaves(inner), leaves(needs), strict=True) if need]
         targets = [c for c, w in zip(captured, self.wanted, strict=True) if w]
 
+        found = _kinds_of(outs)
+
         def pull(gout: Wire) -> Wire:
+            _check_seeds(fn, found, gout)
             roots = [(e, g) for e, g in zip(edges, leaves(gout), strict=True) if e is not None and g is not None]
             if not roots:
                 return map_wire(lambda need: None, needs)
             outputs, seeds = zip(*roots, strict=True)
-            found = torch.autograd.grad(outputs, [*sources, *targets], seeds, allow_unused=True)
-            gradients = iter(found)
+            gradients = iter(torch.autograd.grad(outputs, [*sources, *targets], seeds, allow_unused=True))
             gx = map_wire(lambda need: next(gradients) if need else None, needs)
             self._add(gradients)
             return gx
@@ -607,16 +767,16 @@ class Replay(VJP):
                 inner[i] = t
             for i, t in zip(theirs, tensors[len(own) :], strict=True):
                 captured[i] = t
-            with self._again(captured, tuple(inner)):
-                out = spread(fn, unflatten(x, inner))
-            structure[:] = [map_wire(lambda leaf: None if is_differentiable(leaf) else leaf, out)]
+            out = self._evaluate(fn, unflatten(x, inner), captured)
+            structure[:] = [map_wire(lambda leaf: _HOLE if is_differentiable(leaf) else leaf, out)]
             return tuple(leaf for leaf in leaves(out) if is_differentiable(leaf))
 
-        outs, vjp = torch.func.vjp(closed, *[flat[i] for i in own], *[self.captured[i] for i in theirs])
+        outs, vjp, *_ = torch.func.vjp(closed, *[flat[i] for i in own], *[self.captured[i] for i in theirs])
         left = iter(outs)
-        out = map_wire(lambda leaf: next(left) if leaf is None else leaf, structure[0])
+        out = map_wire(lambda leaf: next(left) if leaf is _HOLE else leaf, structure[0])
 
         def pull(gout: Wire) -> Wire:
+            _check_seeds(fn, _kinds_of(leaves(out)), gout)
             seeds = [g for g, o in zip(leaves(gout), leaves(out), strict=True) if is_differentiable(o)]
             filled = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(seeds, outs, strict=True))
             gradients = iter(vjp(filled))
@@ -672,10 +832,13 @@ class Replay(VJP):
                 cure="run backward before changing them, or clone them in forward",
             )
 
-    def _check_reach(self, outs: Sequence[Any], known: Sequence[Any]) -> None:
-        """Raise where a closure's graph reaches a leaf that was not captured: its gradient would be dropped."""
-        roots = [o for o in outs if _has_graph(o)]
-        for leaf in graph_leaves(roots, {id(t) for t in known} | self.inside):
+    def _strangers(self, out: Wire, known: Sequence[Any]) -> list[Tensor]:
+        """Leaves that a closure's graph reaches and that are neither captured nor made inside."""
+        return graph_leaves([o for o in leaves(out) if _has_graph(o)], {id(t) for t in known} | self.inside)
+
+    def _check_reach(self, out: Wire, known: Sequence[Any]) -> None:
+        """Raise where the gradient of a leaf that was not captured would be dropped."""
+        for leaf in self._strangers(out, known):
             raise ReplayError(
                 f"the function uses a tensor of shape {tuple(leaf.shape)} that was not captured",
                 expected="tensors that go through torch functions",
@@ -688,7 +851,7 @@ class Replay(VJP):
         return (
             all(table[name] is self.captured[i] for table, name, i in r.filled)
             and all(table[name] is tensor for table, name, tensor, _ in r.fixed)
-            and all(c.is_leaf for c in self.captured)
+            and all(c.is_leaf and not c._backward_hooks for c in self.captured)  # hooks run on the whole gradient, once
         )
 
     def _are_conditions(self) -> bool:
@@ -725,8 +888,9 @@ class Replay(VJP):
         with ExitStack() as stack:
             if contents:
                 stack.enter_context(_swapped(contents))
-            if r.noted:
+            if r.noted or r.copied:
                 table = {key: captured[i] for key, i in r.noted.items()}
+                table |= {id(tensor): copy.clone() for tensor, copy in r.copied}
                 stack.enter_context(self._standing_in(table, captured, given))
             yield
 
@@ -744,7 +908,7 @@ class Replay(VJP):
             _STAND_INS.reset(token)
 
 
-def _unexpected(tensor: Tensor) -> None:
+def _unexpected(tensor: Tensor, wrapped: bool) -> None:
     if tensor.requires_grad and tensor.is_leaf and not transforms.is_wrapped(tensor):
         raise _rebound(f"the function met a tensor of shape {tuple(tensor.shape)} that it did not meet in forward")
 
@@ -773,6 +937,11 @@ def _swapped(contents: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator
 
 def _leaf(leaf: Any, need: bool) -> Any:
     return leaf.detach().requires_grad_(need) if is_differentiable(leaf) else leaf
+
+
+def _not_leaf(leaf: Any, need: bool) -> Any:
+    """Hooks of modules on their inputs do not run on leaves under `torch.autograd.grad`."""
+    return leaf.view_as(leaf) if need and is_differentiable(leaf) else leaf
 
 
 def _has_graph(leaf: Any) -> bool:

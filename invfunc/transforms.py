@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,6 +21,19 @@ def active() -> bool:
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a tensor belongs to a transform."""
     return functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def level() -> int:
+    """How many transforms are running, one inside the other."""
+    current = functorch.maybe_current_level()
+    return 0 if current is None else current
+
+
+def below(tensor: Tensor, height: int) -> Tensor:
+    """A tensor without the wrappers of transforms above a level."""
+    while functorch.maybe_get_level(tensor) > height:
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -46,3 +60,13 @@ def alive(tensors: Iterable[Any]) -> tuple[Any, ...]:
 def graph_position() -> int:
     """A number that every autograd node made from now on, in this thread, reaches or exceeds."""
     return torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def preserved_version(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A tensor that is written inside keeps the version that others have seen."""
+    return torch.autograd._unsafe_preserve_version_counter(tensor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def use_count(tensor: Tensor) -> int:
+    """How many holders a tensor has in C++ and Python together."""
+    return tensor._use_count()  # pyright: ignore[reportAttributeAccessIssue]

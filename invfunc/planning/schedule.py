@@ -1,0 +1,215 @@
+"""Schedules: what a plan does with each op, as a tree; and what a schedule costs, worked out from `Costs`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from ..errors import OptionError
+from .costs import EXACT, FREE, HELD, Costs, Ledger
+
+
+@dataclass(frozen=True)
+class Store:
+    """Run op ``first`` (counted from 0) on autograd's tape."""
+
+    first: int
+
+    @property
+    def stop(self) -> int:
+        """The op after the last one."""
+        return self.first + 1
+
+
+@dataclass(frozen=True)
+class Invert:
+    """Keep nothing of ops ``first .. stop - 1`` but the last one's output; rebuild the rest by inverses."""
+
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Keep the input of ops ``first .. stop - 1``; in backward run them again, as ``inner`` says."""
+
+    first: int
+    inner: Schedule
+
+    @property
+    def stop(self) -> int:
+        """The op after the last one."""
+        return self.inner[-1].stop
+
+
+Node: TypeAlias = "Store | Invert | Recompute"
+Schedule: TypeAlias = "tuple[Node, ...]"
+
+
+class Prediction(NamedTuple):
+    """What a schedule is expected to cost; ``binds`` is the op at whose moment the peak occurs."""
+
+    seconds: float
+    peak_bytes: int
+    error: float | None
+    binds: int
+    moment: str
+
+
+class Need(NamedTuple):
+    """The least memory of a part of a schedule, and whose it is."""
+
+    bytes: int
+    op: int
+    moment: str
+
+    def on(self, kept: int) -> Need:
+        """The same on top of bytes that are kept meanwhile."""
+        return self._replace(bytes=self.bytes + kept)
+
+
+def predict(costs: Costs, schedule: Schedule) -> Prediction:
+    """Time, peak and error of a schedule."""
+    ledger = Ledger(costs)
+    need = _needs(ledger, schedule, 0, ledger.L, HELD).on(ledger.a[ledger.L])
+    return Prediction(_seconds(costs, schedule), need.bytes, error_of(costs, schedule), need.op, need.moment)
+
+
+def _needs(ledger: Ledger, schedule: Schedule, i: int, j: int, r: int) -> Need:
+    if not schedule:
+        return Need(ledger.end(j), j - 1, "turn to backward")
+    node, rest = schedule[0], schedule[1:]
+    if isinstance(node, Store):
+        kept, own = ledger.store(i, j, r)
+        return max(Need(own, i, "step with its tape"), _needs(ledger, rest, node.stop, j, HELD).on(kept))
+    if isinstance(node, Invert):
+        kept, own = ledger.invert(i, node.stop, j, r)
+        worst = max(range(i, node.stop), key=lambda q: max(ledger.undo(i, q + 1, j, r)))
+        return max(Need(own, worst, "inverse"), _needs(ledger, rest, node.stop, j, EXACT).on(kept))
+    k = node.stop
+    first = Need(ledger.first_pass(i, k, j, r), k - 1, "forward")
+    later = _needs(ledger, rest, k, j, FREE).on(ledger.in_hand(i, r))
+    return max(first, later, _needs(ledger.inside(), node.inner, i, k, r).on(ledger.reserve(i, k, j)))
+
+
+def _seconds(costs: Costs, schedule: Schedule) -> float:
+    total = 0.0
+    for node in schedule:
+        ops = costs.ops[node.first : node.stop]
+        if isinstance(node, Store):
+            total += ops[0].forward + ops[0].backward
+        elif isinstance(node, Invert):
+            total += sum(op.forward + op.inverse for op in ops)
+        else:
+            total += sum(op.forward for op in ops) + _seconds(costs, node.inner)
+    return total
+
+
+def runs(schedule: Schedule) -> Iterator[Invert]:
+    """The runs of inverses in a schedule, nested ones included."""
+    for node in schedule:
+        if isinstance(node, Invert):
+            yield node
+        elif isinstance(node, Recompute):
+            yield from runs(node.inner)
+
+
+def error_of(costs: Costs, schedule: Schedule) -> float | None:
+    """The gradient error to expect: that of the worst run of inverses; None when it was not profiled."""
+    found = [run_error(costs, run.first, run.stop) for run in runs(schedule)]
+    return None if None in found else max(found, default=0.0)  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def run_error(costs: Costs, i: int, k: int) -> float | None:
+    """The gradient error of undoing ops i+1..k: that of the next longer sweep that was measured."""
+    if all(op.exact for op in costs.ops[i:k]):
+        return 0.0
+    if costs.errors is None:
+        return None
+    longer = [(stop - first, error) for first, stop, error in costs.errors if first <= i and k <= stop]
+    return min(longer)[1] if longer else float("inf")
+
+
+# ---- fixed schedules -------------------------------------------------------------------------------------------------
+
+
+def store_all(count: int) -> Schedule:
+    """Plain training."""
+    return tuple(map(Store, range(count)))
+
+
+def recompute_every(costs: Costs, size: int) -> Schedule:
+    """Checkpointing with one stored input for each ``size`` ops."""
+    count = len(costs.ops)
+    spans = [range(i, min(i + size, count)) for i in range(0, count, size)]
+    return tuple(Recompute(span[0], tuple(map(Store, span))) for span in spans)
+
+
+def invert_all(costs: Costs) -> Schedule:
+    """Inverses wherever there are any; the other ops are run again."""
+    found: list[Node] = []
+    for i, op in enumerate(costs.ops):
+        if op.inverse == float("inf"):
+            found.append(Recompute(i, (Store(i),)))
+        elif found and isinstance(found[-1], Invert):
+            found[-1] = Invert(found[-1].first, i + 1)
+        else:
+            found.append(Invert(i, i + 1))
+    return tuple(found)
+
+
+def check(costs: Costs, schedule: Schedule) -> None:
+    """Raise unless a schedule covers each op once, in order, and inverts only what has an inverse.
+
+    Raises:
+        OptionError: When it does not.
+    """
+    _check_span(schedule, 0, len(costs.ops))
+    for run in runs(schedule):
+        for i in range(run.first, run.stop):
+            if costs.ops[i].inverse == float("inf"):
+                raise OptionError(f"a schedule inverts op {i} ({costs.ops[i].name})", expected="an op with an inverse")
+
+
+def _check_span(schedule: Sequence[Node], first: int, stop: int) -> None:
+    at = first
+    for node in schedule:
+        if node.first != at or node.stop <= node.first:
+            raise OptionError(f"a schedule goes on with op {node.first}", expected=f"op {at}")
+        if isinstance(node, Recompute):
+            _check_span(node.inner, node.first, node.stop)
+        at = node.stop
+    if at != stop:
+        raise OptionError(f"a schedule ends before op {at}", expected=f"{stop} ops")
+
+
+# ---- as data ---------------------------------------------------------------------------------------------------------
+
+
+def to_data(schedule: Schedule) -> list[Any]:
+    """A schedule as nested lists: ``["store", i]``, ``["invert", i, k]``, ``["recompute", i, [...]]``.
+
+    Example:
+        >>> to_data((Recompute(0, (Store(0), Store(1))), Invert(2, 5)))
+        [['recompute', 0, [['store', 0], ['store', 1]]], ['invert', 2, 5]]
+    """
+    return [
+        ["store", n.first] if isinstance(n, Store)
+        else ["invert", n.first, n.stop] if isinstance(n, Invert)
+        else ["recompute", n.first, to_data(n.inner)]
+        for n in schedule
+    ]  # fmt: skip
+
+
+def from_data(data: Any) -> Schedule:
+    """The schedule that `to_data` has written.
+
+    Raises:
+        OptionError: When the lists are not those of a schedule.
+    """
+    kinds = {"store": Store, "invert": Invert, "recompute": lambda first, inner: Recompute(first, from_data(inner))}
+    try:
+        return tuple(kinds[kind](*rest) for kind, *rest in data)
+    except (TypeError, KeyError, ValueError) as error:
+        raise OptionError("this is not a schedule", expected="what Plan.to_json wrote", got=str(error)) from error

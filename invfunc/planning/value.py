@@ -1,0 +1,460 @@
+"""The plan: a frozen value that says what to do with each op, and what that is expected to cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import checkpoint
+from ..errors import OptionError
+from ..invertible import Invertible, lift
+from ..memory import measure
+from ..wires import Wire, is_differentiable, leaves, map_wire
+from . import report
+from .costs import Costs, parse_bytes, show_bytes
+from .executor import Planned, flat_ops, grouped
+from .profiling import (
+    Loss,
+    bytes_only,
+    key_of,
+    least_seconds,
+    mean_square,
+    parameters_of,
+    profile,
+    relative,
+    shape_key,
+)
+from .schedule import (
+    Prediction,
+    Schedule,
+    check,
+    error_of,
+    from_data,
+    invert_all,
+    predict,
+    recompute_every,
+    run_error,
+    runs,
+    store_all,
+    to_data,
+)
+from .solver import Table
+
+
+class Point(NamedTuple):
+    """A point of a plan's curve: the least time (over a plain step) in a peak."""
+
+    peak_bytes: int
+    time: float
+
+
+class Verified(NamedTuple):
+    """What a plan did on a batch: the worst tensor's relative gradient error, the peak, and the time over plain."""
+
+    error: float
+    peak_bytes: int
+    time: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan was asked to keep to."""
+
+    budget: int | None = None
+    max_time: float | None = None
+    max_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with each op of a chain: store, recompute or invert; made by `invfunc.plan`.
+
+    A plan is never changed behind your back, since another schedule rounds otherwise. Print it to see what it does.
+
+    Attributes:
+        schedule: The tree of choices.
+        costs: What they were made from.
+        limits: What they keep to.
+        f: The op that was planned, if one was given.
+    """
+
+    schedule: Schedule
+    costs: Costs
+    limits: Limits = Limits()
+    f: Invertible | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check(self.costs, self.schedule)
+
+    # ---- what it costs ----
+
+    @cached_property
+    def predicted(self) -> Prediction:
+        """Seconds, peak, error, and the op whose moment the peak is."""
+        return predict(self.costs, self.schedule)
+
+    @property
+    def time(self) -> float:
+        """The time of a step over that of a plain one."""
+        return self.predicted.seconds / self.costs.seconds if self.costs.seconds else 1.0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory of a step, beside the input, the parameters and the ``grad`` of both; the output counts."""
+        return self.predicted.peak_bytes
+
+    @property
+    def error(self) -> float | None:
+        """The relative gradient error to expect; 0.0 if no inverse rounds, None if it was not profiled."""
+        return self.predicted.error
+
+    @cached_property
+    def curve(self) -> tuple[Point, ...]:
+        """Least time against peak, from the least possible memory to plain training."""
+        return curve_of(self.costs, self.limits.max_error)
+
+    @property
+    def modes(self) -> tuple[Any, ...]:
+        """The schedule as plain data: ``("store", i)``, ``("invert", i, k)``, ``("recompute", i, (...))``."""
+        return _tuples(to_data(self.schedule))
+
+    def with_modes(self, modes: Any) -> Plan:
+        """The same with a schedule of one's own, in the form of `modes`."""
+        return replace(self, schedule=from_data(modes))
+
+    def at(self, budget: int | str) -> Plan:
+        """The fastest plan of the same costs in another budget."""
+        return _solved(self.costs, replace(self.limits, budget=parse_bytes(budget), max_time=None), self.f)
+
+    def fixed(self) -> dict[str, Prediction]:
+        """The fixed strategies, for comparison."""
+        count = len(self.costs.ops)
+        found = {"store all": store_all(count), "invert all": invert_all(self.costs)}
+        found |= {f"recompute every {k}": recompute_every(self.costs, k) for k in (1, 3, 5) if k < max(count, 2)}
+        return {name: predict(self.costs, schedule) for name, schedule in found.items()}
+
+    def verify(self, x: Wire, f: Invertible | None = None, loss: Loss = mean_square) -> Verified:
+        """Run a plain and a planned step on a batch and compare.
+
+        Args:
+            x: The batch.
+            f: The op, where the plan was made from costs alone.
+            loss: What turns the output into a number.
+
+        Returns:
+            The gradient error of the worst tensor, the measured peak, and the time over plain.
+        """
+        op = self.f if f is None else f
+        if op is None:
+            raise OptionError("plan.verify: the plan was made from costs alone", cure="pass the op: plan.verify(x, f)")
+        fast = checkpoint(op, plan=self)
+        x = _leaves(x)
+        weights = parameters_of(op, x)
+        peak = measure(_gradients, fast, x, loss, weights).peak_bytes
+        plain, planned = (least_seconds(partial(_gradients, g, x, loss, weights), 3, x) for g in (op, fast))
+        return Verified(_gradient_error(op, fast, x, loss), peak, planned / plain)
+
+    # ---- what it is for ----
+
+    def applied_to(self, f: Invertible | Callable[..., Any]) -> Planned:
+        """The op with its plan, to be lowered by `invfunc.checkpoint`.
+
+        Raises:
+            OptionError: When the plan is for another op.
+        """
+        op = lift(f)
+        ops, count = flat_ops(op), sum(c.parts for c in self.costs.ops)
+        expected = self.costs.key[0] if self.costs.key else f"{count} ops"
+        got = key_of(ops, ())[0] if self.costs.key else f"{len(ops)} ops"
+        if len(ops) != count or expected != got:
+            raise OptionError(
+                "this plan is for another op", expected=expected, got=got, cure="plan again: inv.plan(f, x, ...)"
+            )
+        return Planned(op, self, grouped(ops, [c.parts for c in self.costs.ops]))
+
+    def check_shape(self, ops: tuple[Invertible, ...], x: Wire) -> None:
+        """Warn when an input of another shape than the planned one will take more than the budget."""
+        if len(self.costs.key) < 2 or shape_key(x) == self.costs.key[1]:
+            return
+        limit = self.limits.budget or self.peak_bytes
+        peak = predict(bytes_only(ops, x), self.schedule).peak_bytes
+        if peak > limit:
+            warnings.warn(
+                f"the plan is for {self.costs.key[1]}; with {shape_key(x)} it takes {show_bytes(peak)}, more than "
+                f"{show_bytes(limit)}; plan again for this shape",
+                stacklevel=2,
+            )
+
+    # ---- as text ----
+
+    def __str__(self) -> str:
+        return report.text(self)
+
+    def plot(self, figure: Any = None) -> Any:
+        """Draw the curve with the fixed strategies, and the memory over a step; needs matplotlib."""
+        return report.plot(self, figure)
+
+    def to_json(self) -> str:
+        """The plan as text; `from_json` reads it back."""
+        data = {
+            "schedule": to_data(self.schedule),
+            "limits": vars(self.limits),
+            "costs": json.loads(self.costs.to_json()),
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` has written.
+
+        Raises:
+            OptionError: When the text is not that of a plan.
+        """
+        try:
+            data = json.loads(text)
+            limits = Limits(**data["limits"])
+            return cls(from_data(data["schedule"]), Costs.from_dict(data["costs"]), limits)
+        except (TypeError, KeyError, ValueError) as error:
+            if isinstance(error, OptionError):
+                raise
+            raise OptionError("this is not a plan", expected="what Plan.to_json wrote", got=str(error)) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """The plan that `save` has written."""
+        return cls.from_json(Path(path).read_text())
+
+
+def _tuples(data: Any) -> Any:
+    return tuple(map(_tuples, data)) if isinstance(data, list) else data
+
+
+def _gradients(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a step: of the input, and of what the op's functions close over."""
+    inputs = [t for t in leaves(x) if is_differentiable(t)]
+    found = torch.autograd.grad(loss(op(x)), [*inputs, *weights], allow_unused=True)
+    return [t.new_zeros(()) if g is None else g for t, g in zip([*inputs, *weights], found, strict=True)]
+
+
+def _gradient_error(f: Invertible, fast: Invertible, x: Wire, loss: Loss) -> float:
+    weights = parameters_of(f, x)
+    exact, found = _gradients(f, x, loss, weights), _gradients(fast, x, loss, weights)
+    return max((relative(a, b) for a, b in zip(found, exact, strict=True)), default=0.0)
+
+
+def _leaves(x: Wire) -> Wire:
+    return map_wire(lambda t: t.detach().requires_grad_() if is_differentiable(t) else t, x)
+
+
+# ---- making one ------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    f: Invertible | Callable[..., Any] | Costs,
+    x: Any = None,
+    *,
+    budget: int | str | None = None,
+    max_time: float | None = None,
+    max_error: float | None = None,
+    loss: Loss = mean_square,
+) -> Plan:
+    """The best way to train a chain within limits: what to store, what to recompute, what to invert.
+
+    What is not limited is what is made small: with ``budget``, the time; with ``max_time``, the memory; with both, the
+    gradient error. ``max_error`` may be added to either.
+
+    Args:
+        f: A chain of ops, or the `Costs` of one.
+        x: An input, real or fake, or its shape; none with costs.
+        budget: The most memory of a step, in bytes or as ``"2GiB"``, beside the input, the parameters and the
+            ``grad`` of both. The output counts: the caller is taken to hold it until backward is through.
+        max_time: The most time of a step, over that of a plain one.
+        max_error: The largest relative gradient error of a run of inverses. An estimate, not a bound: with a real x the
+            plan is verified on it and made stricter until it holds there; `Plan.verify` tries another batch.
+        loss: What turns the output into a number.
+
+    Returns:
+        A frozen `Plan`; print it, and hand it to ``invfunc.checkpoint(f, plan=plan)``.
+
+    Raises:
+        OptionError: When nothing or everything is limited, or the limits can not be met; the message says what can.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> block = inv.couple(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> f = inv.chain(inv.split(2), *[block] * 6, inv.concat(2))
+        >>> plan = inv.plan(f, (512, 16), max_time=10.0)
+        >>> inv.checkpoint(f, plan=plan)(torch.randn(512, 16)).sum().backward()
+
+    Source:
+        Herrmann et al., Optimal checkpointing for heterogeneous chains (2019), with a third choice, the inverse.
+    """
+    limits = Limits(None if budget is None else parse_bytes(budget), max_time, max_error)
+    _check_limits(limits)
+    if isinstance(f, Costs):
+        return _solved(f, limits, None)
+    if x is None:
+        raise OptionError("plan: no input", expected="plan(f, x, ...), or plan(costs, ...)", cure="x may be a shape")
+    op, by_error = lift(f), max_error is not None or (budget is not None and max_time is not None)
+    found = _solved(profile(op, x, loss=loss, errors=by_error), limits, op)
+    return _verified(found, x, loss) if max_error is not None and _is_real(x) else found
+
+
+def _check_limits(limits: Limits) -> None:
+    given = [name for name, value in vars(limits).items() if value is not None]
+    if given in ([], ["max_error"]) or len(given) == 3:
+        raise OptionError(
+            f"plan: {'everything' if len(given) == 3 else ' and '.join(given) or 'nothing'} is limited",
+            expected="budget (for the least time), max_time (for the least memory), or both (for the least error)",
+            cure="leave one out" if len(given) == 3 else "max_error may be added to budget or to max_time",
+        )
+    for name in ("max_time", "max_error"):
+        value = getattr(limits, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise OptionError(f"plan: {name} is {value}", expected="a number, not negative")
+
+
+def _is_real(x: Wire) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return all(
+        isinstance(t, Tensor) and not isinstance(t, FakeTensor) for t in leaves(x) if not isinstance(t, int)
+    ) and any(isinstance(t, Tensor) for t in leaves(x))
+
+
+def _verified(found: Plan, x: Wire, loss: Loss) -> Plan:
+    """Stricter and stricter, until the gradients on this batch keep to the limit."""
+    limit = found.limits.max_error
+    f = found.f
+    assert limit is not None and f is not None
+    strict = limit
+    for _ in range(6):
+        fast = checkpoint(found.f, plan=found)
+        error = _gradient_error(f, fast, _leaves(x), loss)
+        if error <= limit or error_of(found.costs, found.schedule) == 0:
+            break
+        strict = min(strict, found.error or strict) * min(limit / error, 1.0) / 2
+        found = replace(_solved(found.costs, replace(found.limits, max_error=strict), found.f), limits=found.limits)
+    return found
+
+
+def _solved(costs: Costs, limits: Limits, f: Invertible | None) -> Plan:
+    if limits.budget is not None and limits.max_time is not None:
+        schedule = _least_error(costs, limits.budget, limits.max_time)
+    elif limits.budget is not None:
+        schedule = _fastest(costs, limits.budget, limits.max_error)
+    else:
+        assert limits.max_time is not None
+        schedule = _smallest(costs, limits.max_time, limits.max_error)
+    return Plan(schedule, costs, limits, f)
+
+
+def units_for(costs: Costs) -> int:
+    """How finely memory is divided: finer for short chains, so that solving stays below a second."""
+    count = len(costs.ops)
+    return 500 if count <= 32 else 200
+
+
+def _fastest(costs: Costs, budget: int, max_error: float | None) -> Schedule:
+    """The fastest schedule whose peak, to the byte, fits: units round up, so that one for a little more may fit too."""
+    table = Table(costs, 1.1 * budget, units_for(costs), max_error)
+    for at in reversed(table.budgets()):
+        schedule = table.schedule(at)
+        if predict(costs, schedule).peak_bytes <= budget:
+            return schedule
+    raise _below_least(costs, budget, max_error)
+
+
+def _smallest(costs: Costs, max_time: float, max_error: float | None) -> Schedule:
+    """The schedule of least peak in a time: found roughly over the whole range, then finely below that."""
+    limit, all_stored = max_time * costs.seconds, store_all(len(costs.ops))
+    best, top = (math.inf, all_stored), float(predict(costs, all_stored).peak_bytes)
+    if max_time < 1:
+        raise OptionError(
+            f"plan: max_time is {max_time}", expected="1.0 or more: nothing is faster than plain training"
+        )
+    for _ in range(2):
+        table = Table(costs, 1.1 * top, units_for(costs), max_error)
+        at = next(b for b in table.budgets() if table.time(b) <= limit * (1 + 1e-6))
+        best = min(best, _peak_first(costs, table.schedule(at)), key=itemgetter(0))
+        top = best[0]
+    return best[1]
+
+
+def _peak_first(costs: Costs, schedule: Schedule) -> tuple[float, Schedule]:
+    return predict(costs, schedule).peak_bytes, schedule
+
+
+def _least_error(costs: Costs, budget: int, max_time: float) -> Schedule:
+    """The schedule of least error in a budget and a time: by bisection."""
+    if costs.errors is None:
+        raise OptionError("plan: the costs say nothing of errors", cure="inv.profile(f, x, errors=True)")
+    levels = [0.0, *sorted({error for _, _, error in costs.errors if math.isfinite(error)})]
+    low, high, found = 0, len(levels), None
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            schedule = _fastest(costs, budget, levels[middle])
+            fits = predict(costs, schedule).seconds <= max_time * costs.seconds * (1 + 1e-6)
+        except OptionError:
+            fits, schedule = False, ()
+        low, high, found = (low, middle, schedule) if fits else (middle + 1, high, found)
+    if found is None:
+        fastest = predict(costs, _fastest(costs, budget, None)).seconds / costs.seconds
+        raise OptionError(f"plan: max_time is {max_time:g} in {show_bytes(budget)}", expected=f"{fastest:.3g} or more")
+    return found
+
+
+def least(costs: Costs, max_error: float | None = None) -> Schedule:
+    """The schedule of least peak, whatever its time."""
+    all_stored = store_all(len(costs.ops))
+    best, top = (math.inf, all_stored), float(predict(costs, all_stored).peak_bytes)
+    for _ in range(2):
+        table = Table(costs, 1.1 * top, units_for(costs), max_error)
+        best = min(best, _peak_first(costs, table.schedule(table.budgets()[0])), key=itemgetter(0))
+        top = best[0]
+    return best[1]
+
+
+def _below_least(costs: Costs, budget: int, max_error: float | None) -> OptionError:
+    found = predict(costs, least(costs, max_error))
+    op = costs.ops[found.binds]
+    return OptionError(
+        f"budget {show_bytes(budget)} is below the least possible {show_bytes(found.peak_bytes)}"
+        f" (op {found.binds} {op.name!r}: {found.moment})",
+        cure=f"{found.peak_bytes} bytes cost {found.seconds / costs.seconds:.3g}x the time",
+    )
+
+
+def curve_of(costs: Costs, max_error: float | None = None) -> tuple[Point, ...]:
+    """Least time against peak, each to the byte."""
+    top = predict(costs, store_all(len(costs.ops))).peak_bytes
+    points: list[Point] = []
+    for unit in (least_bytes := predict(costs, least(costs, max_error)).peak_bytes) * 2, 1.05 * top:
+        table = Table(costs, max(unit, least_bytes * 1.1), units_for(costs), max_error)
+        for at in table.budgets():
+            found = predict(costs, table.schedule(at))
+            points.append(Point(found.peak_bytes, found.seconds / costs.seconds if costs.seconds else 1.0))
+    found, best = [], math.inf
+    for point in sorted(points):
+        if point.time < best - 1e-9:
+            found.append(point)
+            best = point.time
+    return tuple(found)
+
+
+__all__ = ["Limits", "Plan", "Point", "Verified", "plan", "run_error", "runs"]

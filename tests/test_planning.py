@@ -1,0 +1,551 @@
+"""Plans: the solver against the exhaustive optimum, the executor against plain gradients, peaks measured."""
+
+import gc
+import json
+import math
+import random
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planning_oracle import optimum
+from torch import nn
+
+import invfunc as inv
+from invfunc.errors import OptionError
+from invfunc.memory import measure
+from invfunc.planning import Costs, Invert, OpCosts, Plan, Recompute, Store
+from invfunc.planning.costs import parse_bytes, show_bytes
+from invfunc.planning.executor import flat_ops
+from invfunc.planning.profiling import parameters_of
+from invfunc.planning.schedule import from_data, invert_all, predict, recompute_every, store_all, to_data
+from invfunc.planning.solver import Table
+from invfunc.planning.value import least
+
+# ---- the solver, on data ----
+
+
+def random_ops(rng: random.Random) -> list[dict]:
+    share = rng.choice([0, 0.3, 0.6, 1])
+    ops = []
+    for _ in range(rng.choice([3, 4, 5])):
+        u, b, v = rng.randint(1, 9), rng.randint(1, 18), rng.randint(1, 9)
+        c = rng.choice([u + b, v + u + b]) if rng.random() < share else math.inf
+        ops.append(
+            {"u": u, "b": b, "c": c, "v": v, "a": rng.randint(1, 5), "t": rng.randint(0, 8), "n": rng.randint(0, 1)}
+        )
+    return ops
+
+
+def costs_of(ops: list[dict]) -> Costs:
+    """The oracle's ops as costs: bytes of states alone."""
+    before, found = 0, []
+    for i, op in enumerate(ops):
+        a, t = op["a"], op["t"]
+        peaks = {"peak_forward": a, "peak_taped": a + t, "peak_backward": t, "peak_inverse": before + a}
+        peaks |= {f"{name}_last": peaks[name] for name in ("peak_backward", "peak_inverse")}
+        held = {"holds_input": (before * op["n"],), "holds_output": (0,)}
+        found.append(OpCosts(f"op{i}", op["u"], op["b"], op["c"], bytes=a, tape=t, **held, **peaks))
+        before = a
+    return Costs(tuple(found))
+
+
+def test_the_solver_finds_the_exhaustive_optimum():
+    rng, equal, feasible, gap = random.Random(0), 0, 0, 0.0
+    while feasible < 500:
+        ops = random_ops(rng)
+        budget = rng.randint(max(op["a"] for op in ops), sum(op["a"] + op["t"] for op in ops))
+        best = optimum(ops, budget)
+        costs = costs_of(ops)
+        table = Table(costs, budget, budget)
+        time = table.time(budget)
+        if math.isinf(best):
+            assert math.isinf(time)
+            continue
+        found = predict(costs, table.schedule(budget))
+        assert found.peak_bytes <= budget
+        assert found.seconds == pytest.approx(time)
+        assert time >= best
+        feasible, equal, gap = feasible + 1, equal + (time == best), max(gap, time / best - 1)
+    assert equal >= 0.98 * feasible
+    assert gap <= 0.15
+
+
+def homogeneous(count: int, lossy: int = 0, tape: int = 4000) -> Costs:
+    """Ops of b = 2u, c = 1.07 (u + b); every lossy-th one without inverse."""
+    op = OpCosts(
+        "op", 1.0, 2.0, 3.21, bytes=1000, gradient=1000, tape=tape, holds_input=(1000,), holds_output=(0,),
+        peak_forward=1000, peak_taped=1000 + tape, peak_backward=1000 + tape, peak_inverse=3000 + tape,
+        peak_backward_last=tape, peak_inverse_last=2000 + tape,
+    )  # fmt: skip
+    one_way = OpCosts(**{**vars(op), "inverse": math.inf})
+    return Costs(tuple(one_way if lossy and i % lossy == 0 else op for i in range(count)), input_bytes=1000)
+
+
+def test_time_falls_as_memory_grows():
+    plan = inv.plan(homogeneous(24, lossy=8), max_time=1.2)
+    peaks, times = zip(*plan.curve, strict=True)
+    assert list(peaks) == sorted(peaks) and list(times) == sorted(times, reverse=True)
+    assert times[-1] == pytest.approx(1.0)
+    assert plan.time <= 1.2
+
+
+def test_a_budget_for_plain_training_stores_everything():
+    costs = homogeneous(12)
+    peak = predict(costs, store_all(12)).peak_bytes
+    assert inv.plan(costs, budget=peak).schedule == store_all(12)
+    assert inv.plan(costs, budget=peak - 1).schedule != store_all(12)
+
+
+@pytest.mark.parametrize("share", [0.6, 0.3, 0.15])
+def test_no_fixed_strategy_is_better_in_time_and_peak(share):
+    costs = homogeneous(24, lossy=6, tape=8000)
+    plan = inv.plan(costs, budget=int(share * predict(costs, store_all(24)).peak_bytes))
+    for name, fixed in plan.fixed().items():
+        assert not (fixed.seconds < plan.predicted.seconds / 1.03 and fixed.peak_bytes < plan.peak_bytes / 1.03), name
+
+
+def test_a_limit_on_errors_is_a_limit_on_runs():
+    costs = homogeneous(16, tape=8000)
+    errors = tuple((i, k, 10.0 ** ((k - i) / 2 - 8)) for k in range(1, 17) for i in range(k))
+    costs = Costs(**{**vars(costs), "errors": errors})
+    loose = inv.plan(costs, budget="16kB")
+    strict = inv.plan(costs, budget="16kB", max_error=1.01e-6)
+    exact = inv.plan(costs, budget="16kB", max_error=0)
+    assert loose.error > 1.01e-6 >= strict.error > exact.error == 0
+    assert exact.time > strict.time >= loose.time
+    assert inv.plan(costs, budget="16kB", max_time=strict.time).error <= strict.error
+    with pytest.raises(OptionError, match="plan: max_time is 1.1 in 15.6 KiB, expected 1.35 or more"):
+        inv.plan(costs, budget="16kB", max_time=1.1)
+
+
+def test_bit_exact_inverses_need_no_limit():
+    op = homogeneous(1).ops[0]
+    exact = OpCosts(**{**vars(op), "exact": True})
+    costs = Costs((exact,) * 8, 1000)
+    bound = predict(costs, least(costs)).peak_bytes
+    plan = inv.plan(costs, budget=bound, max_error=0)
+    assert plan.error == 0
+    assert any(isinstance(node, Invert) for node in plan.schedule)
+
+
+# ---- plans as values ----
+
+
+def test_a_plan_is_a_frozen_value_and_round_trips():
+    plan = inv.plan(homogeneous(10, lossy=4), budget="40kB")
+    again = Plan.from_json(plan.to_json())
+    assert again == plan and again.modes == plan.modes and again.peak_bytes == plan.peak_bytes
+    assert plan.with_modes(plan.modes) == plan
+    assert plan.with_modes(json.loads(json.dumps(plan.modes))) == plan
+    with pytest.raises(AttributeError):
+        plan.schedule = ()
+
+
+def test_plans_and_costs_are_saved_and_loaded(tmp_path):
+    plan = inv.plan(homogeneous(6), budget="25kB")
+    plan.save(tmp_path / "plan.json")
+    plan.costs.save(tmp_path / "costs.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert Costs.load(tmp_path / "costs.json") == plan.costs
+
+
+def test_at_reads_another_budget():
+    plan = inv.plan(homogeneous(16), budget="60kB")
+    tight = plan.at("30kB")
+    assert tight.peak_bytes <= 30_000 < plan.peak_bytes <= 60_000
+    assert tight.time > plan.time
+
+
+def test_print_says_what_matters():
+    plan = inv.plan(homogeneous(16, lossy=8, tape=8000), budget="30kB")
+    text = str(plan)
+    assert text.startswith(f"plan: {plan.time:.2f}x time, ")
+    assert "objective: time under 29.3 KiB" in text
+    for word in ("mode", "keeps", "extra", "why", "curve", "binds", "compare", "store all 1.00x", "truth"):
+        assert word in text
+    assert "inversion pays" in text
+
+
+def test_print_tells_when_inversion_does_not_pay():
+    costs = homogeneous(4)
+    dear = Costs(tuple(OpCosts(**{**vars(op), "inverse": 100.0}) for op in costs.ops), 1000)
+    assert "inversion does not pay" in str(inv.plan(dear, max_time=1.5))
+    never = Costs(tuple(OpCosts(**{**vars(op), "inverse": math.inf}) for op in costs.ops), 1000)
+    assert "no op has an inverse" in str(inv.plan(never, max_time=1.5))
+
+
+def test_plot():
+    pytest.importorskip("matplotlib")
+    figure = inv.plan(homogeneous(8), budget="30kB").plot()
+    left, right = figure.axes
+    assert left.get_ylabel() == "time over plain" and right.get_ylabel() == "kept, MiB"
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, "nothing is limited, expected budget (for the least time), max_time (for the least memory), or both"),
+        ({"max_error": 1e-3}, "max_error is limited, expected budget"),
+        ({"budget": 1, "max_time": 2.0, "max_error": 1e-3}, "everything is limited.*leave one out"),
+        ({"budget": "3 floppies"}, "budget is '3 floppies', expected bytes, or a number of B, KiB"),
+        ({"budget": -1}, "budget is -1, expected a positive number of bytes"),
+        ({"budget": True}, "budget is True, expected a positive number"),
+        ({"max_time": 0.5}, "max_time is 0.5, expected 1.0 or more"),
+        ({"max_time": math.nan}, "max_time is nan, expected a number"),
+        ({"budget": "40kB", "max_time": 1.5}, "the costs say nothing of errors; inv.profile"),
+    ],
+)
+def test_bad_limits(limits, message):
+    pattern = ".*".join(map(__import__("re").escape, message.split(".*")))
+    with pytest.raises(OptionError, match=pattern):
+        inv.plan(homogeneous(8), **limits)
+
+
+def test_a_budget_below_the_least_names_what_binds():
+    costs = homogeneous(8)
+    bound = predict(costs, least(costs))
+    with pytest.raises(OptionError, match=r"budget 2.93 KiB is below the least possible .* \(op \d 'op': ") as caught:
+        inv.plan(costs, budget=3000)
+    assert f"{bound.peak_bytes} bytes cost {bound.seconds / costs.seconds:.3g}x the time" in str(caught.value)
+    assert inv.plan(costs, budget=bound.peak_bytes).peak_bytes <= bound.peak_bytes
+
+
+def test_no_input():
+    with pytest.raises(OptionError, match="no input, expected plan"):
+        inv.plan(inv.pair(torch.exp, torch.log), budget=100)
+
+
+def test_a_plan_for_another_op():
+    plan = inv.plan(inv.chain(inv.pair(torch.exp, torch.log), torch.sin), (4, 4), max_time=2.0)
+    with pytest.raises(OptionError, match="this plan is for another op, expected pair > one_way, got pair"):
+        inv.checkpoint(inv.pair(torch.exp, torch.log), plan=plan)
+    with pytest.raises(OptionError, match="plan=... comes with other options"):
+        inv.checkpoint(plan.f, plan=plan, segments=2)
+
+
+def test_schedules_that_are_none():
+    costs = homogeneous(3, lossy=3)
+    for schedule, message in [
+        ((Store(0), Store(2)), "goes on with op 2, expected op 1"),
+        ((Store(0),), "ends before op 1, expected 3 ops"),
+        ((Invert(0, 3),), r"inverts op 0 \(op\), expected an op with an inverse"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            Plan(schedule, costs)
+    with pytest.raises(OptionError, match="this is not a schedule"):
+        from_data([["melt", 1]])
+    with pytest.raises(OptionError, match="this is not a plan"):
+        Plan.from_json("{}")
+    with pytest.raises(OptionError, match="these are not costs"):
+        Costs.from_json("{}")
+
+
+def test_verify_needs_the_op():
+    with pytest.raises(OptionError, match="made from costs alone"):
+        inv.plan(homogeneous(3), max_time=2.0).verify(torch.ones(2))
+
+
+def test_sizes():
+    assert parse_bytes("1.5 GiB") == 3 * 2**29 and show_bytes(3 * 2**29) == "1.5 GiB"
+
+
+# ---- the executor: any plan gives the plain gradient ----
+
+
+class Noisy(nn.Module):
+    """Dropout and running statistics: what has to be the same again when it runs again."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(self.norm(self.linear(x)), 0.3)
+
+
+def make_op(kind: str, width: int):
+    half = width // 2
+    if kind == "couple":
+        return inv.chain(inv.split(2), inv.couple(mlp(half), mlp(half)), inv.concat(2))
+    if kind == "affine":
+        return inv.chain(
+            inv.split(2), inv.couple(inv.tanh_scale(nn.Linear(half, width)), law=inv.affine), inv.concat(2)
+        )
+    if kind == "closure":
+        weight = nn.Parameter(0.1 * torch.randn(half, half))
+        return inv.chain(inv.split(2), inv.couple(lambda x: torch.tanh(x @ weight)), inv.swap(), inv.concat(2))
+    if kind == "exp":
+        return inv.chain(inv.pair(torch.tanh, torch.atanh), inv.pair(torch.sinh, torch.asinh))
+    if kind == "flip":
+        return inv.pair(lambda x: x.flip(1), lambda y: y.flip(1), name="flip")
+    if kind == "noisy":
+        return Noisy(width)
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh())
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+KINDS = ("couple", "affine", "closure", "exp", "flip", "noisy", "lossy")
+
+
+def random_schedule(draw, costs: Costs, first: int, stop: int, inverts: bool, depth: int = 0):
+    nodes, at = [], first
+    while at < stop:
+        longest = at
+        while inverts and longest < stop and math.isfinite(costs.ops[longest].inverse):
+            longest += 1
+        kind = draw(st.sampled_from(["store"] + ["invert"] * (longest > at) + ["recompute"] * (depth < 3)))
+        if kind == "store":
+            nodes.append(Store(at))
+        elif kind == "invert":
+            nodes.append(Invert(at, draw(st.integers(at + 1, longest))))
+        else:
+            end = draw(st.integers(at + 1, stop))
+            nodes.append(Recompute(at, random_schedule(draw, costs, at, end, inverts, depth + 1)))
+        at = nodes[-1].stop
+    return tuple(nodes)
+
+
+def fake_costs(op) -> Costs:
+    from invfunc.planning.executor import has_inverse
+
+    return Costs(tuple(OpCosts("op", 1.0, 1.0, 1.0 if has_inverse(o) else math.inf) for o in flat_ops(op)))
+
+
+def weights_of(op, x):
+    found, value = {}, x.detach()
+    for part in flat_ops(op):
+        found |= {id(t): t for t in parameters_of(part, value)}
+        value = part(value)
+    return list(found.values())
+
+
+def step(op, x, weights, seed=0):
+    torch.manual_seed(seed)
+    norms = [m for part in flat_ops(op) for fn in part.functions if isinstance(fn, nn.Module) for m in fn.modules()]
+    norms = [m for m in norms if isinstance(m, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.reset_running_stats()
+    x = x.detach().requires_grad_()
+    y = op(x)
+    gradients = torch.autograd.grad(y.square().mean(), [x, *weights])
+    return [y.detach(), *gradients, torch.rand(1), *[norm.running_mean.clone() for norm in norms]]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_plan_gives_the_plain_gradient(data):
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=6))
+    f = inv.chain(*[make_op(kind, 6) for kind in kinds])
+    costs, x = fake_costs(f), torch.randn(5, 6)
+    inverts = data.draw(st.booleans())
+    plan = Plan(random_schedule(data.draw, costs, 0, len(costs.ops), inverts), costs)
+    weights = weights_of(f, x)
+    exact, found = step(f, x, weights), step(inv.checkpoint(f, plan=plan), x, weights)
+    for a, b in zip(found, exact, strict=True):
+        if inverts:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        else:
+            assert torch.equal(a, b)
+
+
+def example(tree=None):
+    f = inv.chain(make_op("couple", 6), make_op("lossy", 6), make_op("couple", 6))
+    tree = tree or (Recompute(0, (Invert(0, 3), Recompute(3, (Store(3), Invert(4, 6))), Invert(6, 7))),)
+    return f, Plan(tree, fake_costs(f)), torch.randn(5, 6)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "vmap", "hessian"])
+def test_a_planned_op_under_transforms(transform):
+    f, plan, x = example()
+    fast = inv.checkpoint(f, plan=plan)
+
+    def value(op):
+        return lambda v: op(v[None] if v.dim() == 1 else v).square().sum()
+
+    def run(op):
+        if transform == "vmap":
+            return torch.func.vmap(torch.func.grad(value(op)))(x)
+        given = x[:1] if transform == "hessian" else x
+        return getattr(torch.func, transform)(value(op))(given)
+
+    torch.testing.assert_close(run(fast), run(f), rtol=1e-9, atol=1e-9)
+
+
+def test_double_backward_and_a_second_backward():
+    f, plan, x = example()
+    fast = inv.checkpoint(f, plan=plan)
+    second = []
+    for op in (f, fast):
+        v = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(op(v).square().sum(), v, create_graph=True)
+        second.append(torch.autograd.grad(g.square().sum(), v)[0])
+    torch.testing.assert_close(*second, rtol=1e-9, atol=1e-9)
+    v = x.clone().requires_grad_()
+    loss = fast(v).square().sum()
+    (a,) = torch.autograd.grad(loss, v, retain_graph=True)
+    (b,) = torch.autograd.grad(loss, v)
+    assert torch.equal(a, b)
+
+
+def test_modes_override_plans_and_the_inverse_has_none():
+    f, plan, x = example((Recompute(0, tuple(map(Store, range(7)))),))
+    fast = inv.checkpoint(f, plan=plan)
+    assert inv.checkpoint(fast) == fast
+    with inv.mode("store"):
+        assert "Recompute" not in fast(x.requires_grad_()).grad_fn.name()
+    part = inv.chain(make_op("couple", 6), make_op("exp", 6))
+    count = len(flat_ops(part))
+    fast = inv.checkpoint(part, plan=Plan(store_all(count), fake_costs(part)))
+    torch.testing.assert_close(inv.invert(fast)(fast(x)), x)
+
+
+# ---- profile and peak ----
+
+
+def permutation(width: int):
+    order = torch.randperm(width)
+    back = order.argsort()
+    return inv.pair(lambda x: x[:, order], lambda y: y[:, back], name="permute")
+
+
+def residual(width: int):
+    g = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+    for p in g.parameters():
+        p.data.mul_(0.3)
+
+    def inverse(y):
+        x = y
+        for _ in range(30):
+            x = y - g(x)
+        return x
+
+    return inv.pair(lambda x: x + g(x), inverse, name="i-ResNet")
+
+
+def dense(width: int):
+    weight = nn.Parameter(torch.eye(width) + 0.05 * torch.randn(width, width))
+    return inv.ops.linear(weight)
+
+
+def mixed(width: int = 32):
+    """The study's chain: 11 couplings, 6 permutations, 2 dense linears, 2 i-ResNets, 3 one-way blocks."""
+
+    def block():
+        return nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+
+    makers = {"C": lambda: make_op("couple", width), "P": lambda: permutation(width), "D": lambda: dense(width)}
+    makers |= {"I": lambda: residual(width), "L": block}
+    return inv.chain(*[makers[letter]() for letter in "CPCPDCICPLCPCDCPLCICPCLC"])
+
+
+def demo():
+    """A network as the demo's: a stem, coupled blocks on channels, a head."""
+
+    def conv():
+        return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    blocks = [inv.couple(conv(), conv()) for _ in range(5)]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return inv.chain(nn.Conv2d(3, 16, 3, padding=1), inv.split(2), *blocks, inv.concat(2), head)
+
+
+def peak_of(op, x, weights) -> int:
+    def train():
+        y = op(x)
+        torch.autograd.backward(y.square().mean())
+
+    for tensor in [x, *weights]:
+        tensor.grad = torch.zeros_like(tensor)
+    gc.collect()
+    gc.disable()
+    try:
+        return measure(train).peak_bytes
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module")
+def profiled():
+    torch.set_default_dtype(torch.float64)
+    found = {}
+    for name, f, x in [("mixed", mixed(), torch.randn(2048, 32)), ("demo", demo(), torch.randn(16, 3, 16, 16))]:
+        x.requires_grad_()
+        found[name] = f, x, inv.profile(f, x), weights_of(f, x)
+    return found
+
+
+@pytest.mark.parametrize("name", ["mixed", "demo"])
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.35, 0.25, "least"])
+def test_the_measured_peak_keeps_to_the_budget(profiled, name, share):
+    f, x, costs, weights = profiled[name]
+    plain, bound = predict(costs, store_all(len(costs.ops))).peak_bytes, predict(costs, least(costs)).peak_bytes
+    budget = bound if share == "least" else int(share * plain)
+    if budget < bound:
+        pytest.skip("below the least possible")
+    plan = inv.plan(costs, budget=budget)
+    measured = peak_of(inv.checkpoint(f, plan=plan), x, weights)
+    assert measured <= budget
+    assert measured >= 0.95 * plan.peak_bytes
+    assert plan.peak_bytes >= 0.95 * budget
+
+
+@pytest.mark.parametrize("name", ["mixed", "demo"])
+def test_plain_training_is_predicted_to_the_byte(profiled, name):
+    f, x, costs, weights = profiled[name]
+    schedule = store_all(len(costs.ops))
+    predicted, plan = predict(costs, schedule).peak_bytes, Plan(schedule, costs)
+    assert peak_of(inv.checkpoint(f, plan=plan), x, weights) == pytest.approx(predicted, rel=1e-3)
+    assert peak_of(f, x, weights) == pytest.approx(predicted, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", [lambda c: recompute_every(c, 1), lambda c: recompute_every(c, 3), invert_all])
+def test_fixed_strategies_keep_to_what_is_predicted(profiled, schedule):
+    f, x, costs, weights = profiled["mixed"]
+    plan = Plan(schedule(costs), costs)
+    assert 0.9 * plan.peak_bytes <= peak_of(inv.checkpoint(f, plan=plan), x, weights) <= plan.peak_bytes
+
+
+def test_shapes_are_enough_for_bytes_and_nothing_is_allocated():
+    f = demo()
+    a = inv.profile(f, (16, 3, 16, 16))
+    b = inv.profile(f, torch.randn(16, 3, 16, 16, requires_grad=True))
+    same = ("bytes", "tape", "holds_input", "holds_output", "peak_taped", "peak_backward", "peak_inverse", "parameters")
+    for name in same:
+        assert [getattr(op, name) for op in a.ops] == [getattr(op, name) for op in b.ops], name
+
+
+def test_another_shape_warns_above_the_budget(profiled):
+    f, x, costs, _ = profiled["mixed"]
+    plan = inv.plan(costs, budget=int(0.5 * predict(costs, store_all(len(costs.ops))).peak_bytes))
+    fast = inv.checkpoint(f, plan=plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(torch.randn(1024, 32, requires_grad=True))
+    with pytest.warns(UserWarning, match=r"with \(4096, 32\) float64 it takes .* more than .*; plan again"):
+        fast(torch.randn(4096, 32, requires_grad=True))
+
+
+def test_verify_and_errors_on_another_batch():
+    torch.manual_seed(1)
+    ops = [make_op("couple", 16) for _ in range(8)]
+    f, x = inv.chain(*ops), torch.randn(64, 16, dtype=torch.float64)
+    plan = inv.plan(f, x, max_time=2.5, max_error=1e-10)
+    checked = plan.verify(torch.randn(64, 16))
+    assert checked.error <= 1e-9
+    assert checked.peak_bytes <= 1.05 * plan.peak_bytes + 64 * 1024
+    assert plan.error is not None
+
+
+def test_data_round_trips():
+    tree = (Recompute(0, (Store(0), Store(1))), Invert(2, 5))
+    assert from_data(to_data(tree)) == tree
