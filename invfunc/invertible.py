@@ -43,6 +43,8 @@ class Invertible(abc.ABC):
     Subclasses are final. Values are built by the constructors (`pair`, `chain`, `couple`, ...), not by these classes.
     """
 
+    implicit = False  # whether the op lowers itself, by a gradient of its own: it is not taped
+
     # ---- what each kind defines: forward and inverse, each with the residue that one leaves to the other ----------
 
     @abc.abstractmethod

@@ -240,7 +240,7 @@ def stage(op: Invertible, state: State, options: Options) -> State:
     """Run a primitive, recorded, and put its node on the trunk; without a node where nothing needs a gradient."""
     x, xs = values(state), strands(state)
     needs = [_needs_gradient(s.value) for s in xs]
-    partly = not (all(needs) or isinstance(op, (Half, Rearrangement)))
+    partly = not (all(needs) or op.implicit or isinstance(op, (Half, Rearrangement)))
     (y, residue), recording = recorded(op.forward_with_residue, x, owners_of(op), options.preserve_rng_state, partly)
     carried = any([s.carrier is not None for s in xs])
     if not (carried or recording.captured or any(needs)):

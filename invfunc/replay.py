@@ -141,8 +141,10 @@ def slots(module: nn.Module, seen: set[int]) -> list[tuple[nn.Module, dict[str, 
 
 
 def _counts(value: Any) -> bool:
-    """Whether an attribute that a module has not registered is a tensor that needs a gradient."""
-    return type(value) is Tensor and (value.requires_grad or transforms.active())
+    """Whether an attribute that a module has not registered is a tensor of its own that needs a gradient."""
+    if type(value) is not Tensor:
+        return False
+    return (value.requires_grad and value.is_leaf) or (transforms.active() and transforms.is_wrapped(value))
 
 
 # ---- the recording -----------------------------------------------------------------------------------------------
@@ -308,8 +310,9 @@ class Watch(TorchFunctionMode):
         self.report = report
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = tuple(self._see(a) for a in args)
-        kwargs = {k: self._see(v) for k, v in kwargs.items()} if kwargs else {}
+        with torch._C.DisableTorchFunction():  # or every enclosing watch would see what this one asks of a tensor
+            args = tuple([self._see(a) for a in args])
+            kwargs = {k: self._see(v) for k, v in kwargs.items()} if kwargs else {}
         out = func(*args, **kwargs)
         self._made(out)
         return out
@@ -643,7 +646,7 @@ def _watched(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T
 
     handle = register_module_forward_pre_hook(entered) if found.opaque else None
     try:
-        with Watch(leaves(x), {}, scope.see) as watch:
+        with transforms.uncompiled(), Watch(leaves(x), {}, scope.see) as watch:
             out = fn(x)
         watch.see_all(leaves(out))  # a function may return what it closes over
         scope.made = watch.inside
@@ -900,7 +903,7 @@ class Replay(VJP):
     ) -> Iterator[None]:
         token = _STAND_INS.set((table, *_STAND_INS.get()))
         try:
-            with Watch([*given, *captured], table, _unexpected) as watch:
+            with transforms.uncompiled(), Watch([*given, *captured], table, _unexpected) as watch:
                 yield
             self.met |= watch.met
             self.inside |= watch.inside

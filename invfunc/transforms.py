@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ def active() -> bool:
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a tensor belongs to a transform."""
     return functorch.is_functorch_wrapped_tensor(tensor)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled functions as they were written: Dynamo would trace what watches them, instead of being watched."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def level() -> int:

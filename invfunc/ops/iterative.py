@@ -57,6 +57,7 @@ class SolvedInverse(Inverse):
     """The inverse of a `Solved` op, with implicit gradients."""
 
     op: Solved
+    implicit = True
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         if runs_plainly():

@@ -1,0 +1,573 @@
+"""Replay: what a function did in forward happens again, identically, in backward, and leaves the world as plain training does."""
+
+import copy
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import invfunc as inv
+from invfunc.errors import ReplayError
+
+TOLERANCE = 1e-9
+WIDTH = 4
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape).requires_grad_()
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def loss(out: Any) -> Tensor:
+    return sum(((i + 1) * t.pow(2)).sum() for i, t in enumerate(out if isinstance(out, tuple) else (out,)))
+
+
+class Step:
+    """One training step: value, gradients and random stream, from a fixed seed."""
+
+    def __init__(self, fn: Callable[..., Any], inputs: list[Tensor], tensors: list[Tensor]) -> None:
+        torch.manual_seed(7)
+        self.out = fn(*inputs)
+        self.after_forward = torch.get_rng_state()
+        self.gradients = torch.autograd.grad(loss(self.out), [*inputs, *tensors])
+        self.after_backward = torch.get_rng_state()
+
+    def assert_same(self, other: "Step", tolerance: float = TOLERANCE) -> None:
+        assert_close(self.out, other.out, tolerance)
+        assert_close(self.gradients, other.gradients, tolerance)
+        assert torch.equal(self.after_forward, other.after_forward)
+        assert torch.equal(self.after_backward, other.after_backward)
+        assert torch.equal(self.after_forward, self.after_backward)
+
+
+def parameters(*modules: nn.Module) -> list[Tensor]:
+    return [p for module in modules for p in module.parameters()]
+
+
+def lowerings(f: nn.Module, g: nn.Module) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    """A network of f and g, plain and lowered, in every way of lowering it; functions of two tensors."""
+    net = inv.chain(inv.couple(f, g), inv.swap(), inv.couple(lambda x: g(x)), inv.couple(f))
+    residual = inv.pair(lambda a, b: (a + f(b), b), lambda a, b: (a - f(b), b))
+    ways = {
+        "invert": (net, inv.checkpoint(net)),
+        "inverse": (~net, ~inv.checkpoint(net)),
+        "recompute": (net, inv.checkpoint(net, mode="recompute")),
+        "segments": (net, inv.checkpoint(net, mode="recompute", segments=3)),
+        "store": (net, inv.checkpoint(net, mode="store")),
+        "pair": (residual, inv.checkpoint(residual)),
+        "marks": (net, inv.checkpoint(inv.chain(inv.recompute(net.parts[0]), *net.parts[1:]))),
+    }
+    plain = lambda a, b: (a * g(f(b)), f(a))  # noqa: E731
+    ways["function"] = plain, inv.checkpoint(plain)
+    nested = lambda a, b: inv.checkpoint(plain)(*net(a, b))  # noqa: E731
+    ways["nested"] = (lambda a, b: plain(*net(a, b))), inv.checkpoint(nested)
+    return ways
+
+
+WAYS = ["invert", "inverse", "recompute", "segments", "store", "pair", "marks", "function", "nested"]
+
+
+# ---- random numbers ----------------------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Draws in many ways."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5, inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.dropout(self.layer(x))
+        return h * torch.rand_like(h) + torch.randn(h.shape) + nn.functional.alpha_dropout(h, 0.3, training=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout_is_that_of_plain_training_with_the_same_seed(way: str) -> None:
+    f, g = Noisy(), Noisy(inplace=True)
+    plain, fast = lowerings(f, g)[way]
+    x = [leaf(3, WIDTH), leaf(3, WIDTH)]
+    tensors = parameters(f) if way == "pair" else parameters(f, g)
+    Step(fast, x, tensors).assert_same(Step(plain, x, tensors))
+
+
+@pytest.mark.parametrize("way", ["invert", "recompute", "function"])
+def test_dropout_under_double_backward(way: str) -> None:
+    f, g = Noisy(), Noisy()
+    plain, fast = lowerings(f, g)[way]
+    x, found = [leaf(3, WIDTH), leaf(3, WIDTH)], []
+    for fn in plain, fast:
+        torch.manual_seed(3)
+        once = torch.autograd.grad(loss(fn(*x)), [*x, *parameters(f, g)], create_graph=True)
+        found.append(torch.autograd.grad(loss(once), [*x, *parameters(f, g)]))
+    assert_close(*found)
+
+
+def test_two_steps_draw_what_plain_training_draws() -> None:
+    f, g = Noisy(), Noisy()
+    net, x, found = inv.couple(f, g), [leaf(3, WIDTH), leaf(3, WIDTH)], []
+    for fn in net, inv.checkpoint(net):
+        torch.manual_seed(0)
+        outs = [fn(*x), fn(*x)]  # both forwards before either backward
+        found.append([torch.autograd.grad(loss(out), x) for out in reversed(outs)] + [torch.randn(3)])
+    assert_close(*found)
+
+
+def test_nothing_is_remembered_of_a_function_that_draws_nothing() -> None:
+    out = inv.checkpoint(torch.tanh)(leaf(3))
+    assert out.grad_fn.call.recording.random is None
+    out = inv.checkpoint(nn.functional.dropout)(leaf(3))
+    assert out.grad_fn.call.recording.random is not None
+    out = inv.checkpoint(nn.functional.dropout, preserve_rng_state=False)(leaf(3))
+    assert out.grad_fn.call.recording.random is None
+
+
+def test_two_threads_replay_their_own_numbers() -> None:
+    fn = inv.checkpoint(lambda x: nn.functional.dropout(x, 0.5) * nn.functional.dropout(x.exp(), 0.5))
+    x = leaf(200, 200)
+    outs = [fn(x).sum() for _ in range(8)]
+    expected = [torch.autograd.grad(out, x, retain_graph=True)[0] for out in outs]
+    found: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        found[i] = torch.autograd.grad(outs[i], x)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    before = torch.get_rng_state()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, gradient in found.items():
+        assert torch.equal(gradient, expected[i])
+    assert len(found) == 8
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout_on_cuda(way: str) -> None:
+    f, g = Noisy().cuda(), Noisy().cuda()
+    plain, fast = lowerings(f, g)[way]
+    x = [torch.randn(3, WIDTH, device="cuda", requires_grad=True) for _ in range(2)]
+    tensors, found = parameters(f) if way == "pair" else parameters(f, g), []
+    for fn in plain, fast:
+        torch.manual_seed(7)
+        out = fn(*x)
+        gradients = torch.autograd.grad(loss(out), [*x, *tensors])
+        found.append([out, gradients, torch.cuda.get_rng_state()])
+    assert_close(*found)
+
+
+# ---- buffers -----------------------------------------------------------------------------------------------------------
+
+
+def conv(normalise: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(normalise(nn.Conv2d(2, 3, 3, padding=1)), nn.ReLU(), nn.Conv2d(3, 2, 1))
+
+
+class Momentum(nn.Module):
+    """Rebinds its buffer instead of writing it, and counts by writing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2, 1, 1))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3), keepdim=True)[0]
+            self.steps += 1
+        return (x - self.mean).tanh() / self.steps.clamp(min=1)
+
+
+BUFFERED: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": lambda: nn.Sequential(nn.BatchNorm2d(2), conv(lambda m: m)),
+    "batch norm, cumulative": lambda: nn.Sequential(nn.BatchNorm2d(2, momentum=None), conv(lambda m: m)),
+    "batch norm behind": lambda: nn.Sequential(conv(lambda m: m), nn.BatchNorm2d(2, affine=False)),
+    "instance norm": lambda: nn.Sequential(nn.InstanceNorm2d(2, track_running_stats=True), conv(lambda m: m)),
+    "parametrised spectral_norm": lambda: conv(lambda m: spectral_norm(m, n_power_iterations=2)),
+    "hooked spectral_norm": lambda: conv(lambda m: nn.utils.spectral_norm(m)),
+    "rebound": lambda: nn.Sequential(Momentum(), conv(lambda m: m)),
+    "all": lambda: nn.Sequential(nn.BatchNorm2d(2), Momentum(), conv(spectral_norm), nn.Dropout(0.2)),
+}
+
+
+def train(
+    lower: Callable[[inv.Invertible], Any], f: nn.Module, g: nn.Module, closures: bool, steps: int = 10
+) -> list[Any]:
+    """Losses, parameters and buffers of a few steps of training; the last is in eval mode."""
+    torch.manual_seed(5)
+    pair = (lambda x: f(x), lambda x: g(x)) if closures else (f, g)
+    fn = lower(inv.chain(inv.split(2), inv.couple(*pair), inv.couple(*pair), inv.concat(2)))
+    optimizer = torch.optim.SGD([*f.parameters(), *g.parameters()], lr=0.01)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(fn(torch.randn(3, 4, 4, 4, requires_grad=True)).pow(2).mean())
+        losses[-1].backward()
+        optimizer.step()
+    f.eval(), g.eval()
+    x = torch.randn(3, 4, 4, 4, requires_grad=True)
+    losses.append(torch.autograd.grad(fn(x).pow(2).mean(), x)[0])
+    state = {**f.state_dict(prefix="f."), **g.state_dict(prefix="g.")}
+    return [[t.detach() for t in losses], {k: v.double() for k, v in state.items()}]
+
+
+@pytest.mark.parametrize("closures", [False, True], ids=["modules", "closures"])
+@pytest.mark.parametrize("name", BUFFERED)
+def test_buffers_equal_those_of_plain_training(name: str, closures: bool) -> None:
+    modules = BUFFERED[name](), BUFFERED[name]()
+    found = [
+        train(lower, *copy.deepcopy(modules), closures)
+        for lower in (lambda op: op, inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute"))
+    ]
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])
+
+
+def test_buffers_of_a_plain_function() -> None:
+    found = []
+    for lower in lambda fn: fn, inv.checkpoint:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(WIDTH)
+        fn = lower(lambda x, norm=norm: norm(x).tanh())
+        gradients = [torch.autograd.grad(loss(fn(x)), x) for x in (leaf(5, WIDTH) for _ in range(4))]
+        found.append([gradients, dict(norm.named_buffers())])
+    assert_close(*found)
+
+
+def test_one_batch_norm_in_two_blocks() -> None:
+    found = []
+    for lower in lambda op: op, inv.checkpoint:
+        torch.manual_seed(0)
+        norm, x = nn.BatchNorm1d(WIDTH), [leaf(5, WIDTH), leaf(5, WIDTH)]
+        out = lower(inv.chain(inv.couple(norm, norm), inv.couple(norm)))(*x)
+        found.append([out, torch.autograd.grad(loss(out), [*x, *norm.parameters()]), dict(norm.named_buffers())])
+    assert_close(*found)
+
+
+def test_buffers_are_written_once_under_double_backward_and_twice_differentiated() -> None:
+    found = []
+    for lower in lambda op: op, inv.checkpoint:
+        torch.manual_seed(0)
+        norm, x = nn.BatchNorm1d(WIDTH), [leaf(5, WIDTH), leaf(5, WIDTH)]
+        out = lower(inv.couple(norm))(*x)
+        once = torch.autograd.grad(loss(out), x, create_graph=True)
+        twice = torch.autograd.grad(loss(once), x)
+        found.append([once, twice, dict(norm.named_buffers())])
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("lower", [inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute")])
+def test_a_buffer_changed_between_forward_and_backward_raises(lower: Callable[..., Any]) -> None:
+    norm = nn.BatchNorm1d(WIDTH).eval()
+    for change in (
+        lambda: norm.running_mean.add_(1),
+        lambda: norm.num_batches_tracked.add_(1),
+        lambda: norm.load_state_dict({k: v + 1 for k, v in norm.named_buffers()}, strict=False),
+    ):
+        out = lower(inv.couple(norm))(leaf(5, WIDTH), leaf(5, WIDTH))
+        change()
+        with pytest.raises(
+            ReplayError, match=r"of a module changed between forward and backward, expected the tensors that"
+        ):
+            loss(out).backward()
+
+
+def test_a_frozen_weight_changed_between_forward_and_backward_raises() -> None:
+    layer = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    out = inv.checkpoint(inv.couple(layer))(leaf(5, WIDTH), leaf(5, WIDTH))
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(ReplayError, match=r"\['weight'\] of a module changed"):
+        loss(out).backward()
+
+
+def test_a_weight_changed_between_forward_and_backward_raises_as_in_plain_autograd() -> None:
+    layer = nn.Linear(WIDTH, WIDTH)
+    for fn in (
+        inv.checkpoint(inv.couple(layer)),
+        inv.checkpoint(lambda a, b: layer(a)),
+        inv.checkpoint(lambda a, b: b @ layer.weight),
+    ):
+        out = fn(leaf(5, WIDTH), leaf(5, WIDTH))
+        with torch.no_grad():
+            layer.weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss(out).backward()
+
+
+# ---- autocast ----------------------------------------------------------------------------------------------------------
+
+
+class Seen(nn.Module):
+    """Notes the dtype that its layer computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dtypes = nn.Linear(WIDTH, WIDTH, dtype=torch.float32), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        self.dtypes.append(out.dtype)
+        return out.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["invert", "recompute", "pair", "function", "nested"])
+def test_autocast_is_restored_with_its_dtype(way: str, dtype: torch.dtype) -> None:
+    f, g = Seen(), Seen()
+    plain, fast = lowerings(f, g)[way]
+    x = [torch.randn(3, WIDTH, dtype=torch.float32, requires_grad=True) for _ in range(2)]
+    tensors, found = parameters(f) if way == "pair" else parameters(f, g), []
+    for fn in plain, fast:
+        with torch.autocast("cpu", dtype=dtype):
+            out = fn(*x)
+        found.append([out, torch.autograd.grad(loss(out), [*x, *tensors])])  # outside, as torch advises
+        assert not torch.is_autocast_enabled("cpu")
+    assert set(f.dtypes) == {dtype}
+    assert_close(*found, tolerance=2e-2)  # bf16 itself: the same products, of inputs rebuilt to within fp32
+
+
+def test_autocast_of_backward_does_not_leak_in() -> None:
+    f = Seen()
+    out = inv.checkpoint(inv.couple(f))(*[torch.randn(3, WIDTH, dtype=torch.float32, requires_grad=True)] * 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss(out).backward()
+        assert torch.is_autocast_enabled("cpu")
+    assert f.dtypes == [torch.float32] * 2
+
+
+# ---- compiled functions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # of the hook that tells which modules ran
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", ["module", "module in a closure", "function", "function in a closure"])
+def test_compiled_coupling_functions_are_accepted(kind: str, backend: str) -> None:
+    torch.compiler.reset()
+    layer, w = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), leaf(WIDTH)
+    plain = layer if "module" in kind else lambda x: layer(x) * w
+    compiled = torch.compile(plain, backend=backend)
+    fast = (lambda x: compiled(x)) if "closure" in kind else compiled
+    tensors = [*layer.parameters(), *([] if "module" in kind else [w])]
+    for x in [leaf(3, WIDTH), leaf(3, WIDTH)], [leaf(2, WIDTH), leaf(2, WIDTH)]:
+        expected = Step(inv.couple(plain, torch.sin), x, tensors)
+        Step(inv.checkpoint(inv.couple(fast, torch.sin)), x, tensors).assert_same(expected)
+        expected = Step(lambda a, b: plain(a) * b, x, tensors)
+        Step(inv.checkpoint(lambda a, b: fast(a) * b), x, tensors).assert_same(expected)
+
+
+# ---- discrete decisions ------------------------------------------------------------------------------------------------
+
+
+class Router(nn.Module):
+    """A mixture of experts; each row goes to the expert of its largest score."""
+
+    def __init__(self, pinned: bool) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.pinned, self.routes = pinned, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, :3].topk(1).indices[:, 0]
+        chosen = inv.record("expert", chosen) if self.pinned else chosen
+        self.routes.append(chosen)
+        return torch.stack([expert(x) for expert in self.experts], 1)[torch.arange(len(x)), chosen]
+
+
+def at_a_tie() -> Tensor:
+    """Rows whose two largest scores differ by 1e-6: a perturbation of 1e-3 turns the order around."""
+    x = torch.randn(5, WIDTH)
+    x[:, 0] = x[:, 1] = x[:, :3].max(1).values
+    x[:, 0] += 1e-6
+    return x
+
+
+def drifting(router: nn.Module) -> inv.Invertible:
+    """A coupling whose second component is rebuilt with an error of 1e-3, as a long chain in bf16 would."""
+    drift = inv.pair(lambda a, b: (a, b * 1), lambda a, b: (a, b - 1e-3 * (torch.arange(WIDTH) == 0)))
+    return inv.chain(inv.couple(router), drift)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_router_at_a_tie_routes_as_in_forward(pinned: bool) -> None:
+    router, a, b = Router(pinned), leaf(5, WIDTH), at_a_tie().requires_grad_()
+    out = inv.checkpoint(drifting(router))(a, b)
+    loss(out).backward()
+    forward, backward = router.routes
+    assert torch.equal(forward, backward) == pinned  # without a pin, this test's perturbation does turn routes around
+    if pinned:
+        gradients = [p.grad.clone() for p in router.parameters()]
+        router.zero_grad()
+        loss(drifting(router)(a, b)).backward()
+        assert_close(gradients, [p.grad for p in router.parameters()], tolerance=1e-2)  # the input has drifted by 1e-3
+
+
+@pytest.mark.parametrize("way", ["invert", "recompute", "function", "nested"])
+def test_pinned_values_under_every_lowering(way: str) -> None:
+    f, g = Router(True), Router(True)
+    plain, fast = lowerings(f, g)[way]
+    x = [leaf(5, WIDTH), leaf(5, WIDTH)]
+    Step(fast, x, parameters(f, g)).assert_same(Step(plain, x, parameters(f, g)))
+
+
+def test_pinned_values_of_any_type() -> None:
+    seen, x = [], leaf(3)
+    decisions = iter([2.0, 5.0])
+
+    def f(x: Tensor) -> Tensor:
+        scale, (index, flag) = inv.record("scale", next(decisions)), inv.record("more", (torch.tensor(1), True))
+        seen.append((scale, int(index), flag))
+        return x * scale
+
+    inv.checkpoint(f)(x).sum().backward()
+    assert seen == [(2.0, 1, True)] * 2
+    assert_close(x.grad, torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "b"], r"record\('b'\) on replay, expected record\('a'\); pin the same names in the same order"),
+        (["a", None], None),
+    ],
+)
+def test_pins_have_to_come_in_the_same_order(names: list[str | None], message: str | None) -> None:
+    left = iter(names)
+
+    def f(x: Tensor) -> Tensor:
+        name = next(left)
+        return x * (inv.record(name, 2.0) if name else 2.0)
+
+    out = inv.checkpoint(f)(leaf(3))
+    if message is None:
+        out.sum().backward()
+    else:
+        with pytest.raises(ReplayError, match=message):
+            out.sum().backward()
+
+
+def test_a_pin_too_many() -> None:
+    calls: list[None] = []
+
+    def f(x: Tensor) -> Tensor:
+        calls.append(None)
+        return x * sum(inv.record("scale", 2.0) for _ in calls)
+
+    out = inv.checkpoint(f)(leaf(3))
+    with pytest.raises(ReplayError, match=r"record\('scale'\) on replay, expected nothing more; pin the same names"):
+        out.sum().backward()
+
+
+def test_record_outside_of_a_lowered_call_returns_its_value() -> None:
+    value = torch.arange(3)
+    assert inv.record("x", value) is value
+
+
+# ---- networks that people use as f -------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = kind(WIDTH, WIDTH, num_layers=2, batch_first=True, dropout=0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(WIDTH, 2, dropout=0.2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: Recurrent(nn.LSTM),
+    "GRU": lambda: Recurrent(nn.GRU),
+    "MultiheadAttention": Attention,
+    "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True),
+    "TransformerEncoderLayer, norm first": lambda: nn.TransformerEncoderLayer(
+        WIDTH, 2, 8, batch_first=True, norm_first=True
+    ),
+    "Embedding in front": lambda: nn.Sequential(
+        nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Softmax(-1)
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_as_coupling_functions(name: str, training: bool) -> None:
+    f, g = (NETWORKS[name]().train(training) for _ in range(2))
+    x = [leaf(2, 5, WIDTH), leaf(2, 5, WIDTH)]
+    for way in "invert", "recompute", "function":
+        plain, fast = lowerings(f, g)[way]
+        for _ in range(2):  # a module is watched in its first call only
+            Step(fast, x, parameters(f, g)).assert_same(Step(plain, x, parameters(f, g)))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "MultiheadAttention", "TransformerEncoderLayer"])
+def test_networks_under_functional_call_with_backward_after_the_call(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self, lower: Callable[..., Any], f: nn.Module) -> None:
+            super().__init__()
+            self.f = f
+            self.op = lower(inv.couple(f, lambda x: f(x).sin()))
+
+        def forward(self, a: Tensor, b: Tensor) -> Any:
+            return self.op(a, b)
+
+    f = NETWORKS[name]().eval()
+    state = {f"f.{k}": leaf(*p.shape) for k, p in f.named_parameters()}
+    x = leaf(2, 5, WIDTH), leaf(2, 5, WIDTH)
+    found = []
+    for lower in lambda op: op, inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute"):
+        out = torch.func.functional_call(Net(lower, f), state, x)
+        found.append(torch.autograd.grad(loss(out), [*x, *state.values()]))
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])
+
+
+# ---- nothing is kept ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_leaves_nothing_behind(way: str, no_gc: None) -> None:
+    f, g = Noisy(), Noisy()
+    _, fast = lowerings(f, g)[way]
+
+    def alive() -> int:
+        return sum(issubclass(type(item), Tensor) for item in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        out = fast(leaf(3, WIDTH), leaf(3, WIDTH))
+        loss(out).backward()
+        f.zero_grad(), g.zero_grad()
+        del out
+        counts.append(alive())
+    assert counts[1:] == [counts[1]] * 3
