@@ -338,6 +338,8 @@ def _pull_add(t: Tensor, y: Tensor, gy: Tensor) -> Any:
 
 def match(gradient: Tensor, t: Tensor) -> Tensor:
     """The gradient of a tensor that was broadcast or promoted to the gradient's shape and dtype."""
+    if gradient.is_complex() and not t.is_complex():
+        gradient = gradient.real
     if gradient.shape != t.shape:
         gradient = gradient.sum_to_size(t.shape)
     return gradient if gradient.dtype == t.dtype else gradient.to(t.dtype)
@@ -385,7 +387,7 @@ def _unshift_unscale(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 def _pull_scale_shift(s: Tensor, t: Tensor, y: Tensor, gy: Tensor) -> Any:
     x = (y - t) / s
-    return x, gy * s, [(s, match(gy * x, s)), (t, match(gy, t))]
+    return x, gy * s.conj(), [(s, match(gy * x.conj(), s)), (t, match(gy, t))]
 
 
 def _scale_log_det(s: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -736,6 +736,8 @@ def why_not_donate(tensor: Any) -> str | None:
         return f"{users - 1} other tensors share its storage (views, detached aliases, or results saved for backward)"
     if transforms.use_count(tensor) > 1:
         return "an operation has saved it for backward, or a view of it is alive"
+    if tensor.retains_grad and not tensor.is_leaf:
+        return "its gradient is to be retained, which needs the tensor itself"
     return None
 
 

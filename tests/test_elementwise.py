@@ -15,7 +15,7 @@ from invfunc.debug import checking, require
 from invfunc.errors import DomainError, OptionError, WireError
 from invfunc.log_det import autodiff_log_det
 from invfunc.memory import measure
-from invfunc.ops import pack_bits, unpack_bits
+from invfunc.packing import pack_bits, unpack_bits
 from invfunc.testing import check_laws
 
 ops = inv.ops
