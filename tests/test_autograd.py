@@ -155,7 +155,9 @@ def test_triple_backward(lower: Callable[..., Any]) -> None:
 
 @every_lowering
 def test_gradcheck(lower: Callable[..., Any]) -> None:
-    op = inv.chain(inv.split(2, dim=-1), inv.couple(torch.sin, torch.tanh), inv.couple(torch.cos), inv.concat(2, dim=-1))
+    op = inv.chain(
+        inv.split(2, dim=-1), inv.couple(torch.sin, torch.tanh), inv.couple(torch.cos), inv.concat(2, dim=-1)
+    )
     assert torch.autograd.gradcheck(lower(op), leaf(2, 4))
     assert torch.autograd.gradgradcheck(lower(op), leaf(2, 4))
 
@@ -313,7 +315,11 @@ def test_an_unused_parameter_gets_no_gradient() -> None:
             return x @ self.weight
 
     module = Lazy(WIDTH, WIDTH)
-    for fn in inv.checkpoint(inv.couple(module)), inv.checkpoint(inv.couple(lambda x: module(x))), inv.checkpoint(module):
+    for fn in (
+        inv.checkpoint(inv.couple(module)),
+        inv.checkpoint(inv.couple(lambda x: module(x))),
+        inv.checkpoint(module),
+    ):
         xs = [leaf(3, WIDTH)] * (1 if fn.__class__.__name__ == "CheckpointedFunction" else 2)
         weight, bias = torch.autograd.grad(loss(fn(*xs)), [module.weight, module.bias], allow_unused=True)
         assert weight is not None and bias is None
@@ -685,7 +691,9 @@ def copies() -> dict[str, Callable[[Any], Any]]:
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 @pytest.mark.parametrize("mode", ["invert", "recompute"])
 @pytest.mark.parametrize("copied", copies().values(), ids=copies())
-def test_a_copy_of_a_lowered_module_trains_its_own_parameters(copied: Callable[..., Any], mode: str, used: bool) -> None:
+def test_a_copy_of_a_lowered_module_trains_its_own_parameters(
+    copied: Callable[..., Any], mode: str, used: bool
+) -> None:
     model, x = Model(mode), leaf(3, 2 * WIDTH)
     expected = torch.autograd.grad(loss(model(x)), [x, *model.parameters()])
     if not used:
