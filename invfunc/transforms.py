@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,8 +31,35 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    _STANCE.enter()
+    try:
         yield
+    finally:
+        _STANCE.leave()
+
+
+class _Stance:
+    """Dynamo's stance is one for all threads: the first that enters sets it, the last that leaves sets it back."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.stack = ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.stack.close()
+
+
+_STANCE = _Stance()
 
 
 def level() -> int:

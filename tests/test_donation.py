@@ -455,7 +455,7 @@ for source in sys.stdin.read().splitlines():
         sys.stdout = out
         print(" -> " + outcome, flush=True)
         y.sum().backward()
-        assert torch.allclose(x, expected), source
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6, msg=source)  # rebuilt in fp32
 print("done")
 """
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import invfunc as inv
+from invfunc import transforms
 from invfunc.errors import ReplayError
 
 TOLERANCE = 1e-9
@@ -571,3 +572,25 @@ def test_a_step_leaves_nothing_behind(way: str, no_gc: None) -> None:
         del out
         counts.append(alive())
     assert counts[1:] == [counts[1]] * 3
+
+
+@pytest.mark.compile
+def test_watching_in_two_threads_leaves_the_compiler_as_it_was() -> None:
+    """Dynamo's stance belongs to the process: set and set back by threads in turns, it would stay ``force_eager``."""
+    import torch._dynamo.eval_frame as dynamo
+
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+
+    def enter_first() -> None:
+        with transforms.uncompiled():
+            first_is_in.set()
+            second_is_in.wait(10)
+
+    thread = threading.Thread(target=enter_first)
+    thread.start()
+    assert first_is_in.wait(10)
+    with transforms.uncompiled():
+        second_is_in.set()
+        thread.join(10)
+        assert dynamo._stance.stance == "force_eager"
+    assert dynamo._stance.stance == "default"
