@@ -21,7 +21,6 @@ from .errors import NotInvertibleError, OptionError, ReplayError, WireError
 from .invertible import VJP, Invertible, OneWay, Pair, Residue, name_of, pair
 from .lowering import (
     Options,
-    State,
     lower,
     may_have_gradients,
     owning,
@@ -29,6 +28,7 @@ from .lowering import (
     runs_plainly,
     walk,
 )
+from .trunk import State
 from .wires import Wire, is_differentiable
 
 MODES = ("invert", "store", "recompute")

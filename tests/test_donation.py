@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc.errors import DonatedError, OptionError
-from invfunc.lowering import Donated
+from invfunc.donation import Donated
 from invfunc.memory import measure
 
 TOLERANCE = 1e-9

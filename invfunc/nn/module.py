@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from .. import transforms
 from ..checkpoint import Checkpointed, Wrapper, checkpoint, recompute, store
+from ..donation import saved_by_its_maker, why_not_donate
 from ..errors import NotInvertibleError, OptionError, WireError
 from ..invertible import Inverse, Invertible, Residue, pair
-from ..lowering import Options, State, _saved_by_its_maker, _Tail, walk, why_not_donate
+from ..lowering import Options, walk
 from ..replay import Streams, cuda_devices
 from ..testing import LawError
+from ..trunk import State, Tail
 from ..wires import Wire, describe, is_differentiable, leaves
 
 Donate: TypeAlias = bool | tuple[int, ...] | str
@@ -151,14 +153,14 @@ def safe_to_donate(xs: tuple[Wire, ...], keep: Iterable[Tensor] = ()) -> tuple[i
 
 def _is_free(leaf: Any) -> bool:
     try:
-        return why_not_donate(leaf) is None and (_is_output(leaf) or not _saved_by_its_maker(leaf))
+        return why_not_donate(leaf) is None and (_is_output(leaf) or not saved_by_its_maker(leaf))
     except RuntimeError:  # its graph was freed by a backward, so that nobody can tell what was saved
         return False
 
 
 def _is_output(leaf: Tensor) -> bool:
     """Whether a tensor is the output of a pipeline."""
-    return isinstance(leaf.grad_fn, _Tail._backward_cls)
+    return isinstance(leaf.grad_fn, Tail._backward_cls)
 
 
 def _storage(leaf: Any) -> int:

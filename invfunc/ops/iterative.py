@@ -33,7 +33,8 @@ from ..debug import checking
 from ..errors import DomainError, OptionError, WireError
 from ..invertible import VJP, Inverse, Invertible, Pair, Residue, name_of
 from ..log_det import log_det
-from ..lowering import Options, begin, close, runs_plainly, walk
+from ..lowering import Options, runs_plainly, walk
+from ..trunk import begin, close
 from ..wires import Wire, describe, is_differentiable, map_wire, spread
 
 # ---- a primitive whose inverse is solved for -------------------------------------------------------------------------

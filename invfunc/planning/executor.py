@@ -12,7 +12,8 @@ from .. import transforms
 from ..checkpoint import Checkpointed, Marked, Wrapper, forced_mode
 from ..combinators import Plumbing
 from ..invertible import Chain, Inverse, Invertible, OneWay, Rearrangement
-from ..lowering import Options, State, begin, close, recompute, runs_plainly, values, walk
+from ..lowering import Options, recompute, runs_plainly, walk
+from ..trunk import State, begin, close, values
 from ..wires import Wire, leaves
 from .schedule import Invert, Schedule, Store
 

@@ -37,9 +37,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import NotInvertibleError
 from ..invertible import Chain, Invertible, LiveVJP, OneWay, lift, name_of
-from ..lowering import Options, State, Strand, _map_state, _rooted, carrier, owners_of, strands, values, walk
+from ..lowering import Options, owners_of, rooted, walk
 from ..memory import _Ledger
 from ..replay import recorded
+from ..trunk import State, Strand, carrier, map_state, strands, values
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .costs import Costs, OpCosts
 from .executor import flat_ops, grouped, has_inverse, is_exact
@@ -426,7 +427,7 @@ class Trial:
         anchor = torch.zeros((), requires_grad=True)
         carriers = [carrier(leaf).requires_grad_() for leaf in leaves(x) if is_differentiable(leaf)]
         left = iter(carriers)
-        state = _map_state(
+        state = map_state(
             lambda leaf: Strand(leaf, next(left)) if is_differentiable(leaf) else leaf, _root(anchor, x, [])
         )
         del x
@@ -446,12 +447,12 @@ class Trial:
 
 
 def _strands_of(x: Wire) -> State:
-    return _map_state(lambda leaf: Strand(leaf, None) if is_differentiable(leaf) else leaf, x)
+    return map_state(lambda leaf: Strand(leaf, None) if is_differentiable(leaf) else leaf, x)
 
 
 def _root(anchor: Tensor, x: Wire, gxs: list[Any]) -> Wire:
     needs = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(x)]
-    return _rooted(anchor, map_wire(lambda t: t.detach() if isinstance(t, Tensor) else t, x), needs, gxs)
+    return rooted(anchor, map_wire(lambda t: t.detach() if isinstance(t, Tensor) else t, x), needs, gxs)
 
 
 class _Emit(torch.autograd.Function):

@@ -1,0 +1,196 @@
+"""The trunk: strands with carriers, the tail that closes it, and specs of what a node returns.
+
+NOTE [Trunk] One node for each primitive, linked by carriers, closed by a tail.
+
+1.  A *stage* runs outside of autograd, once, while it is recorded. Its outputs are handed to `_Stage` as inputs whose
+    gradient is None and come back as views: no user code runs inside a Function, and every functorch level unwraps
+    them by itself. Saved are captured tensors and residues, nothing of the size of an activation.
+2.  A *carrier* is a one-element stand-in, expanded to the shape of an output. Its *gradient* is that output's value:
+    backward receives ``(gys, ys)`` and returns ``(gxs, xs)``, so the values travel down the trunk as the gradients do,
+    without shared state, and every backward rebuilds them afresh.
+3.  The *tail* is the only node that saves activations: the trunk's output. Its backward starts the reconstruction.
+4.  Carriers are private. Each is used once; a trunk is closed before a value leaves it and a new one is begun after.
+5.  The tail saves its *outputs*: a second backward then flows through the tail, which hands out the values again.
+6.  The tail returns ``y.detach()``: a view would forbid ``y.relu_()``, while detach shares the version counter, so that
+    a changed output raises in backward instead of giving wrong gradients.
+7.  When gradients must be differentiable, or belong to a transform, backward uses ``torch.func.vjp``:
+    ``autograd.grad(create_graph=True)`` would walk through the saved output into the same node without end.
+8.  Forward mode needs nothing kept: the pipeline runs plainly.
+9.  A residue that may have a gradient is an *output* of its stage and saved as one, so that a second backward, to which
+    it is a function of x like y itself, goes through the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import transforms
+from .invertible import Residue
+from .replay import Kept, fetch
+from .wires import Wire, is_differentiable
+
+# ---- what flows along a trunk --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Strand:
+    """A tensor on its way through a trunk, with the carrier that will bring its value back."""
+
+    value: Tensor
+    carrier: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The tensor's, for error messages."""
+        return self.value.shape
+
+
+State = Any  # a wire whose differentiable tensors are strands
+
+
+def begin(x: Wire) -> State:
+    """Open a trunk: no carriers yet, since nobody upstream needs the values of x."""
+    return map_state(lambda leaf: Strand(leaf, None) if is_differentiable(leaf) else leaf, x)
+
+
+def values(state: State) -> Wire:
+    """The wire that a state stands for."""
+    if isinstance(state, tuple):
+        return tuple([values(part) for part in state])
+    return state.value if isinstance(state, Strand) else state
+
+
+def strands(state: State) -> list[Strand]:
+    """The strands of a state, left to right."""
+    if isinstance(state, tuple):
+        return [strand for part in state for strand in strands(part)]
+    return [state] if isinstance(state, Strand) else []
+
+
+def map_state(fn: Callable[[Any], Any], state: State) -> Any:
+    """Apply ``fn`` to every leaf of a state."""
+    if isinstance(state, tuple):
+        return tuple([map_state(fn, part) for part in state])
+    return fn(state)
+
+
+def close(state: State) -> Wire:
+    """Close a trunk: the tail saves its outputs, and hands out ordinary tensors."""
+    open_ends = [s for s in strands(state) if s.carrier is not None]
+    if not open_ends:
+        return values(state)
+    closed = iter(apply_node(Tail, *(s.value for s in open_ends), *(s.carrier for s in open_ends)))
+    return map_state(
+        lambda leaf: leaf if not isinstance(leaf, Strand) else leaf.value if leaf.carrier is None else next(closed),
+        state,
+    )
+
+
+# ---- carriers and the tail -----------------------------------------------------------------------------------------
+
+
+_ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def carrier(value: Tensor) -> Tensor:
+    """A one-element stand-in of the shape of a value."""
+    if type(value) is not Tensor or torch.compiler.is_compiling() or transforms.active():
+        return value.new_zeros(()).expand(value.shape)
+    key = value.dtype, value.device
+    zero = _ZEROS.get(key)
+    if zero is None:
+        zero = _ZEROS[key] = torch.zeros((), dtype=value.dtype, device=value.device)
+    return zero.expand_as(value)
+
+
+class Tail(torch.autograd.Function):
+    """``(*ys, *carriers) -> ys``; saves them, and hands them to the carriers in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.detach() for y in tensors[: len(tensors) // 2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+        half = len(inputs) // 2
+        ctx.mark_non_differentiable(*(o for o, y in zip(output, inputs[:half], strict=True) if not needs_gradient(y)))
+
+    @staticmethod
+    def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*gys, *ctx.saved_tensors)
+
+
+def apply_node(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """``node.apply``; outside of transforms without binding a signature, which costs more than the node itself."""
+    if transforms.active() or torch.compiler.is_compiling():
+        return node.apply(*args)
+    return super(torch.autograd.Function, node).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether a tensor may get a gradient: it requires one, or belongs to a transform."""
+    return tensor.requires_grad or (transforms.active() and transforms.is_wrapped(tensor))
+
+
+# ---- specs: the structure of a wire without its tensors --------------------------------------------------------------
+
+
+class _Strand:
+    """The place of a differentiable tensor in a spec."""
+
+    def __repr__(self) -> str:
+        return "STRAND"
+
+
+STRAND = _Strand()
+
+
+def spec_of(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
+    """The structure of a wire; collects its differentiable tensors, and the others to be kept."""
+    if isinstance(wire, tuple):
+        return tuple([spec_of(part, on_strands, kept) for part in wire])
+    if is_differentiable(wire):
+        on_strands.append(wire)
+        return STRAND
+    return None if kept is None else keep(wire, kept)
+
+
+def residue_spec_of(residue: Residue, lost: list[Tensor], kept: list[Tensor]) -> Residue:
+    """The structure of a residue; what may have a gradient of its own is lost by the op, the rest is kept."""
+    if isinstance(residue, (tuple, list)):
+        return tuple([residue_spec_of(part, lost, kept) for part in residue])
+    if is_differentiable(residue):
+        lost.append(residue)
+        return STRAND
+    return keep(residue, kept)
+
+
+def keep(leaf: Any, kept: list[Tensor]) -> Any:
+    """What stands for a leaf in a spec: the place of a tensor, which is kept, or the leaf itself."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    kept.append(leaf)
+    return Kept(len(kept) - 1)
+
+
+def filled(spec: Wire, found: Sequence[Any], kept: Sequence[Tensor] | None) -> Wire:
+    """A wire from its spec; without kept tensors, None stands where no strand is."""
+    return fill(spec, iter(found), kept)
+
+
+def fill(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire:
+    """`filled`, from what an iterator has left."""
+    if spec is STRAND:
+        return next(left)
+    if isinstance(spec, tuple) and not isinstance(spec, Kept):
+        return tuple([fill(part, left, kept) for part in spec])
+    return None if kept is None else fetch(spec, kept)
