@@ -1,4 +1,4 @@
-"""Masks, eight elements to a byte."""
+"""Masks, eight elements to a byte, and small numbers, four to a byte."""
 
 from __future__ import annotations
 
@@ -34,3 +34,36 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _places(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
+
+
+def pack_codes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """An int8 tensor whose values are mostly -1, 0 and 1: four to a byte, and a list of the others in their order.
+
+    Example:
+        >>> pack_codes(torch.tensor([0, 1, -1, 0, 7], dtype=torch.int8))
+        (tensor([49,  6], dtype=torch.uint8), tensor([7], dtype=torch.int8))
+    """
+    flat = codes.reshape(-1)
+    small = (flat + 1).view(torch.uint8).clamp_(max=_ELSE)  # whatever is not -1, 0 or 1 wraps or lies above
+    quarters = torch.cat([small, small.new_zeros(-small.shape[0] % 4)]).view(4, -1)
+    packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+    return packed, flat[small == _ELSE]
+
+
+def unpack_codes(packed: Tensor, others: Tensor, shape: Sequence[int]) -> Tensor:
+    """The int8 tensor of a shape that `pack_codes` packed.
+
+    Example:
+        >>> packed, others = pack_codes(torch.tensor([[0, 1], [-1, 7]], dtype=torch.int8))
+        >>> unpack_codes(packed, others, (2, 2))
+        tensor([[ 0,  1],
+                [-1,  7]], dtype=torch.int8)
+    """
+    small = torch.cat([packed >> shift & 3 for shift in (0, 2, 4, 6)])[: torch.Size(shape).numel()]
+    codes = small.view(torch.int8) - 1
+    if others.numel():
+        codes.masked_scatter_(small == _ELSE, others)
+    return codes.view(torch.Size(shape))
+
+
+_ELSE = 3
