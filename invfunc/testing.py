@@ -8,8 +8,9 @@ Nothing here needs more than torch.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from .checkpoint import checkpoint
 from .combinators import Half, _concat, _split, parallel
+from .compare import largest, largest_difference
+from .drift import DriftWarning
 from .errors import NotDifferentiableError
 from .invertible import (
     Inverse,
@@ -26,13 +29,13 @@ from .invertible import (
     OneWay,
     Rearrangement,
     chain,
-    graph_leaves,
     identity,
     invert,
     pair,
 )
 from .log_det import log_det
 from .replay import owners
+from .trial import closed_over, differentiable, fresh, gradients_of, noise, roots, same_dice, states, untouched, vjp_of
 from .wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 
 TOLERANCES: dict[torch.dtype, float] = {
@@ -71,10 +74,12 @@ class Law:
     def __call__(self, op: Invertible, x: Wire, *, tolerance: float | None = None) -> None:
         """Raise `LawError` unless the law holds of ``op`` at ``x``."""
         try:
-            for claim in self.claims(op, x):
-                difference = _difference(claim, tolerance)
-                if difference:
-                    raise LawError(self._message(op, difference))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DriftWarning)  # a law compares all values, the meter some
+                for claim in self.claims(op, x):
+                    difference = _difference(claim, tolerance)
+                    if difference:
+                        raise LawError(self._message(op, difference))
         except LawError:
             raise
         except Exception as error:
@@ -136,7 +141,7 @@ def check_laws(
           inverse(forward(x)) and x: leaf 0 differs by at most 3.72 (tolerance 1e-09)
     """
     chosen = [LAWS[item] if isinstance(item, str) else item for item in (LAWS.values() if laws is None else laws)]
-    with _buffers_restored(op):
+    with untouched(op):
         tested = [item for item in chosen if item.applies(op, x)]
         for item in tested:
             item(op, x, tolerance=tolerance)
@@ -145,19 +150,6 @@ def check_laws(
 
 def _buffers(op: Invertible) -> list[Tensor]:
     return [buffer for module in owners(op.functions).modules for buffer in module.buffers()]
-
-
-@contextmanager
-def _buffers_restored(op: Invertible) -> Iterator[None]:
-    """Put the buffers of an op's modules back: running statistics are not for the laws to move."""
-    buffers = _buffers(op)
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
 
 
 # ---- comparison --------------------------------------------------------------------------------------------------
@@ -191,12 +183,9 @@ def _leaf_difference(a: Any, b: Any, tolerance: float | None) -> str:
 
 
 def _distance(a: Tensor, b: Tensor, tolerance: float) -> str:
-    if not a.numel():
-        return ""
-    if not torch.equal(a.isfinite(), b.isfinite()):
+    apart, allowed = largest_difference(a, b), tolerance * max(1.0, largest(b))
+    if apart == math.inf:
         return "is not finite where the other is"
-    apart = torch.where(a.isfinite(), a - b, 0).abs().max().item()
-    allowed = tolerance * max(1.0, torch.where(b.isfinite(), b, 0).abs().max().item())
     return f"differs by at most {apart:.3g} (tolerance {allowed:.3g})" if apart > allowed else ""
 
 
@@ -220,43 +209,22 @@ def needs_no_residue(op: Invertible, x: Wire) -> bool:
 
 
 def _draws(op: Invertible, x: Wire) -> bool:
-    with _dice():
-        before = _states()
+    with same_dice():
+        before = states()
         op.forward_with_residue(x)
-        return not all(map(torch.equal, before, _states()))
-
-
-def _generators() -> tuple[torch.Generator, ...]:
-    return (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()))
-
-
-def _states() -> tuple[Tensor, ...]:
-    return tuple(generator.get_state() for generator in _generators())
-
-
-@contextmanager
-def _dice() -> Iterator[None]:
-    """Both sides of an equation draw the same random numbers; the global ones are as they were after."""
-    generators, states = _generators(), _states()
-    for generator in generators:
-        generator.manual_seed(0)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        return not all(map(torch.equal, before, states()))
 
 
 def _at(op: Invertible, x: Wire) -> Wire:
-    with _dice():
+    with same_dice():
         return op.forward(x)
 
 
 def _undone(op: Invertible, x: Wire, y: Wire) -> Wire:
     """``op.inverse(y)``, with the residue that op leaves at x, if any."""
-    with _dice():
+    with same_dice():
         residue = op.forward_with_residue(x)[1]
-    with _dice():
+    with same_dice():
         return op.inverse(y) if residue is None else op.inverse_with_residue(residue, y)
 
 
@@ -294,18 +262,6 @@ def _everywhere(op: Invertible, like: Wire) -> Invertible:
     return op if is_differentiable(like) else identity()
 
 
-def _noise(like: Wire, seed: int = 0) -> Wire:
-    """Random numbers of the shapes of a wire's differentiable leaves; None for the others."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(leaf: Any) -> Any:
-        if not is_differentiable(leaf):
-            return None
-        return torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype, device="cpu").to(leaf.device)
-
-    return map_wire(draw, like)
-
-
 # ---- iso -----------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +290,7 @@ def involution(f: Invertible, x: Wire) -> Iterator[Claim]:
 @law()
 def hidden(f: Invertible, x: Wire) -> Iterator[Claim]:
     """forward(x), _ = forward_with_residue(x)."""
-    with _dice():
+    with same_dice():
         y, _ = f.forward_with_residue(x)
     yield "forward(x)", _at(f, x), "forward_with_residue(x)", y
 
@@ -388,7 +344,7 @@ def parallel_pointwise(f: Invertible, x: Wire) -> Iterator[Claim]:
     """parallel(f, g)(x1, x2) = (f(x1), g(x2))."""
     g = _everywhere(INCREASE, x)
     yield "parallel(f, g)(x, x)", _at(parallel(f, g), (x, x)), "(f(x), g(x))", (_at(f, x), g.forward(x))
-    with _dice():
+    with same_dice():
         found = parallel(g, f).forward((x, x))
     yield "parallel(g, f)(x, x)", found, "(g(x), f(x))", (g.forward(x), _at(f, x))
 
@@ -452,7 +408,7 @@ def _is_coupling(op: Invertible, x: Wire) -> bool:
 def couple_pointwise(f: Invertible, x: Wire) -> Iterator[Claim]:
     """couple(f, g)(x1, x2) = (y1, law(g(y1))(x2)) where y1 = law(f(x2))(x1)."""
     y = x
-    with _dice():
+    with same_dice():
         for half in f.parts or (f,):
             assert isinstance(half, Half)
             changed, other = y if half.target == 0 else y[::-1]
@@ -465,52 +421,10 @@ def couple_pointwise(f: Invertible, x: Wire) -> Iterator[Claim]:
 # ---- reverse mode --------------------------------------------------------------------------------------------------
 
 
-def _fresh(leaf: Any) -> Any:
-    return leaf.detach().clone().requires_grad_() if is_differentiable(leaf) else leaf
-
-
-def _inputs(wire: Wire) -> list[Tensor]:
-    return [leaf for leaf in leaves(wire) if is_differentiable(leaf)]
-
-
-def _roots(y: Wire, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Outputs that have a graph, each with a random gradient."""
-    pairs = zip(leaves(y), leaves(_noise(y, seed)), strict=True)
-    return [(o, s) for o, s in pairs if s is not None and o.requires_grad]
-
-
-def _closed_over(op: Invertible, x: Wire) -> list[Tensor]:
-    """The leaf tensors that plain autograd reaches from the op's output, beside its input."""
-    given = map_wire(_fresh, x)
-    with _dice():
-        y = op.forward(given)
-    return graph_leaves([o for o, _ in _roots(y)], {id(leaf) for leaf in _inputs(given)})
-
-
-def _gradients(op: Invertible, x: Wire, closed: list[Tensor], twice: bool = False) -> tuple[Wire, Wire, Wire]:
-    """``y, gx, gclosed``: a step of training; with ``twice``, the gradient of a random projection of the gradients."""
-    given = map_wire(_fresh, x)
-    with _dice():
-        y = op.forward(given)
-    own = _inputs(given)
-    found = _vjp(_roots(y), [*own, *closed], create_graph=twice)
-    if twice:
-        found = _vjp(_roots(tuple(found), seed=1), [*own, *closed])
-    return y, tuple(found[: len(own)]), tuple(found[len(own) :])
-
-
-def _vjp(roots: list[tuple[Tensor, Tensor]], targets: list[Tensor], create_graph: bool = False) -> Sequence[Tensor]:
-    if not (roots and targets):
-        return [torch.zeros_like(target) for target in targets]
-    outputs, seeds = zip(*roots, strict=True)
-    options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
-    return torch.autograd.grad(outputs, targets, seeds, **options)
-
-
 def _same_step(left: str, f: Invertible, right: str, g: Invertible, x: Wire, twice: bool = False) -> Iterator[Claim]:
     """Two ops have the same value, and the same gradients by all that g's value depends on."""
-    closed = _closed_over(g, x)
-    found, expected = _gradients(f, x, closed, twice), _gradients(g, x, closed, twice)
+    closed = closed_over(g, x)
+    found, expected = gradients_of(f, x, closed, twice), gradients_of(g, x, closed, twice)
     for what, a, b in zip(("value", "gradient of x", "gradient of closed-over"), found, expected, strict=True):
         yield f"{what} of {left}", a, f"{what} of {right}", b
 
@@ -518,12 +432,12 @@ def _same_step(left: str, f: Invertible, right: str, g: Invertible, x: Wire, twi
 @law(is_undone)
 def pullback_is_vjp(f: Invertible, x: Wire) -> Iterator[Claim]:
     """pullback(y, gy) = x, vjp(f, x)(gy)."""
-    closed = _closed_over(f, x)
-    _, gx, gclosed = _gradients(f, x, closed)
+    closed = closed_over(f, x)
+    _, gx, gclosed = gradients_of(f, x, closed)
     with torch.no_grad():
         y, residue = f.forward_with_residue(x)
     live = LiveVJP()
-    rebuilt, found = f.pull(residue, y, _noise(y), live, None)
+    rebuilt, found = f.pull(residue, y, noise(y), live, None)
     yield "x of pullback", rebuilt, "x", x
     yield "gx of pullback", _filled(found, x), "vjp(f, x)(gy)", gx
     theirs = tuple(live.closed[id(t)][1] if id(t) in live.closed else torch.zeros_like(t) for t in closed)
@@ -545,7 +459,7 @@ _LARGEST_JACOBIAN = 1000
 
 def _has_log_det(op: Invertible, x: Wire) -> bool:
     """Whether every part of the op has a rule, and x and y are batches of real numbers."""
-    given = _inputs(x)
+    given = differentiable(x)
     if not given or sum(t.numel() for t in given) > _LARGEST_JACOBIAN or _draws(op, x):
         return False
     if any(t.is_complex() or not t.dim() or not len(t) for t in given):
@@ -554,7 +468,7 @@ def _has_log_det(op: Invertible, x: Wire) -> bool:
         y, found = log_det(op, x)
     except NotDifferentiableError:
         return False
-    return all(t.dim() and len(t) == len(found) for t in (*given, *_inputs(y)))
+    return all(t.dim() and len(t) == len(found) for t in (*given, *differentiable(y)))
 
 
 @law(_has_log_det)
@@ -562,7 +476,7 @@ def log_det_is_jacobian(f: Invertible, x: Wire) -> Iterator[Claim]:
     """log_det(f, x) = f(x), log|det jacobian(f, x)|."""
     y, found = log_det(f, x)
     yield "y of log_det(f, x)", y, "f(x)", _at(f, x)
-    jacobian, of_y, of_x = _jacobian(f, x), _samples(_inputs(y)), _samples(_inputs(x))
+    jacobian, of_y, of_x = _jacobian(f, x), _samples(differentiable(y)), _samples(differentiable(x))
     yield "sum of log_det(f, x)", found.sum(), "log|det jacobian(f, x)|", torch.linalg.slogdet(jacobian)[1]
     if not jacobian[of_y[:, None] != of_x].any():  # no sample depends on another
         blocks = [jacobian[of_y == i][:, of_x == i] for i in range(len(found))]
@@ -572,7 +486,7 @@ def log_det_is_jacobian(f: Invertible, x: Wire) -> Iterator[Claim]:
 
 def _jacobian(op: Invertible, x: Wire) -> Tensor:
     """The Jacobian of all outputs by all inputs, as one matrix."""
-    given, flat = tuple(t.detach() for t in _inputs(x)), _flat(op, x)
+    given, flat = tuple(t.detach() for t in differentiable(x)), _flat(op, x)
 
     def fn(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(t for t in flat(*tensors) if t.numel())  # jacobian takes no empty outputs
@@ -601,7 +515,7 @@ def checkpoint_gradients(f: Invertible, x: Wire) -> Iterator[Claim]:
 @law(needs_no_residue)
 def checkpoint_section(f: Invertible, x: Wire) -> Iterator[Claim]:
     """checkpoint(f).inverse(checkpoint(f)(x)) = x."""
-    y = checkpoint(f).forward(map_wire(_fresh, x))
+    y = checkpoint(f).forward(map_wire(fresh, x))
     yield "checkpoint(f).inverse(checkpoint(f)(x))", checkpoint(f).inverse(y), "x", x
 
 
@@ -646,10 +560,10 @@ def checkpoint_effects(f: Invertible, x: Wire) -> Iterator[Claim]:
 
 def _effects(op: Invertible, x: Wire) -> tuple[Wire, Wire]:
     """The random state and the buffers after a step."""
-    given = map_wire(_fresh, x)
-    with _dice(), _buffers_restored(op):
-        _vjp(_roots(op.forward(given)), _inputs(given))
-        return _states(), tuple(buffer.clone() for buffer in _buffers(op))
+    given = map_wire(fresh, x)
+    with same_dice(), untouched(op):
+        vjp_of(roots(op.forward(given)), differentiable(given))
+        return states(), tuple(buffer.clone() for buffer in _buffers(op))
 
 
 @law()
@@ -666,14 +580,16 @@ def _flat(op: Invertible, x: Wire) -> Callable[..., tuple[Tensor, ...]]:
 
     def fn(*tensors: Tensor) -> tuple[Tensor, ...]:
         left = iter(tensors)
-        return tuple(_inputs(op.forward(map_wire(lambda leaf: next(left) if is_differentiable(leaf) else leaf, x))))
+        return tuple(
+            differentiable(op.forward(map_wire(lambda leaf: next(left) if is_differentiable(leaf) else leaf, x)))
+        )
 
     return fn
 
 
 def _functional_vjp(op: Invertible, x: Wire) -> Callable[..., Wire]:
     """``(*tensors) -> (y, gx)`` by ``torch.func.vjp``, with random gradients of y."""
-    fn, seeds = _flat(op, x), tuple(_inputs(_noise(_at(op, x))))
+    fn, seeds = _flat(op, x), tuple(differentiable(noise(_at(op, x))))
 
     def step(*tensors: Tensor) -> Wire:
         y, vjp = torch.func.vjp(fn, *tensors)  # pyright: ignore[reportAssignmentType]
@@ -684,13 +600,13 @@ def _functional_vjp(op: Invertible, x: Wire) -> Callable[..., Wire]:
 
 def _transforms(op: Invertible, x: Wire) -> bool:
     """Whether the plain op can be differentiated by torch.func: what writes running statistics, or draws, can not."""
-    return not _draws(op, x) and _succeeds(lambda: _functional_vjp(op, x)(*_inputs(x)))
+    return not _draws(op, x) and _succeeds(lambda: _functional_vjp(op, x)(*differentiable(x)))
 
 
 def _vmaps(op: Invertible, x: Wire) -> bool:
     """Whether the plain op can also be mapped over a new dimension."""
     mapped = torch.func.vmap(_functional_vjp(op, x))
-    return _transforms(op, x) and _succeeds(lambda: mapped(*map(_batch, _inputs(x))))
+    return _transforms(op, x) and _succeeds(lambda: mapped(*map(_batch, differentiable(x))))
 
 
 def _succeeds(call: Callable[[], Any]) -> bool:
@@ -704,7 +620,7 @@ def _succeeds(call: Callable[[], Any]) -> bool:
 @law(_transforms)
 def checkpoint_functional(f: Invertible, x: Wire) -> Iterator[Claim]:
     """torch.func.vjp(checkpoint(f), x)(gy) = torch.func.vjp(f, x)(gy)."""
-    found, expected = _functional_vjp(checkpoint(f), x)(*_inputs(x)), _functional_vjp(f, x)(*_inputs(x))
+    found, expected = _functional_vjp(checkpoint(f), x)(*differentiable(x)), _functional_vjp(f, x)(*differentiable(x))
     yield "torch.func.vjp(checkpoint(f), x)", found, "torch.func.vjp(f, x)", expected
 
 
@@ -716,7 +632,7 @@ def _batch(tensor: Tensor) -> Tensor:
 @law(_vmaps)
 def checkpoint_vmap(f: Invertible, x: Wire) -> Iterator[Claim]:
     """vmap(checkpoint(f))(xs) = stack(f(x) for x in xs), and so do the gradients."""
-    xs = [_batch(t) for t in _inputs(x)]
+    xs = [_batch(t) for t in differentiable(x)]
     found = torch.func.vmap(_functional_vjp(checkpoint(f), x))(*xs)
     each = [_functional_vjp(f, x)(*(t[i] for t in xs)) for i in range(2)]
     yield "vmap(checkpoint(f))", found, "a loop of f", map_wire(lambda *parts: torch.stack(parts), *each)

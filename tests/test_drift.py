@@ -1,0 +1,421 @@
+"""The drift meter: what it estimates, what it says, when it keeps silent, and what it costs. And anchors."""
+
+import gc
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import invfunc as inv
+from invfunc import drift
+from invfunc.compare import relative_error_of_numbers
+from invfunc.drift import Probe
+from invfunc.errors import DriftError, NotInvertibleError, OptionError
+from invfunc.memory import measure
+
+WIDTH = 8
+
+
+# ---- chains that drift -----------------------------------------------------------------------------------------------
+
+
+def branch(width: int, gain: float, out: int | None = None) -> nn.Module:
+    """A small network; its gain says how much it amplifies."""
+    net = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out or width))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(gain)
+    return net
+
+
+def additive(depth: int, gain: float = 1.0, width: int = WIDTH) -> inv.Invertible:
+    blocks = [inv.couple(branch(width, gain), branch(width, gain)) for _ in range(depth)]
+    return inv.chain(inv.split(2, dim=-1), *blocks, inv.concat(2, dim=-1))
+
+
+def scaled(depth: int, gain: float = 1.0) -> inv.Invertible:
+    def half() -> Any:
+        return inv.tanh_scale(branch(WIDTH, gain, 2 * WIDTH), 1.0, dim=-1)
+
+    blocks = [inv.couple(half(), half(), law=inv.affine) for _ in range(depth)]
+    return inv.chain(inv.split(2, dim=-1), *blocks, inv.concat(2, dim=-1))
+
+
+def convolutional(depth: int) -> inv.Invertible:
+    def half() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+    return inv.chain(inv.split(2), *[inv.couple(half(), half()) for _ in range(depth)], inv.concat(2))
+
+
+def on_tuples(depth: int) -> inv.Invertible:
+    """No split: the first stage is a coupling of two components of different sizes."""
+    up, down = (lambda: nn.Linear(3, 16)), (lambda: nn.Linear(16, 3))
+    return inv.chain(*[inv.couple(up(), down()) for _ in range(depth)])
+
+
+def wrong_by(error: float) -> inv.Invertible:
+    """A pair whose inverse is off by a known part of x."""
+    return inv.pair(lambda x: 2 * x, lambda y: y / 2 * (1 + error), name="wrong")
+
+
+def rows(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(shape)
+
+
+CHAINS: dict[str, tuple[Callable[[], inv.Invertible], Callable[[], Any]]] = {
+    "additive, depth 8": (lambda: additive(8, 2.0), rows(16, 2 * WIDTH)),
+    "additive, depth 32": (lambda: additive(32, 1.5), rows(16, 2 * WIDTH)),
+    "additive, wide": (lambda: additive(4, 2.0, 64), rows(8, 128)),
+    "affine, depth 4": (lambda: scaled(4), rows(16, 2 * WIDTH)),
+    "affine, depth 8": (lambda: scaled(8, 2.0), rows(16, 2 * WIDTH)),
+    "convolutional": (lambda: convolutional(8), rows(2, 8, 6, 6)),
+    "components": (lambda: on_tuples(12), lambda: (torch.randn(32, 16), torch.randn(32, 3))),
+}
+
+
+@pytest.fixture
+def float32() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def estimates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the meter has estimated, trunk by trunk as backward meets them."""
+    found: list[float] = []
+
+    def noted(now: Any, was: Any) -> float:
+        found.append(relative_error_of_numbers(now, was))
+        return found[-1]
+
+    monkeypatch.setattr(drift, "relative_error_of_numbers", noted)
+    return found
+
+
+def step(op: inv.Invertible, x: Any, **options: Any) -> None:
+    """A training step; its gradients go nowhere."""
+    y = inv.checkpoint(op, **options)(x)
+    outs = y if isinstance(y, tuple) else (y,)
+    sum(out.sum() for out in outs).backward()
+
+
+def flat(x: Any) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in (x if isinstance(x, tuple) else (x,))])
+
+
+def true_error(op: inv.Invertible, x: Any) -> float:
+    """The relative error of the whole input after the round trip, by the norm."""
+    with torch.no_grad():
+        back = flat(op.inverse(op(x))).double()
+    return float(torch.dist(back, flat(x).double()) / flat(x).double().norm())
+
+
+# ---- what it estimates -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_estimate_is_within_a_factor_of_2(name: str, float32: None, estimates: list[float]) -> None:
+    make, inputs = CHAINS[name]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        op, x = make(), inputs()
+        step(op, x, drift=0.5)
+        assert 0.5 < estimates.pop() / true_error(op, x) < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_every_dtype_is_measured(dtype: torch.dtype, estimates: list[float]) -> None:
+    op, w = wrong_by(0.25), torch.ones((), requires_grad=True)
+    x = torch.randn(40, 40).to(dtype) * (1 + 0 * w).to(dtype)
+    y = inv.checkpoint(op, drift=0.5)(x)
+    (y.abs().float() if dtype.is_complex else y).sum().backward()
+    assert math.isclose(estimates[0], 0.25, rel_tol=0.05)
+
+
+def test_an_exact_inverse_has_no_drift(estimates: list[float]) -> None:
+    step(inv.chain(inv.split(2), inv.swap(), inv.concat(2)), torch.randn(4, 6, requires_grad=True))
+    assert estimates == [0.0]
+
+
+def test_a_tensor_of_few_values_is_read_whole(estimates: list[float]) -> None:
+    x = torch.tensor([3.0, 4.0], requires_grad=True)
+    step(inv.pair(lambda x: x + 1, lambda y: y - 1.5), x, drift=0.5)
+    assert math.isclose(estimates[0], math.hypot(0.5, 0.5) / 5)
+
+
+def test_where_all_values_are_zero_the_error_is_absolute(estimates: list[float]) -> None:
+    step(inv.pair(lambda x: x + 1, lambda y: y - 1.25), torch.zeros(4, requires_grad=True), drift=0.9)
+    assert estimates == [0.5]
+
+
+def test_the_sampled_values_are_spread_over_the_whole_tensor() -> None:
+    x = torch.arange(64 * 32.0).reshape(64, 32)
+    found = torch.tensor(drift._sample(x, drift._spread(x.numel(), 64, x.device))).long()
+    assert len(set(found.tolist())) == 64
+    assert len(set((found // 32).tolist())) > 40 and len(set((found % 32).tolist())) > 20
+    assert found.diff().abs().max() < 64 * 32 and (found.sort().values.diff() < 64).all()
+
+
+def test_strides_do_not_matter() -> None:
+    x = torch.randn(6, 5, 8, 8)
+    places = drift._spread(x.numel(), 64, x.device)
+    for same in x.to(memory_format=torch.channels_last), torch.stack([x, x], -1)[..., 0], x.mT.contiguous().mT:
+        assert not same.is_contiguous() and drift._sample(same, places) == drift._sample(x, places)
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+MESSAGE = (
+    "the input of the pipeline, rebuilt in backward, is off by about 1e-02 of its size, expected at most 1e-06 "
+    "(float64); store more on the way (checkpoint(..., anchors=...)), keep the stream exactly (inv.exact), or let the "
+    "error grow less: a wider stream dtype, normalised branches, bounded scales (inv.tanh_scale)"
+)
+
+
+def test_it_warns_by_default_with_the_error_and_three_cures() -> None:
+    with pytest.warns(inv.DriftWarning) as caught:
+        step(wrong_by(0.01), leaf(3, 4))
+    assert [str(w.message) for w in caught] == [MESSAGE]
+
+
+def test_it_raises_when_asked() -> None:
+    with pytest.raises(DriftError) as caught:
+        step(wrong_by(0.01), leaf(3, 4), drift="raise")
+    assert str(caught.value) == MESSAGE
+
+
+def test_it_names_the_stage_behind_a_cut_and_what_is_stored() -> None:
+    op = inv.chain(wrong_by(0.0), torch.neg, wrong_by(0.0), inv.recompute(torch.sin), wrong_by(0.01), wrong_by(0.02))
+    with pytest.warns(inv.DriftWarning) as caught:
+        step(op, leaf(3, 4), anchors=[5])
+    assert [str(w.message).partition(", ")[0] for w in caught] == [
+        "chain stage 5 (wrong): its input",
+        "what one_way(sin) gives",
+    ]
+
+
+def test_a_tolerance_of_ones_own() -> None:
+    step(wrong_by(0.01), leaf(3, 4), drift=0.02)
+    with pytest.warns(inv.DriftWarning, match="expected at most 5e-03"):
+        step(wrong_by(0.01), leaf(3, 4), drift=0.005)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-3), (torch.float64, 1e-6), (torch.bfloat16, 3e-2), (torch.float16, 3e-2)]
+)
+def test_the_default_tolerance_is_that_of_the_stream(dtype: torch.dtype, bound: float) -> None:
+    step(wrong_by(0.5 * bound), leaf(50, 4).to(dtype))
+    with pytest.warns(inv.DriftWarning):
+        step(wrong_by(4 * bound), leaf(50, 4).to(dtype))
+
+
+def test_off_is_off() -> None:
+    step(wrong_by(0.5), leaf(3, 4), drift="off")
+
+
+def test_a_value_that_is_lost_is_named() -> None:
+    lost = inv.pair(lambda x: x * 1, lambda y: torch.where(y > 0, y, torch.nan))
+    with pytest.raises(DriftError, match="rebuilt in backward, is not finite where it was, expected"):
+        step(lost, torch.tensor([1.0, -1.0], requires_grad=True), drift="raise")
+
+
+def test_what_is_not_finite_in_forward_is_not_drift() -> None:
+    step(wrong_by(0.0), torch.tensor([1.0, math.inf, math.nan], requires_grad=True), drift="raise")
+
+
+def test_python_shows_a_warning_of_one_size_once() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            step(wrong_by(0.01), leaf(3, 4))
+    assert len(shown) == 1
+
+
+@pytest.mark.parametrize("bad", ["on", 0, -1.0, math.nan, math.inf, True, None])
+def test_other_options_are_named(bad: Any) -> None:
+    with pytest.raises(OptionError, match="checkpoint: drift=.*, expected 'warn', 'raise', 'off', or a tolerance"):
+        inv.checkpoint(wrong_by(0.0), drift=bad)
+
+
+def test_a_tolerance_below_the_rounding_of_the_stream_is_named() -> None:
+    with pytest.raises(OptionError) as caught:
+        step(wrong_by(0.0), leaf(3).to(torch.bfloat16), drift=1e-3)
+    expected = "checkpoint: drift=0.001, expected at least 0.0078, the rounding of bfloat16; ask for less, or widen the"
+    assert str(caught.value) == f"{expected} stream"
+
+
+# ---- where it is silent ----------------------------------------------------------------------------------------------
+
+
+def test_transforms_and_second_derivatives_are_not_measured(estimates: list[float]) -> None:
+    fast, x = inv.checkpoint(wrong_by(0.5), drift="raise"), leaf(3)
+    torch.func.grad(lambda x: fast(x).sum())(x.detach())
+    torch.func.vmap(lambda x: fast(x))(x)
+    torch.autograd.grad(fast(x).sum(), x, create_graph=True)
+    with torch.no_grad():
+        fast(x)
+    assert estimates == []
+
+
+def test_what_is_frozen_is_not_rebuilt_for_the_meter(estimates: list[float]) -> None:
+    calls: list[str] = []
+    frozen = inv.pair(lambda x: x * 2, lambda y: calls.append("inverse") or y / 2)
+    w = torch.ones(3, requires_grad=True)
+    step(inv.chain(frozen, inv.pair(lambda x: x + w, lambda y: y - w)), torch.randn(3))
+    assert calls == [] and len(estimates) == 1
+
+
+def test_subclasses_and_empty_tensors_are_not_measured(estimates: list[float]) -> None:
+    class Named(Tensor):
+        pass
+
+    step(wrong_by(0.5), torch.ones(3).as_subclass(Named).requires_grad_())
+    step(wrong_by(0.5), leaf(0, 3))
+    assert estimates == []
+
+
+def test_a_donated_input_is_measured(estimates: list[float]) -> None:
+    x = leaf(4, 4) * 1
+    step(additive(2, width=2), x, donate=True)
+    assert len(estimates) == 1 and estimates[0] < 1e-12
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_evaluated_again() -> None:
+    calls = {"f": 0, "g": 0}
+
+    def counted(name: str, fn: nn.Module) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            calls[name] += 1
+            return fn(x)
+
+        return call
+
+    step(inv.couple(counted("f", nn.Linear(3, 3)), counted("g", nn.Linear(3, 3))), (leaf(2, 3), leaf(2, 3)))
+    assert calls == {"f": 2, "g": 2}
+
+
+def test_nothing_of_the_size_of_an_activation_is_kept() -> None:
+    op, x = additive(4), leaf(50, 2 * WIDTH)
+    step(op, x)
+    with_meter, without = (measure(lambda d=d: inv.checkpoint(op, drift=d)(x)).held_bytes for d in ("warn", "off"))
+    assert with_meter == without
+    peaks = [measure(lambda d=d: step(op, x, drift=d)).peak_bytes for d in ("warn", "off")]
+    assert peaks[0] == peaks[1]
+
+
+def test_the_probe_does_not_keep_the_input_alive() -> None:
+    gc.disable()
+    try:
+        x = leaf(50, 4) * 1
+        seen = weakref.ref(x)
+        y = inv.checkpoint(wrong_by(0.0))(x)
+        del x
+        assert seen() is None
+        y.sum().backward()
+    finally:
+        gc.enable()
+
+
+# ---- CUDA: samples that arrive later ---------------------------------------------------------------------------------
+
+
+class Event:
+    """An event that happens when it is told to."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+@pytest.fixture
+def arrivals() -> Iterator[list[Event]]:
+    drift._TRAVELLING.clear()
+    yield []
+    drift._TRAVELLING.clear()
+
+
+def sent(events: list[Event], place: str, error: float) -> None:
+    """Samples on their way, as on CUDA."""
+    events.append(Event())
+    probe = Probe(lambda: place, "warn", drift.Places((), torch.float32, 1e-3), [])
+    drift._TRAVELLING.append((events[-1], probe, [torch.ones(4)], [torch.full((4,), 1 + error)]))
+
+
+def test_samples_are_judged_in_order_when_they_arrive(arrivals: list[Event]) -> None:
+    sent(arrivals, "first", 0.5)
+    sent(arrivals, "second", 0.0)
+    sent(arrivals, "third", 0.25)
+    arrivals[2].done = True
+    drift.settle()
+    assert len(drift._TRAVELLING) == 3  # the first has not arrived
+    arrivals[0].done = arrivals[1].done = True
+    with pytest.warns(inv.DriftWarning) as caught:
+        step(wrong_by(0.0), leaf(3))  # the next trunk passes by
+    assert [str(w.message).partition(",")[0] for w in caught] == ["first", "third"]
+
+
+@pytest.mark.cuda
+def test_on_cuda_the_warning_comes_with_a_later_trunk() -> None:
+    op, x = wrong_by(0.1), torch.randn(64, 64, device="cuda", requires_grad=True)
+    step(op, x)
+    torch.cuda.synchronize()
+    with pytest.warns(inv.DriftWarning, match="about 1e-01 of its size"):
+        step(wrong_by(0.0), x)
+
+
+# ---- anchors ---------------------------------------------------------------------------------------------------------
+
+
+def test_anchors_are_cuts(float32: None) -> None:
+    op, x = additive(10), torch.randn(4, 2 * WIDTH)
+    held = [measure(lambda o=o: inv.checkpoint(op, **o)(x)).held_bytes for o in ({}, {"anchors": 3}, {"segments": 4})]
+    assert held[1] == held[2] == held[0] + 3 * x.nbytes
+    assert inv.checkpoint(op, anchors=3) == inv.checkpoint(op, segments=4)
+    assert inv.checkpoint(op, anchors=[2, 5]) == inv.checkpoint(op, segments=[2, 5])
+    assert inv.checkpoint(op, anchors=()) == inv.checkpoint(op, anchors=0) == inv.checkpoint(op)
+
+
+def test_anchors_bound_the_drift(float32: None, estimates: list[float]) -> None:
+    op, x = additive(32, 1.5), torch.randn(16, 2 * WIDTH)
+    step(op, x, drift=0.5)
+    (free,) = estimates
+    estimates.clear()
+    step(op, x, drift=0.5, anchors=7)
+    assert len(estimates) == 8 and max(estimates) < free / 10
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"anchors": "auto"}, "anchors='auto', .*; which are needed is measured on data: anchors=inv.calibrate"),
+        ({"anchors": 2, "segments": 2}, "anchors=2 with segments=2, expected one: both are the cuts"),
+        ({"anchors": 99}, "segments=100 of an op with 4 parts"),
+        ({"anchors": -1}, "segments=0 of an op with 4 parts"),
+        ({"anchors": [3, 2]}, r"segments=\(3, 2\) of an op with 4 parts"),
+    ],
+)
+def test_anchors_that_do_not_fit_are_named(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(OptionError, match=text):
+        inv.checkpoint(additive(2), **options)
+
+
+def test_anchors_need_an_inverse() -> None:
+    with pytest.raises(NotInvertibleError, match="tanh has no inverse"):
+        inv.checkpoint(torch.tanh, anchors=2)
