@@ -1,6 +1,7 @@
 """The `torch.nn` face of the same values: modules that own parameters, and the names of InvTorch and MemCNN."""
 
 from . import invtorch, memcnn
+from .distributed import fully_shard_blocks
 from .invtorch import Module, invertible_checkpoint
 from .layers import (
     ActNorm,
@@ -68,6 +69,7 @@ __all__ = [
     "Sequential",
     "SplineCoupling",
     "create_coupling",
+    "fully_shard_blocks",
     "invertible_checkpoint",
     "invtorch",
     "is_invertible_module",

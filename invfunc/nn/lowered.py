@@ -32,6 +32,18 @@ class Layer(InvertibleModule):
     """A module whose function is an op's: a subclass defines `make`, and has all that an `InvertibleModule` has.
 
     The caller's tensors are left alone, unless ``donate`` says otherwise.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> class Scale(inv.nn.Layer):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.scale = torch.nn.Parameter(torch.tensor([2.0, 4.0]))
+        ...
+        ...     def make(self) -> inv.Invertible:
+        ...         return inv.ops.diagonal(self.scale)
+        >>> Scale().inverse(torch.ones(1, 2)).detach()
+        tensor([[0.5000, 0.2500]])
     """
 
     donate = False

@@ -418,6 +418,13 @@ class ReversibleBlock(InvertibleModuleWrapper):
         implementation_fwd: See `AdditiveCoupling`.
         implementation_bwd: See `AdditiveCoupling`.
         adapter: See `AffineCoupling`.
+
+    Example:
+        >>> import torch, warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", DeprecationWarning)
+        ...     ReversibleBlock(torch.nn.Linear(2, 2), coupling="additive")(torch.ones(1, 4)).shape
+        torch.Size([1, 4])
     """
 
     def __init__(
@@ -437,7 +444,15 @@ class ReversibleBlock(InvertibleModuleWrapper):
 
 
 class AdditiveBlock(AdditiveCoupling):
-    """`AdditiveCoupling`; deprecated, as in MemCNN."""
+    """`AdditiveCoupling`; deprecated, as in MemCNN.
+
+    Example:
+        >>> import torch, warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", DeprecationWarning)
+        ...     AdditiveBlock(torch.nn.Linear(2, 2))(torch.ones(1, 4)).shape
+        torch.Size([1, 4])
+    """
 
     def __init__(
         self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1, implementation_bwd: int = 1
@@ -448,7 +463,18 @@ class AdditiveBlock(AdditiveCoupling):
 
 
 class AffineBlock(AffineCoupling):
-    """`AffineCoupling`; deprecated, as in MemCNN."""
+    """`AffineCoupling`; deprecated, as in MemCNN.
+
+    Example:
+        >>> import torch, warnings
+        >>> class Net(torch.nn.Module):
+        ...     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        ...         return 1 + x * x, x
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", DeprecationWarning)
+        ...     AffineBlock(Net())(torch.ones(1, 4)).shape
+        torch.Size([1, 4])
+    """
 
     def __init__(
         self, Fm: nn.Module, Gm: nn.Module | None = None, implementation_fwd: int = 1, implementation_bwd: int = 1

@@ -24,8 +24,9 @@ from ..errors import NotInvertibleError, OptionError, WireError
 from ..invertible import Inverse, Invertible, Residue, pair
 from ..lowering import Options, walk
 from ..replay import Streams, cuda_devices
+from ..sharding import is_sharded
 from ..testing import LawError
-from ..trunk import State, Tail
+from ..trunk import State, Strand, Tail
 from ..wires import Wire, describe, is_differentiable, leaves
 
 Donate: TypeAlias = bool | tuple[int, ...] | str
@@ -53,8 +54,26 @@ class Live(Wrapper):
         """The op as it is now."""
         return self.module.build_inverse() if self.backwards else self.module.build()
 
+    def forward(self, x: Wire) -> Wire:
+        return self.call(x) if self.marked else super().forward(x)
+
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
         return self.inverted().forward(y) if residue is None else self.op.inverse_with_residue(residue, y)
+
+    def call(self, x: Wire) -> Wire:
+        """Call the module, with its hooks."""
+        xs = x if isinstance(x, tuple) else (x,)
+        return self.module.inverse(*xs) if self.backwards else self.module(*xs)
+
+    @property
+    def marked(self) -> bool:
+        """Whether the module lowers itself, by its own flags, when it is called: one that FSDP2 has sharded."""
+        return is_sharded(self.module)
+
+    @property
+    def functions(self) -> tuple[Any, ...]:
+        """What others call: the module itself where it is sharded, so that they are warned."""
+        return (self.module,) if self.marked else self.op.functions
 
     def inverted(self) -> Invertible:
         return Live(self.module, not self.backwards)
@@ -71,7 +90,7 @@ class Live(Wrapper):
 
 @walk.register
 def _(op: Live, state: State, options: Options) -> State:
-    return walk(op.op, state, options)
+    return op.call(state)[0] if op.marked else walk(op.op, state, options)
 
 
 class OpModule(nn.Module):
@@ -81,6 +100,18 @@ class OpModule(nn.Module):
 
     Attributes:
         donate: What of the input is freed until backward; see `invfunc.checkpoint`, and ``"safe"`` for whatever may be.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> class Shift(inv.nn.OpModule):
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.by = torch.nn.Parameter(torch.ones(2))
+        ...
+        ...     def build(self) -> inv.Invertible:
+        ...         return inv.ops.additive(self.by)
+        >>> Shift()(torch.zeros(1, 2)).detach()
+        tensor([[1., 1.]])
     """
 
     donate: Donate = False
@@ -179,6 +210,8 @@ def op_of(module: Any) -> Invertible | nn.Module:
     """A child of a container as a part of its op: with the mode of its flags, and an ordinary module as it is."""
     if not isinstance(module, OpModule):
         return module
+    if is_sharded(module):
+        return Live(module)
     mark = {"invert": lambda op: op, "recompute": recompute, "store": store}[module._mode]
     return mark(module.build())
 
@@ -382,7 +415,7 @@ class InvertibleModule(OpModule):
         if self.invertible and torch.is_grad_enabled():
             self._check_inverse_exists()
         donate = self._donated(args, (keep,) if isinstance(keep, Tensor) else keep)
-        given = tuple(REBUILT if isinstance(arg, Tensor) else arg for arg in args)
+        given = tuple(REBUILT if isinstance(arg, (Tensor, Strand)) else arg for arg in args)
         return self._lowered(self._pair(bool(donate), given), donate)(*args)
 
     def _outputs(self, copies: bool, args: tuple[Wire, ...]) -> tuple[Wire, ...]:
