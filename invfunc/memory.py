@@ -33,6 +33,10 @@ class Measurement:
         flops: Floating point operations of matrix products, convolutions and attention, two per multiply-add, by the
             formulas of `torch.utils.flop_counter`. Pointwise operators count as none.
         seconds: Wall time of a plain call, or None if it was not asked for.
+
+    Example:
+        >>> measure(torch.ones, 1000).held_bytes
+        4000
     """
 
     peak_bytes: int
@@ -72,14 +76,14 @@ def measure(fn: Callable[..., Any], /, *args: Any, timed: bool = False, **kwargs
         >>> measure(torch.mm, x.view(10, 100), x.view(100, 10))
         Measurement(peak_bytes=400, held_bytes=400, flops=20000, seconds=None)
     """
-    with _Allocator() as allocator, _Ledger() as ledger:
+    with _Allocator() as allocator, StorageLedger() as ledger:
         result = fn(*args, **kwargs)
         measured = (allocator if allocator.used else ledger).close(ledger.flops)
     del result
     return replace(measured, seconds=_seconds(fn, args, kwargs)) if timed else measured
 
 
-class _Ledger(TorchDispatchMode):
+class StorageLedger(TorchDispatchMode):
     """The storages that operators have touched, from first sight to death.
 
     A storage's Python object lives exactly as long as the storage itself, even while only autograd holds it, so that a
@@ -91,7 +95,7 @@ class _Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        self._peak = 0
+        self.peak = 0
         self._opening = 0
         self._storages: WeakSet[torch.UntypedStorage] = WeakSet()
 
@@ -105,7 +109,7 @@ class _Ledger(TorchDispatchMode):
             self._opening += self._enter(args, kwargs)
         out = func(*args, **kwargs)
         self._enter(out)
-        self._peak = max(self._peak, self._balance())
+        self.peak = max(self.peak, self.balance())
         self.flops += _flops(func, args, kwargs, out)
         return out
 
@@ -122,14 +126,14 @@ class _Ledger(TorchDispatchMode):
         self._storages |= new
         return sum(map(torch.UntypedStorage.nbytes, new))
 
-    def _balance(self) -> int:
+    def balance(self) -> int:
         # Sizes are read anew each time: a `resize_` of a storage passes no operator.
         return sum(map(torch.UntypedStorage.nbytes, self._storages)) - self._opening
 
     def close(self, flops: int) -> Measurement:
         """Balance the books while the result of the call is still held."""
-        held = self._balance()
-        return Measurement(max(self._peak, held), held, flops)
+        held = self.balance()
+        return Measurement(max(self.peak, held), held, flops)
 
 
 class _Allocator:

@@ -1,6 +1,5 @@
 """Plans: the solver against the exhaustive optimum, the executor against plain gradients, peaks measured."""
 
-import gc
 import json
 import math
 import random
@@ -10,19 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planning_chains import ROUNDING, demo, given_seconds, homogeneous, make_op, mixed, new_errors, peak_of, weights_of
 from planning_oracle import optimum
 from torch import nn
 
 import invfunc as inv
 from invfunc.errors import OptionError
-from invfunc.memory import measure
 from invfunc.planning import Costs, Invert, OpCosts, Plan, Recompute, Store
 from invfunc.planning.costs import parse_bytes, show_bytes
 from invfunc.planning.executor import flat_ops
-from invfunc.planning.profiling import parameters_of
+from invfunc.planning.report import rows, timeline
 from invfunc.planning.schedule import from_data, invert_all, predict, recompute_every, store_all, to_data
+from invfunc.planning.search import least
 from invfunc.planning.solver import Table
-from invfunc.planning.value import least
 
 # ---- the solver, on data ----
 
@@ -71,17 +70,6 @@ def test_the_solver_finds_the_exhaustive_optimum():
         feasible, equal, gap = feasible + 1, equal + (time == best), max(gap, time / best - 1)
     assert equal >= 0.98 * feasible
     assert gap <= 0.15
-
-
-def homogeneous(count: int, lossy: int = 0, tape: int = 4000) -> Costs:
-    """Ops of b = 2u, c = 1.07 (u + b); every lossy-th one without inverse."""
-    op = OpCosts(
-        "op", 1.0, 2.0, 3.21, bytes=1000, gradient=1000, tape=tape, holds_input=(1000,), holds_output=(0,),
-        peak_forward=1000, peak_taped=1000 + tape, peak_backward=1000 + tape, peak_inverse=3000 + tape,
-        peak_backward_last=tape, peak_inverse_last=2000 + tape,
-    )  # fmt: skip
-    one_way = OpCosts(**{**vars(op), "inverse": math.inf})
-    return Costs(tuple(one_way if lossy and i % lossy == 0 else op for i in range(count)), input_bytes=1000)
 
 
 def test_time_falls_as_memory_grows():
@@ -177,11 +165,22 @@ def test_print_tells_when_inversion_does_not_pay():
     assert "no op has an inverse" in str(inv.plan(never, max_time=1.5))
 
 
+@pytest.mark.parametrize("budget", ["90kB", "30kB", "15kB"])
+def test_what_is_shown_adds_up_to_what_is_predicted(budget):
+    costs = homogeneous(16, lossy=8, tape=8000)
+    costs = Costs(tuple(OpCosts(**{**vars(op), "region": 0.25}) for op in costs.ops), 1000, 3000)
+    plan = inv.plan(costs, budget=budget)
+    moments = list(timeline(costs, plan.schedule))
+    assert max(sum(m.kept.values()) + m.working for m in moments) == plan.peak_bytes
+    assert moments[-1].seconds == pytest.approx(plan.predicted.seconds)
+    assert sum(row.extra for row in rows(plan)) == pytest.approx(plan.predicted.seconds - costs.seconds)
+
+
 def test_plot():
     pytest.importorskip("matplotlib")
     figure = inv.plan(homogeneous(8), budget="30kB").plot()
     left, right = figure.axes
-    assert left.get_ylabel() == "time over plain" and right.get_ylabel() == "kept, MiB"
+    assert left.get_ylabel() == "time over plain" and right.get_ylabel() == "MiB"
 
 
 # ---- bad input ----
@@ -214,6 +213,13 @@ def test_a_budget_below_the_least_names_what_binds():
         inv.plan(costs, budget=3000)
     assert f"{bound.peak_bytes} bytes cost {bound.seconds / costs.seconds:.3g}x the time" in str(caught.value)
     assert inv.plan(costs, budget=bound.peak_bytes).peak_bytes <= bound.peak_bytes
+
+
+def test_a_budget_below_the_least_names_the_limit_on_errors():
+    costs = homogeneous(8)
+    bound = predict(costs, least(costs)).peak_bytes
+    with pytest.raises(OptionError, match=r"is below the least possible .* with gradient errors of 0 \(op \d 'op': "):
+        inv.plan(costs, budget=bound, max_error=0)
 
 
 def test_no_input():
@@ -258,41 +264,6 @@ def test_sizes():
 # ---- the executor: any plan gives the plain gradient ----
 
 
-class Noisy(nn.Module):
-    """Dropout and running statistics: what has to be the same again when it runs again."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, width)
-
-    def forward(self, x):
-        return torch.nn.functional.dropout(self.norm(self.linear(x)), 0.3)
-
-
-def make_op(kind: str, width: int):
-    half = width // 2
-    if kind == "couple":
-        return inv.chain(inv.split(2), inv.couple(mlp(half), mlp(half)), inv.concat(2))
-    if kind == "affine":
-        return inv.chain(
-            inv.split(2), inv.couple(inv.tanh_scale(nn.Linear(half, width)), law=inv.affine), inv.concat(2)
-        )
-    if kind == "closure":
-        weight = nn.Parameter(0.1 * torch.randn(half, half))
-        return inv.chain(inv.split(2), inv.couple(lambda x: torch.tanh(x @ weight)), inv.swap(), inv.concat(2))
-    if kind == "exp":
-        return inv.chain(inv.pair(torch.tanh, torch.atanh), inv.pair(torch.sinh, torch.asinh))
-    if kind == "flip":
-        return inv.pair(lambda x: x.flip(1), lambda y: y.flip(1), name="flip")
-    if kind == "noisy":
-        return Noisy(width)
-    return nn.Sequential(nn.Linear(width, width), nn.Tanh())
-
-
-def mlp(width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-
 KINDS = ("couple", "affine", "closure", "exp", "flip", "noisy", "lossy")
 
 
@@ -318,14 +289,6 @@ def fake_costs(op) -> Costs:
     from invfunc.planning.executor import has_inverse
 
     return Costs(tuple(OpCosts("op", 1.0, 1.0, 1.0 if has_inverse(o) else math.inf) for o in flat_ops(op)))
-
-
-def weights_of(op, x):
-    found, value = {}, x.detach()
-    for part in flat_ops(op):
-        found |= {id(t): t for t in parameters_of(part, value)}
-        value = part(value)
-    return list(found.values())
 
 
 def step(op, x, weights, seed=0):
@@ -412,80 +375,24 @@ def test_modes_override_plans_and_the_inverse_has_none():
 # ---- profile and peak ----
 
 
-def permutation(width: int):
-    order = torch.randperm(width)
-    back = order.argsort()
-    return inv.pair(lambda x: x[:, order], lambda y: y[:, back], name="permute")
-
-
-def residual(width: int):
-    g = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
-    for p in g.parameters():
-        p.data.mul_(0.3)
-
-    def inverse(y):
-        x = y
-        for _ in range(30):
-            x = y - g(x)
-        return x
-
-    return inv.pair(lambda x: x + g(x), inverse, name="i-ResNet")
-
-
-def dense(width: int):
-    weight = nn.Parameter(torch.eye(width) + 0.05 * torch.randn(width, width))
-    return inv.ops.linear(weight)
-
-
-def mixed(width: int = 32):
-    """The study's chain: 11 couplings, 6 permutations, 2 dense linears, 2 i-ResNets, 3 one-way blocks."""
-
-    def block():
-        return nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-
-    makers = {"C": lambda: make_op("couple", width), "P": lambda: permutation(width), "D": lambda: dense(width)}
-    makers |= {"I": lambda: residual(width), "L": block}
-    return inv.chain(*[makers[letter]() for letter in "CPCPDCICPLCPCDCPLCICPCLC"])
-
-
-def demo():
-    """A network as the demo's: a stem, coupled blocks on channels, a head."""
-
-    def conv():
-        return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-
-    blocks = [inv.couple(conv(), conv()) for _ in range(5)]
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    return inv.chain(nn.Conv2d(3, 16, 3, padding=1), inv.split(2), *blocks, inv.concat(2), head)
-
-
-def peak_of(op, x, weights) -> int:
-    def train():
-        y = op(x)
-        torch.autograd.backward(y.square().mean())
-
-    for tensor in [x, *weights]:
-        tensor.grad = torch.zeros_like(tensor)
-    gc.collect()
-    gc.disable()
-    try:
-        return measure(train).peak_bytes
-    finally:
-        gc.enable()
-
-
 @pytest.fixture(scope="module")
 def profiled():
     torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
     found = {}
-    for name, f, x in [("mixed", mixed(), torch.randn(2048, 32)), ("demo", demo(), torch.randn(16, 3, 16, 16))]:
-        x.requires_grad_()
-        found[name] = f, x, inv.profile(f, x), weights_of(f, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("invfunc.planning.profiling.timed", given_seconds)
+        for name, f, x in [
+            ("mixed", mixed(), torch.randn(2048, 32)),
+            ("demo", demo(24, torch.float64), torch.randn(64, 1, 8, 8)),
+        ]:
+            x.requires_grad_()
+            found[name] = f, x, inv.profile(f, x), weights_of(f, x)
     return found
 
 
 @pytest.mark.parametrize("name", ["mixed", "demo"])
-@pytest.mark.parametrize("share", [0.75, 0.5, 0.35, 0.25, "least"])
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.25, "least"])
 def test_the_measured_peak_keeps_to_the_budget(profiled, name, share):
     f, x, costs, weights = profiled[name]
     plain, bound = predict(costs, store_all(len(costs.ops))).peak_bytes, predict(costs, least(costs)).peak_bytes
@@ -504,8 +411,9 @@ def test_plain_training_is_predicted_to_the_byte(profiled, name):
     f, x, costs, weights = profiled[name]
     schedule = store_all(len(costs.ops))
     predicted, plan = predict(costs, schedule).peak_bytes, Plan(schedule, costs)
-    assert peak_of(inv.checkpoint(f, plan=plan), x, weights) == pytest.approx(predicted, rel=1e-3)
-    assert peak_of(f, x, weights) == pytest.approx(predicted, rel=1e-3)
+    slack = max(op.parameters for op in costs.ops)  # gradients that accumulate one by one count as if at once
+    for op in (f, inv.checkpoint(f, plan=plan)):
+        assert 0 <= predicted * (1 + 1e-3) - peak_of(op, x, weights) <= slack + 2e-3 * predicted
 
 
 @pytest.mark.parametrize("schedule", [lambda c: recompute_every(c, 1), lambda c: recompute_every(c, 3), invert_all])
@@ -516,23 +424,64 @@ def test_fixed_strategies_keep_to_what_is_predicted(profiled, schedule):
 
 
 def test_shapes_are_enough_for_bytes_and_nothing_is_allocated():
-    f = demo()
-    a = inv.profile(f, (16, 3, 16, 16))
-    b = inv.profile(f, torch.randn(16, 3, 16, 16, requires_grad=True))
+    f = demo(2, torch.float64)
+    a = inv.profile(f, (16, 1, 8, 8), repeats=1)
+    b = inv.profile(f, torch.randn(16, 1, 8, 8, requires_grad=True), repeats=1)
     same = ("bytes", "tape", "holds_input", "holds_output", "peak_taped", "peak_backward", "peak_inverse", "parameters")
     for name in same:
         assert [getattr(op, name) for op in a.ops] == [getattr(op, name) for op in b.ops], name
 
 
 def test_another_shape_warns_above_the_budget(profiled):
-    f, x, costs, _ = profiled["mixed"]
+    f, x, costs, _ = profiled["demo"]
     plan = inv.plan(costs, budget=int(0.5 * predict(costs, store_all(len(costs.ops))).peak_bytes))
     fast = inv.checkpoint(f, plan=plan)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fast(torch.randn(1024, 32, requires_grad=True))
-    with pytest.warns(UserWarning, match=r"with \(4096, 32\) float64 it takes .* more than .*; plan again"):
-        fast(torch.randn(4096, 32, requires_grad=True))
+        fast(torch.randn(32, 1, 8, 8))
+    with pytest.warns(UserWarning, match=r"with \(80, 1, 8, 8\) float64 it takes .* more than .*; plan again"):
+        fast(torch.randn(80, 1, 8, 8))
+
+
+def test_a_part_of_the_batch_is_timed_where_all_of_it_does_not_fit():
+    f = inv.chain(nn.Linear(8, 8), torch.tanh)
+    whole, part = inv.profile(f, (64, 8)), inv.profile(f, (64, 8), memory="8kB")
+    assert (whole.scaled, part.scaled) == (1, 4)
+    assert [op.bytes for op in part.ops] == [op.bytes for op in whole.ops]
+    assert "timing   on a batch 4 times smaller" in str(inv.plan(part, max_time=2.0))
+    with pytest.raises(OptionError, match="profile: memory is 'much'"):
+        inv.profile(f, (64, 8), memory="much")
+
+
+def test_planning_leaves_no_trace():
+    torch.manual_seed(3)
+    norm = nn.BatchNorm1d(6)
+    f, x = inv.chain(make_op("couple", 6), norm, lambda v: nn.functional.dropout(v, 0.5)), torch.randn(5, 6)
+    before, state = {k: v.clone() for k, v in norm.state_dict().items()}, torch.get_rng_state()
+    plan = inv.plan(f, x, max_time=2.0, max_error=1e-9)
+    assert plan.verify(x).error <= 1e-9
+    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in norm.parameters()) and x.grad is None
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.25])
+@pytest.mark.parametrize("name", ["mixed", "demo"])
+def test_no_fixed_strategy_is_better_on_a_real_chain(profiled, name, share):
+    costs = profiled[name][2]
+    plan = inv.plan(costs, budget=int(share * predict(costs, store_all(len(costs.ops))).peak_bytes))
+    for name, fixed in plan.fixed().items():
+        assert not (fixed.seconds < plan.predicted.seconds / 1.03 and fixed.peak_bytes < plan.peak_bytes / 1.03), name
+
+
+@pytest.mark.parametrize("name", ["affine, exponential scales", "dense linears"])
+def test_a_limit_on_errors_holds_on_a_new_batch(monkeypatch, name):
+    """Two chains of the suite in benchmarks/planning.py."""
+    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    torch.set_default_dtype(torch.float32)
+    found = list(new_errors(ROUNDING[name], [1.1], [1e-3, 1e-5]))
+    assert found and any(error > 0 for _, error in found)
+    assert all(error <= 10 * limit for limit, error in found)
 
 
 def test_verify_and_errors_on_another_batch():

@@ -3,6 +3,7 @@
 from .costs import Costs, OpCosts
 from .profiling import profile
 from .schedule import Invert, Recompute, Store
+from .simulate import Simulation, simulate
 from .value import Plan, plan
 
-__all__ = ["Costs", "Invert", "OpCosts", "Plan", "Recompute", "Store", "plan", "profile"]
+__all__ = ["Costs", "Invert", "OpCosts", "Plan", "Recompute", "Simulation", "Store", "plan", "profile", "simulate"]

@@ -57,7 +57,7 @@ class OpCosts:
     Attributes:
         name: How the op is shown.
         forward: Seconds of a forward without a tape.
-        backward: Seconds of a backward with one.
+        backward: Seconds that a step with a tape takes beyond that.
         inverse: Seconds of the fused inverse and backward; infinite where there is no inverse.
         exact: Whether the inverse gives the same bits (it moves elements and does not compute).
         bytes: Bytes of y.
@@ -73,6 +73,7 @@ class OpCosts:
         peak_inverse: The most in a fused inverse, y and its gradient included, beyond the residue.
         peak_backward_last: As peak_backward where the op ends a region, which holds the gradient of y, not counted.
         peak_inverse_last: As peak_inverse, likewise.
+        region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again.
         parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour.
     """
 
@@ -94,6 +95,7 @@ class OpCosts:
     peak_inverse: int = 0
     peak_backward_last: int = 0
     peak_inverse_last: int = 0
+    region: float = 0.0
     parts: int = 1
 
 
@@ -107,6 +109,12 @@ class Costs:
         loss_bytes: The most bytes alive between forward and backward, beyond the output, its gradient included.
         key: Which chain and which input shapes these are the costs of.
         errors: ``(i, k, error)``: undoing ops i+1..k from an exact output gives gradients with this relative error.
+        scaled: How many times smaller the batch was on which the seconds were taken; they are scaled by it.
+
+    Example:
+        >>> ops = tuple(OpCosts(f"op {i}", forward=1.0, backward=2.0, bytes=100, tape=800) for i in range(4))
+        >>> Costs(ops).seconds
+        12.0
     """
 
     ops: tuple[OpCosts, ...]
@@ -114,6 +122,7 @@ class Costs:
     loss_bytes: int = 0
     key: tuple[str, ...] = ()
     errors: tuple[tuple[int, int, float], ...] | None = None
+    scaled: float = 1.0
 
     @property
     def seconds(self) -> float:
@@ -165,8 +174,7 @@ def _frozen(value: Any) -> Any:
 
 # ---- what each choice keeps and needs ------------------------------------------------------------------------------
 
-FREE, EXACT, HELD = range(3)  # what is wanted of a boundary; see NOTE [Plan]
-DEMANDS = ("free", "exact", "held")
+DEMANDS = FREE, EXACT, HELD = range(3)  # what is wanted of a boundary; see NOTE [Plan]
 
 
 class Ledger:
@@ -209,18 +217,26 @@ class Ledger:
 
     def store(self, i: int, j: int, r: int) -> tuple[int, int]:
         """(keeps, needs) of op i+1 on a tape."""
+        own = self.paid[i + 1] if i + 1 == self.L else 0  # the caller's
+        return self._input_kept(i, r) + self.ops[i].tape - own, max(self.tape(i, j, r))
+
+    def tape(self, i: int, j: int, r: int) -> tuple[int, int]:
+        """(needs forward, needs backward) of op i+1 on a tape."""
         op, p = self.ops[i], i + 1
         own = self.paid[p] if p == self.L else 0  # the caller's
-        input_kept = {FREE: self.n[i], EXACT: self.a[i], HELD: self.n[i] - self.both[i]}[r]
-        forward = self.in_hand(i, r) + op.peak_taped - self.output(j)
         peak = op.peak_backward_last if self.ends_region(p, j) else op.peak_backward
-        backward = input_kept + peak - own
-        return input_kept + op.tape - own, max(forward, backward)
+        return self.in_hand(i, r) + op.peak_taped - self.output(j), self._input_kept(i, r) + peak - own
+
+    def _input_kept(self, i: int, r: int) -> int:
+        return {FREE: self.n[i], EXACT: self.a[i], HELD: self.n[i] - self.both[i]}[r]
 
     def first_pass(self, i: int, k: int, j: int, r: int) -> int:
         """Needs of ops i+1..k forward, with x[i] kept."""
-        inner = (self.a[q] * (q > i) + self.ops[q].peak_forward for q in range(i, k))
-        return self.in_hand(i, r) + max(inner) - self.output(j)
+        return self.in_hand(i, r) + max(self.beyond(i, q) for q in range(i, k)) - self.output(j)
+
+    def beyond(self, i: int, q: int) -> int:
+        """Needs of op q+1 forward, in a pass that began at x[i], beyond that."""
+        return self.a[q] * (q > i) + self.ops[q].peak_forward
 
     def reserve(self, i: int, k: int, j: int) -> int:
         """Bytes set aside while ops i+1..k run again: the gradient they begin with, and those of all their parameters.

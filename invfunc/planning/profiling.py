@@ -4,9 +4,9 @@ NOTE [Profile]
 
 1.  *Bytes* come from fake tensors, which have shapes and storages but no memory: exact, so that one can plan
     what does not fit. Each op runs alone, as in a plan: without a tape, with one, and on a trunk. An op that looks at
-    its
-    values (an iterative inverse) can not run on fake tensors; it is measured on real ones.
-2.  *Time* comes from running each kind of op once on real values; the least of a few repeats counts.
+    its values (an iterative inverse) can not run on fake tensors; it is measured on real ones.
+2.  *Time* comes from running each kind of op on real values, one op after the other; the least of a few repeats
+    counts, less what a trial of no op takes. Where an op does not fit, a part of the batch is timed and scaled.
 3.  *Kinds.* Ops of the same structure, on inputs of the same layout, are measured once.
 4.  *Views.* An op whose output lies in its input's storages costs nothing to keep: it belongs to the op before it.
 5.  *Errors* come from sweeps: from an exact value and an exact gradient at an anchor, fused inverses go down the chain,
@@ -16,8 +16,6 @@ NOTE [Profile]
 from __future__ import annotations
 
 import math
-import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -26,27 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import NotInvertibleError
-from ..invertible import Chain, Invertible, LiveVJP, OneWay, lift, name_of
-from ..lowering import Options, owners_of, rooted, walk
-from ..memory import _Ledger
-from ..replay import recorded
-from ..trunk import State, Strand, carrier, map_state, strands, values
-from ..wires import Wire, is_differentiable, leaves, map_wire
-from .costs import Costs, OpCosts
-from .executor import flat_ops, grouped, has_inverse, is_exact
-
-_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
-Loss = Callable[[Wire], Tensor]
+from ..invertible import Chain, Invertible, OneWay, lift, name_of
+from ..wires import Wire, is_differentiable, leaves
+from .costs import Costs, OpCosts, parse_bytes
+from .executor import flat_ops, grouped, is_exact
+from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
+from .sweeps import sweep
+from .trials import APART, Books, Joined, Loss, Subject, timed, untouched
 
 
 def mean_square(y: Wire) -> Tensor:
@@ -55,7 +41,13 @@ def mean_square(y: Wire) -> Tensor:
 
 
 def profile(
-    f: Invertible | Callable[..., Any], x: Any, *, loss: Loss = mean_square, errors: bool = False, repeats: int = 3
+    f: Invertible | Callable[..., Any],
+    x: Any,
+    *,
+    loss: Loss = mean_square,
+    errors: bool = False,
+    repeats: int = 3,
+    memory: int | str | None = None,
 ) -> Costs:
     """Measure what each op of a chain costs in bytes and seconds: what a plan is made from.
 
@@ -65,13 +57,23 @@ def profile(
         loss: What turns the output into a number; it counts for the memory between forward and backward.
         errors: Whether to measure the gradient error of runs of inverses too, which takes several steps more and
             keeps every value and gradient of the chain meanwhile.
-        repeats: How often each kind of op is timed.
+        repeats: How often each kind of op is timed; the least counts.
+        memory: What timing may take, in bytes or as ``"2GiB"``; what is free now, if not given. Where an op takes more,
+            a part of the batch is timed, and `Costs.scaled` says how small a part.
 
     Returns:
         The costs, pure data: save them, load them, edit them, plan from them.
 
     Cost:
-        About ``repeats`` plain steps if all ops differ, less where they repeat. Bytes are found without allocating.
+        Each kind of op runs ``repeats`` times forward, forward and backward, again from its input, and back by its
+        inverse: about ``4 * repeats * kinds / ops`` plain steps. Bytes are found without allocating, in the time
+        that Python takes to go through each kind seven times.
+
+    Raises:
+        OptionError: When ``memory`` is not a size.
+
+    Limits:
+        Times depend on the machine, and those of iterative inverses on the data.
 
     Example:
         >>> import torch, invfunc as inv
@@ -79,35 +81,45 @@ def profile(
         >>> [op.bytes == 16 * 8 * torch.finfo(torch.get_default_dtype()).bits // 8 for op in costs.ops]
         [True, True]
     """
-    ops = flat_ops(lift(f))
+    op = lift(f)
+    with untouched(op):
+        return _profile(flat_ops(op), x, loss, errors, repeats, memory)
+
+
+def _profile(
+    ops: Sequence[Invertible], x: Any, loss: Loss, errors: bool, repeats: int, memory: int | str | None
+) -> Costs:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = _faked(x, mode)
+        fake = faked(x, mode)
+    with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
         units, inputs = _units(ops, fake)
         loss_bytes = _loss_bytes(loss, inputs[-1])
-    found = _all_bytes([unit for unit, _ in units], inputs, mode)
-    timed: dict[Any, OpCosts] = {}
-    costs: list[OpCosts] = []
-    for (unit, count), given, like, bytes_ in zip(units, _on_real(units, x, fake), inputs[:-1], found, strict=True):
-        kind = _kind(unit, like)
-        if kind not in timed:
-            timed[kind] = _timed(unit, given, bytes_, repeats)
-        del given
-        seconds = {name: getattr(timed[kind], name) for name in ("forward", "backward", "inverse")}
-        costs.append(replace(bytes_, name=_title(unit), parts=count, exact=is_exact(unit), **seconds))
-    made = Costs(tuple(costs), _bytes(fake), loss_bytes, key_of(ops, fake))
-    return replace(made, errors=sweep([u for u, _ in units], _realised(x, fake), loss)) if errors else made
+    chain = [unit for unit, _ in units]
+    found = _all_bytes(chain, inputs, mode)
+    part = _part(found, inputs, free_bytes(fake) if memory is None else parse_bytes(memory, "profile: memory"))
+    given = realised(x, fake, part)
+    scale = rows(fake) / rows(given)
+    seconds = _all_seconds(chain, inputs, given, found, repeats)
+    costs = [
+        replace(
+            bytes_, name=_title(unit), parts=count, exact=is_exact(unit), **{k: scale * v for k, v in times.items()}
+        )
+        for (unit, count), bytes_, times in zip(units, found, seconds, strict=True)
+    ]
+    measured = sweep(chain, given, loss) if errors else None
+    return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(ops, fake), measured, scale)
 
 
 def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
     """The costs of ops as they are grouped already, with bytes and without seconds."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        inputs = [_faked(x, mode)]
+    with untouched(*ops), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = [faked(x, mode)]
         for op in ops:
             with torch.no_grad():
-                inputs.append(_as_input(op.forward(inputs[-1])))
+                inputs.append(as_input(op.forward(inputs[-1])))
         loss_bytes = _loss_bytes(mean_square, inputs[-1])
-    found = _all_bytes(ops, inputs, mode)
-    return Costs(tuple(found), _bytes(inputs[0]), loss_bytes, (" > ".join(op.name for op in ops), shape_key(x)))
+    with untouched(*ops):
+        return Costs(tuple(_all_bytes(ops, inputs, mode)), nbytes(inputs[0]), loss_bytes, key_of(ops, x))
 
 
 def key_of(ops: Sequence[Invertible], x: Wire) -> tuple[str, ...]:
@@ -120,31 +132,7 @@ def shape_key(x: Wire) -> str:
     return ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in leaves(x) if isinstance(t, Tensor))
 
 
-# ---- inputs ----------------------------------------------------------------------------------------------------------
-
-
-def _faked(x: Any, mode: FakeTensorMode) -> Wire:
-    """An input, or a shape, as fake tensors."""
-    if isinstance(x, FakeTensor):
-        x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
-    elif isinstance(x, Tensor):
-        return mode.from_tensor(x.detach()).requires_grad_(x.requires_grad)
-    elif isinstance(x, (torch.Size, list)) or (isinstance(x, tuple) and x and all(type(n) is int for n in x)):
-        x = torch.empty(tuple(x)).requires_grad_()
-    elif isinstance(x, tuple):
-        return tuple(_faked(part, mode) for part in x)
-    return x
-
-
-def _realised(x: Any, fake: Wire) -> Wire:
-    """Real values for an input; random numbers where only shapes are given."""
-    if isinstance(fake, tuple):
-        parts = x if isinstance(x, tuple) else (None,) * len(fake)
-        return tuple(_realised(part, like) for part, like in zip(parts, fake, strict=True))
-    if not isinstance(fake, Tensor) or (isinstance(x, Tensor) and not isinstance(x, FakeTensor)):
-        return x
-    make = torch.randn if is_differentiable(fake) else torch.zeros
-    return make(fake.shape, dtype=fake.dtype, device=fake.device).requires_grad_(fake.requires_grad)
+# ---- the ops, one by one ---------------------------------------------------------------------------------------------
 
 
 def _units(ops: Sequence[Invertible], x: Wire) -> tuple[list[tuple[Invertible, int]], list[Wire]]:
@@ -153,9 +141,9 @@ def _units(ops: Sequence[Invertible], x: Wire) -> tuple[list[tuple[Invertible, i
     for op in ops:
         before = x
         with torch.no_grad():
-            x = _as_input(op.forward(x))
+            x = as_input(op.forward(x))
         pending += 1
-        if _storages(x) - _storages(before):
+        if _makes_storage(before, x):
             counts.append(pending)
             inputs.append(x)
             pending = 0
@@ -168,42 +156,67 @@ def _units(ops: Sequence[Invertible], x: Wire) -> tuple[list[tuple[Invertible, i
     return list(zip(grouped(ops, counts), counts, strict=True)), inputs
 
 
-def _as_input(y: Wire) -> Wire:
-    """An op's output as the next one's input: in a training step it needs a gradient wherever it can have one."""
-    return map_wire(lambda leaf: leaf.detach().requires_grad_() if is_differentiable(leaf) else leaf, y)
+def _makes_storage(x: Wire, y: Wire) -> bool:
+    before, after = ({storage._cdata for storage in storages(wire)} for wire in (x, y))
+    return not after <= before
 
 
-def _on_real(units: Sequence[tuple[Invertible, int]], x: Any, fake: Wire) -> Iterator[Wire]:
-    """A real input for each op, one after the other."""
-    given = _realised(x, fake)
-    for unit, _ in units:
-        yield given
+def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTensorMode) -> list[OpCosts]:
+    """The bytes of each op, from the last to the first: how what comes back lies in memory is up to the op after."""
+    known: dict[Any, tuple[OpCosts, Joined]] = {}
+    found: list[OpCosts] = []
+    joined = APART
+    for op, like in zip(reversed(ops), reversed(inputs[:-1]), strict=True):
+        kind = _kind(op, like), joined
+        if kind not in known:
+            known[kind] = Subject(op, like, mode, joined).measured()
+        costs, joined = known[kind]
+        found.append(costs)
+    return found[::-1]
+
+
+def _all_seconds(
+    ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, found: Sequence[OpCosts], repeats: int
+) -> Iterator[dict[str, float]]:
+    """The seconds of each op, on real values that go through the chain meanwhile."""
+    known: dict[Any, dict[str, float]] = {}
+    for op, like, bytes_ in zip(ops, inputs[:-1], found, strict=True):
+        kind = _kind(op, like)
+        if kind not in known:
+            known[kind] = timed(op, given, math.isfinite(bytes_.inverse), repeats)
+        yield known[kind]
         with torch.no_grad():
-            given = _as_input(unit.forward(given))
+            given = as_input(op.forward(given))
 
 
-def _storages(x: Wire) -> set[int]:
-    return {t.untyped_storage()._cdata for t in leaves(x) if isinstance(t, Tensor)}
+def _part(found: Sequence[OpCosts], inputs: Sequence[Wire], memory: float) -> int:
+    """Into how many parts a batch has to be divided, so that each op fits into memory."""
+    peaks = [
+        nbytes(x) + max(op.peak_taped, op.peak_backward, op.peak_inverse) + op.bytes
+        for op, x in zip(found, inputs[:-1], strict=True)
+    ]
+    count = 1
+    while max(peaks, default=0) > count * memory and count < rows(inputs[0]):
+        count *= 2
+    return min(count, rows(inputs[0]))
 
 
-def _by_storage(x: Wire) -> list[torch.UntypedStorage]:
-    """The storages of a wire, each once, in order."""
-    found: dict[int, torch.UntypedStorage] = {}
-    for leaf in leaves(x):
-        if isinstance(leaf, Tensor):
-            found.setdefault(leaf.untyped_storage()._cdata, leaf.untyped_storage())
-    return list(found.values())
-
-
-def _bytes(x: Wire) -> int:
-    return sum(storage.nbytes() for storage in _by_storage(x))
+def _loss_bytes(loss: Loss, y: Wire) -> int:
+    """The most memory between forward and backward, beyond the output."""
+    y = as_input(y)
+    inputs = [t for t in leaves(y) if is_differentiable(t)]
+    with Books() as books:
+        number = loss(y)
+        gradients = torch.autograd.grad(number, inputs, allow_unused=True)
+        del gradients
+        return books.take_peak()
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
 
 
 def _kind(op: Invertible, x: Wire) -> Any:
-    places = {s._cdata: i for i, s in enumerate(_by_storage(x))}
+    places = {s._cdata: i for i, s in enumerate(storages(x))}
     layout = [
         (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, places[t.untyped_storage()._cdata])
         if isinstance(t, Tensor) else repr(t)
@@ -233,258 +246,6 @@ def _structure(item: Any) -> Any:
     return item if isinstance(item, (int, float, str, bytes, bool, type(None), torch.dtype, torch.Size)) else id(item)
 
 
-# ---- one op ----------------------------------------------------------------------------------------------------------
-
-
-def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTensorMode) -> list[OpCosts]:
-    """The bytes of each op, from the last to the first: how a gradient lies in memory is up to the op after."""
-    known: dict[Any, tuple[OpCosts, bool]] = {}
-    found: list[OpCosts] = []
-    joined = False
-    for op, like in zip(reversed(ops), reversed(inputs[:-1]), strict=True):
-        kind = _kind(op, like), joined
-        if kind not in known:
-            known[kind] = _measured(op, like, mode, joined)
-        costs, joined = known[kind]
-        found.append(costs)
-    return found[::-1]
-
-
-def _measured(op: Invertible, fake: Wire, mode: FakeTensorMode, joined: bool) -> tuple[OpCosts, bool]:
-    """Bytes, on fake tensors if the op lets us, else on real ones; and whether the gradients of x share storage."""
-    found, inverse = OpCosts(op.name, 0.0, 0.0), 0.0 if has_inverse(op) else math.inf
-    shared: list[bool] = []
-    for way in (
-        _bytes_plain,
-        partial(_bytes_taped, joined, shared),
-        *([] if inverse else [partial(_bytes_undone, joined)]),
-    ):
-        try:
-            found = _on_fake(way, found, op, fake, mode)
-        except NotInvertibleError:
-            inverse = math.inf
-    return replace(found, inverse=inverse), shared[0]
-
-
-def _on_fake(way: Callable[..., OpCosts], found: OpCosts, op: Invertible, fake: Wire, mode: FakeTensorMode) -> OpCosts:
-    try:
-        with mode:
-            return way(found, op, fake)
-    except _LOOKS_AT_VALUES:
-        return way(found, op, _realised(None, fake))
-
-
-class _Books(_Ledger):
-    """A ledger that takes real tensors among fake ones, such as parameters, for what was there before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # real tensors, and the fake ones that stand for them
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        if mode is not None:
-            args, kwargs = tree_map_only(Tensor, partial(self._in_mode, mode), (args, kwargs))
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _in_mode(self, mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor):
-            return tensor
-        if id(tensor) not in self._before:
-            self._before[id(tensor)] = tensor, mode.from_tensor(tensor)
-        return self._before[id(tensor)][1]
-
-
-def _peak(ledger: _Ledger) -> int:
-    """The peak since it was last asked for."""
-    peak = max(ledger._peak, ledger._balance())
-    ledger._peak = ledger._balance()
-    return peak
-
-
-def _bytes_plain(found: OpCosts, op: Invertible, x: Wire) -> OpCosts:
-    with _Books() as ledger, torch.no_grad():
-        y = op.forward(x)
-        peak = _peak(ledger)
-    own = [s.nbytes() for s in _by_storage(y)]
-    return replace(found, peak_forward=peak, bytes=sum(own), gradient=_gradient_bytes(y))
-
-
-def _gradient_bytes(y: Wire) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(y) if is_differentiable(leaf))
-
-
-def _bytes_taped(joined: bool, shared: list[bool], found: OpCosts, op: Invertible, x: Wire) -> OpCosts:
-    last = _taped(joined, shared, True, found, op, x).peak_backward - found.gradient
-    return replace(_taped(joined, shared, False, found, op, x), peak_backward_last=last)
-
-
-def _bytes_undone(joined: bool, found: OpCosts, op: Invertible, x: Wire) -> OpCosts:
-    last = _undone_once(joined, True, found, op, x).peak_inverse - found.gradient
-    return replace(_undone_once(joined, False, found, op, x), peak_inverse_last=last)
-
-
-def _taped(joined: bool, shared: list[bool], keeps: bool, found: OpCosts, op: Invertible, x: Wire) -> OpCosts:
-    parameters = parameters_of(op, x)
-    with _Books() as ledger:
-        xs = _copied(x)
-        inputs, base = [weakref.ref(s) for s in _by_storage(xs)], _bytes(xs)
-        _peak(ledger)
-        trial = Trial.taped(op, xs, parameters, joined)
-        peak = _peak(ledger) - base
-        outputs = [weakref.ref(s) for s in _by_storage(trial.y)]
-        trial.y = xs = None
-        held_in, held_out = _alive(inputs), _alive(outputs)
-        tape = ledger._balance() - sum(held_in)
-        trial.keep(keeps)
-        _peak(ledger)
-        trial.backward()
-        back = _peak(ledger) - sum(held_in)
-        shared[:] = [trial.shares_gradients()]
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    return replace(
-        found,
-        tape=tape,
-        holds_input=held_in,
-        holds_output=held_out,
-        parameters=weights,
-        peak_taped=peak,
-        peak_backward=back,
-    )
-
-
-def _undone_once(joined: bool, keeps: bool, found: OpCosts, op: Invertible, x: Wire) -> OpCosts:
-    parameters = parameters_of(op, x)
-    with _Books() as ledger:
-        xs = _copied(x)
-        base = _bytes(xs)
-        _peak(ledger)
-        trial = Trial.undone(op, xs, parameters, joined)
-        forward = _peak(ledger) - base
-        xs = None
-        residue = ledger._balance() - _bytes(trial.y)
-        trial.y = None
-        trial.keep(keeps)
-        _peak(ledger)
-        trial.backward()
-        back = _peak(ledger) - residue
-    return replace(found, residue=residue, peak_forward=max(found.peak_forward, forward), peak_inverse=back)
-
-
-def _alive(storages: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(0 if s() is None else s().nbytes() for s in storages)
-
-
-def _copied(x: Wire) -> Wire:
-    """A copy of a wire whose tensors share storages as the original's do."""
-    bases: dict[int, Tensor] = {}
-
-    def copy(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        storage, plain = leaf.untyped_storage(), leaf.detach()
-        if storage._cdata not in bases:
-            count = storage.nbytes() // leaf.element_size()
-            bases[storage._cdata] = plain.as_strided((count,), (1,), 0).clone()
-        base = bases[storage._cdata]
-        return base.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset()).requires_grad_(leaf.requires_grad)
-
-    with torch.no_grad():
-        return map_wire(copy, x)
-
-
-def parameters_of(op: Invertible, x: Wire) -> list[Tensor]:
-    """What an op closes over and gives gradients to."""
-    inner = map_wire(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, x)
-    _, recording = recorded(op.forward, inner, owners_of(op), True)
-    return [t for t in recording.captured if t.requires_grad]
-
-
-class Trial:
-    """One op, run forward as it will be in a plan; ``backward`` then runs it back."""
-
-    def __init__(self, y: Wire, inputs: list[Any], carriers: Sequence[Tensor], joined: bool, gxs: list[Any]) -> None:
-        self.y, self.inputs, self.gxs = y, inputs, gxs
-        roots = [t for t in leaves(y) if is_differentiable(t) and t.requires_grad]
-        self.kept: list[Any] = [False]
-        self.seed = _Emit.apply((y if carriers else (), joined, self.kept), len(roots), *roots, *carriers)
-
-    def keep(self, wanted: bool) -> None:
-        """Keep the gradients that backward begins with, as a region does until it has run back."""
-        self.kept[:] = [wanted]
-
-    @classmethod
-    def taped(cls, op: Invertible, x: Wire, parameters: list[Tensor], joined: bool = False) -> Trial:
-        """Run with a tape."""
-        gxs: list[Any] = []
-        anchor = torch.zeros((), requires_grad=True)
-        y = values(walk(op, _strands_of(_root(anchor, x, gxs)), Options(mode="store")))
-        return cls(y, [anchor, *parameters], (), joined, gxs)
-
-    @classmethod
-    def undone(cls, op: Invertible, x: Wire, parameters: list[Tensor], joined: bool = False) -> Trial:
-        """Run on a trunk."""
-        anchor = torch.zeros((), requires_grad=True)
-        carriers = [carrier(leaf).requires_grad_() for leaf in leaves(x) if is_differentiable(leaf)]
-        left = iter(carriers)
-        state = map_state(
-            lambda leaf: Strand(leaf, next(left)) if is_differentiable(leaf) else leaf, _root(anchor, x, [])
-        )
-        del x
-        state = walk(op, state, Options())
-        return cls(values(state), [anchor, *carriers, *parameters], [s.carrier for s in strands(state)], joined, [])  # pyright: ignore[reportArgumentType]
-
-    def backward(self) -> tuple[Tensor | None, ...]:
-        """Run back."""
-        if not self.seed.requires_grad:
-            return ()
-        return torch.autograd.grad(self.seed, self.inputs, allow_unused=True)
-
-    def shares_gradients(self) -> bool:
-        """Whether the gradients of x lie in one storage."""
-        given = [t for t in self.gxs if t is not None]
-        return len({t.untyped_storage()._cdata for t in given}) < len(given)
-
-
-def _strands_of(x: Wire) -> State:
-    return map_state(lambda leaf: Strand(leaf, None) if is_differentiable(leaf) else leaf, x)
-
-
-def _root(anchor: Tensor, x: Wire, gxs: list[Any]) -> Wire:
-    needs = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(x)]
-    return rooted(anchor, map_wire(lambda t: t.detach() if isinstance(t, Tensor) else t, x), needs, gxs)
-
-
-class _Emit(torch.autograd.Function):
-    """``((y, joined, kept), n, *ys, *carriers) -> number``: backward makes the gradients that a chain would send."""
-
-    @staticmethod
-    def forward(held: tuple[Wire, bool, list[Any]], count: int, *tensors: Tensor) -> Tensor:
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        held, count, *tensors = inputs
-        ctx.kinds = [(t.shape, t.dtype, t.device) for t in tensors[:count]]
-        ctx.held, ctx.joined, ctx.kept = [t.detach() for t in leaves(held[0]) if is_differentiable(t)], held[1], held[2]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        gys = _joined(ctx.kinds) if ctx.joined else [torch.ones(s, dtype=d, device=at) for s, d, at in ctx.kinds]
-        ys, ctx.held = ctx.held, []
-        if ctx.kept[0]:
-            ctx.kept += gys
-        return (None, None, *gys, *ys)
-
-
-def _joined(kinds: Sequence[tuple[torch.Size, torch.dtype, torch.device]]) -> list[Tensor]:
-    """Gradients that lie in one storage."""
-    _, dtype, device = kinds[0]
-    sizes = [shape.numel() for shape, _, _ in kinds]
-    parts = torch.ones(sum(sizes), dtype=dtype, device=device).split(sizes)
-    return [part.view(shape) for part, (shape, _, _) in zip(parts, kinds, strict=True)]
-
-
 def _title(unit: Invertible) -> str:
     """How an op is shown: a group by those of its ops that are not mere rearrangements."""
     if not (isinstance(unit, Chain) and unit.labels is None):
@@ -495,143 +256,3 @@ def _title(unit: Invertible) -> str:
 def _shown(op: Invertible) -> str:
     text = name_of(op.fn) if isinstance(op, OneWay) else repr(op)
     return text if len(text) <= 24 else op.name
-
-
-# ---- seconds ---------------------------------------------------------------------------------------------------------
-
-
-def _timed(op: Invertible, x: Wire, found: OpCosts, repeats: int) -> OpCosts:
-    parameters = parameters_of(op, x)
-    x = map_wire(lambda t: t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, x)
-
-    def plain() -> None:
-        with torch.no_grad():
-            op.forward(x)
-
-    def taped() -> None:
-        Trial.taped(op, x, parameters).backward()
-
-    def undone() -> None:
-        Trial.undone(op, x, parameters).backward()
-
-    forward, step = (least_seconds(run, repeats, x) for run in (plain, taped))
-    back = max(step - forward, 0.0)
-    inverse = max(least_seconds(undone, repeats, x) - forward, 0.0) if math.isfinite(found.inverse) else math.inf
-    return replace(found, forward=forward, backward=back, inverse=inverse)
-
-
-def least_seconds(run: Callable[[], Any], repeats: int, x: Wire) -> float:
-    """The least of some repeats."""
-    on_cuda = any(isinstance(t, Tensor) and t.is_cuda for t in leaves(x))
-    return min((_cuda_seconds if on_cuda else _cpu_seconds)(run) for _ in range(repeats))
-
-
-def _cpu_seconds(run: Callable[[], None]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    begin = clock()
-    run()
-    return clock() - begin
-
-
-def _cuda_seconds(run: Callable[[], None]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-# ---- the loss --------------------------------------------------------------------------------------------------------
-
-
-def _loss_bytes(loss: Loss, y: Wire) -> int:
-    """The most memory between forward and backward, beyond the output."""
-    y = _as_input(y)
-    inputs = [t for t in leaves(y) if is_differentiable(t)]
-    with _Books() as ledger:
-        number = loss(y)
-        gradients = torch.autograd.grad(number, inputs, allow_unused=True)
-        del gradients
-        return _peak(ledger)
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-SPACING = 6  # an anchor at every so many boundaries: the sweeps take about SPACING / 2 steps
-
-
-def sweep(ops: Sequence[Invertible], x: Wire, loss: Loss) -> tuple[tuple[int, int, float], ...]:
-    """The gradient error of runs of inverses: ``(i, k, error)`` for anchors k; rule 5 of NOTE [Profile]."""
-    found: list[tuple[int, int, float]] = []
-    xs, gs, closed = _exact(ops, x, loss)
-    for k in _anchors(ops):
-        y, gy, worst = xs[k], gs[k], 0.0
-        for i in range(k - 1, -1, -1):
-            if not has_inverse(ops[i]) or gy is None:
-                break
-            y, gy, given = _undone(ops[i], y, gy, xs[i])
-            worst = max(worst, _distance(leaves(gy), leaves(gs[i])), _distance(given, closed[i]))
-            found.append((i, k, worst))
-    return tuple(found)
-
-
-def _anchors(ops: Sequence[Invertible]) -> list[int]:
-    """The ends of the longest runs of inverses, and boundaries inside them at regular distances."""
-    able = [has_inverse(op) for op in ops] + [False]
-    ends = [k for k in range(1, len(ops) + 1) if able[k - 1] and not able[k]]
-    return sorted({*ends, *(k for k in range(SPACING, len(ops), SPACING) if able[k - 1])})
-
-
-def _exact(ops: Sequence[Invertible], x: Wire, loss: Loss) -> tuple[list[Wire], list[Wire], list[list[Any]]]:
-    """Every value of the chain, every gradient, and those of what each op closes over: a plain step."""
-    xs = [_as_input(x)]
-    with torch.no_grad():
-        for op in ops:
-            xs.append(_as_input(op.forward(xs[-1])))
-    tensors = [t for t in leaves(xs[-1]) if is_differentiable(t)]
-    given = iter(torch.autograd.grad(loss(xs[-1]), tensors, allow_unused=True))
-    gs: list[Wire] = [map_wire(lambda t: next(given) if is_differentiable(t) else None, xs[-1])]
-    closed: list[list[Any]] = []
-    for op, value in zip(reversed(ops), reversed(xs[:-1]), strict=True):
-        gx, weights = _pulled(op, value, gs[0])
-        gs.insert(0, gx)
-        closed.insert(0, weights)
-    return xs, gs, closed
-
-
-def _pulled(op: Invertible, x: Wire, gy: Wire) -> tuple[Wire, list[Any]]:
-    """The gradients of x and of what an op closes over, with a tape."""
-    parameters = parameters_of(op, x)
-    y = op.forward(x)
-    pairs = [(t, g) for t, g in zip(leaves(y), leaves(gy), strict=True) if g is not None and t.requires_grad]
-    inputs = [t for t in leaves(x) if is_differentiable(t)]
-    if not pairs:
-        return map_wire(lambda _: None, x), [None] * len(parameters)
-    roots, seeds = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(roots, [*inputs, *parameters], seeds, allow_unused=True))
-    return map_wire(lambda t: next(found) if is_differentiable(t) else None, x), list(found)
-
-
-def _undone(op: Invertible, y: Wire, gy: Wire, like: Wire) -> tuple[Wire, Wire, list[Any]]:
-    """The rebuilt input and the gradients that come with it, from an output that may be a little off."""
-    parameters = parameters_of(op, like)
-    _, residue = op.forward_with_residue(map_wire(lambda t: t.detach() if isinstance(t, Tensor) else t, like))
-    vjp = LiveVJP()
-    x, gx = op.pull(residue, y, gy, vjp, None)
-    given = [vjp.closed[id(p)][1] if id(p) in vjp.closed else None for p in parameters]
-    return map_wire(lambda t: t.detach() if isinstance(t, Tensor) else t, x), gx, given
-
-
-def _distance(found: Sequence[Any], exact: Sequence[Any]) -> float:
-    """The largest difference of tensors, each relative to its largest entry."""
-    pairs = [(a, b) for a, b in zip(found, exact, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
-    return max((relative(a, b) for a, b in pairs), default=0.0)
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    """The largest difference, relative to the largest entry; infinite where something is not a number."""
-    if exact.numel() == 0:
-        return 0.0
-    error = float((found - exact).abs().max() / exact.abs().max().clamp(min=torch.finfo(exact.dtype).tiny))
-    return error if math.isfinite(error) else math.inf

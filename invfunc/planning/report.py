@@ -8,16 +8,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import OptionError
-from .costs import HELD, Costs, Ledger, show_bytes
-from .schedule import Invert, Recompute, Schedule, Store, predict
+from .costs import EXACT, FREE, HELD, Costs, Ledger, OpCosts, show_bytes
+from .schedule import Invert, Recompute, Schedule, Store
+from .search import tables
+from .solver import Table
 
 if TYPE_CHECKING:
-    from .value import Plan, Point
+    from .value import Plan
 
 
 def text(plan: Plan) -> str:
     """The verdict first, then the table, the curve, what binds, and how fixed strategies do."""
-    return "\n".join([_verdict(plan), *_table(plan), _curve(plan), _binds(plan), _compared(plan), _truth(plan)])
+    lines = [_verdict(plan), *_table(plan), _curve(plan), _binds(plan), _compared(plan), _truth(plan), _timing(plan)]
+    return "\n".join(filter(None, lines))
 
 
 def _verdict(plan: Plan) -> str:
@@ -61,7 +64,7 @@ class Row(NamedTuple):
 
 
 def rows(plan: Plan) -> list[Row]:
-    """One row for each op."""
+    """One row for each op; what they take beyond plain training adds up to what the plan does."""
     return list(_rows(plan.costs, Ledger(plan.costs), plan.schedule, 0, len(plan.costs.ops), HELD))
 
 
@@ -71,31 +74,38 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
         if isinstance(node, Recompute):
             inner = _rows(costs, ledger, node.inner, depth + 1, node.stop, r)
             kept = ledger.in_hand(i, r)
-            for row in inner:
-                yield row._replace(keeps=kept if row.index == i and depth == 0 else row.keeps * (depth > 0))
-            r = 0
+            first = next(inner)
+            yield first._replace(keeps=kept * (depth == 0), extra=first.extra + costs.ops[i].region)
+            yield from (row._replace(keeps=0) for row in inner)  # what it keeps, it keeps in backward alone
+            r = FREE
         elif isinstance(node, Store):
             yield _stored(costs, i, depth, ledger.store(i, j, r)[0])
             r = HELD
         else:
             for q in range(i, node.stop):
                 yield _inverted(costs, q, depth, ledger.a[q + 1] * (q + 1 == node.stop < ledger.L))
-            r = 1
+            r = EXACT
 
 
 def _stored(costs: Costs, i: int, depth: int, kept: int) -> Row:
     op = costs.ops[i]
     if depth == 0:
         return Row(i, op.name, "store", kept, 0.0, "")
-    dearer = op.inverse - op.backward
-    why = "has no inverse" if math.isinf(op.inverse) else f"inverse would be {_milliseconds(dearer)}"
-    return Row(i, op.name, "recompute" + f" x{depth}" * (depth > 1), kept, depth * op.forward, why)
+    return Row(i, op.name, "recompute" + f" x{depth}" * (depth > 1), kept, depth * op.forward, _why_again(op))
+
+
+def _why_again(op: OpCosts) -> str:
+    dearer = op.inverse - op.backward - op.forward
+    if math.isinf(op.inverse):
+        return "has no inverse"
+    return f"inverse would be {_milliseconds(dearer)}" if dearer > 0 else "an inverse would need its exact output"
 
 
 def _inverted(costs: Costs, i: int, depth: int, kept: int) -> Row:
     op = costs.ops[i]
-    extra = depth * op.forward + op.inverse - op.backward
-    return Row(i, op.name, "recompute, invert" if depth else "invert", kept, extra, "exact" if op.exact else "")
+    mode, extra = "recompute, invert" if depth else "invert", depth * op.forward + op.inverse - op.backward
+    saved = "its input is not kept" if op.inverse > op.forward + op.backward else "cheaper than to run it again"
+    return Row(i, op.name, mode, kept, extra, "bit-exact" if op.exact else saved)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -147,26 +157,27 @@ def _compared(plan: Plan) -> str:
 def _truth(plan: Plan) -> str:
     if all(math.isinf(op.inverse) for op in plan.costs.ops):
         return "truth    no op has an inverse: this is optimal recomputation"
-    bound = inversion_pays_below(plan.costs, plan.curve)
+    bound = inversion_pays_below(plan.costs, plan.limits.max_error)
     if bound is None:
         return "truth    inversion does not pay: recompute is as small and not slower in every budget"
     return f"truth    recompute is as small and not slower above {show_bytes(bound)}; below, inversion pays"
 
 
-def inversion_pays_below(costs: Costs, curve: tuple[Point, ...]) -> int | None:
-    """The peak from which on recomputation alone is as fast, within 1 %; None if it always is."""
-    from .value import curve_of
+def inversion_pays_below(costs: Costs, max_error: float | None = None) -> float | None:
+    """The budget from which on recomputation alone is as fast, within 1 %; None if it always is."""
+    alone = replace(costs, ops=tuple(replace(op, inverse=math.inf) for op in costs.ops))
+    for table in tables(costs, max_error):
+        other = Table(alone, table.budget, table.M)
+        dearer = [at for at in table.every() if other.time(at) > 1.01 * table.time(at)]
+        if dearer:
+            return dearer[-1] + table.unit
+    return None
 
-    alone = curve_of(replace(costs, ops=tuple(replace(op, inverse=math.inf) for op in costs.ops)))
-    dearer = [p.peak_bytes for p in curve if _time_at(alone, p.peak_bytes) > 1.01 * p.time]
-    if not dearer:
-        return None
-    above = [p.peak_bytes for p in (*curve, *alone) if p.peak_bytes > max(dearer)]
-    return min(above, default=max(dearer))
 
-
-def _time_at(curve: tuple[Point, ...], peak: int) -> float:
-    return min((p.time for p in curve if p.peak_bytes <= peak), default=math.inf)
+def _timing(plan: Plan) -> str:
+    if plan.costs.scaled == 1:
+        return ""
+    return f"timing   on a batch {plan.costs.scaled:.3g} times smaller, which fitted into memory, and scaled"
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -186,62 +197,93 @@ def plot(plan: Plan, figure: Any = None) -> Any:
 
 
 def _draw_curve(plan: Plan, axes: Any) -> None:
-    mib, top = 2**20, 3.0 * max(plan.time, 1.0)
-    axes.step([p.peak_bytes / mib for p in plan.curve], [p.time for p in plan.curve], where="post", label="plans")
-    for name, p in plan.fixed().items():
-        axes.plot(p.peak_bytes / mib, p.seconds / plan.costs.seconds, "o", label=name)
+    mib, points = 2**20, plan.curve
+    axes.step([p.peak_bytes / mib for p in points], [p.time for p in points], where="post", label="plans")
+    fixed = {name: (p.peak_bytes / mib, p.seconds / (plan.costs.seconds or 1)) for name, p in plan.fixed().items()}
+    for name, place in fixed.items():
+        axes.plot(*place, "o", label=name)
     axes.plot(plan.peak_bytes / mib, plan.time, "k*", markersize=12, label="this plan")
-    axes.set(xlabel="peak, MiB", ylabel="time over plain", ylim=(0.95, top))
+    top = max(points[0].time, *(time for _, time in fixed.values()))
+    axes.set(xlabel="peak, MiB", ylabel="time over plain", xlim=(0, None), ylim=(0.95, min(top, 4 * plan.time) * 1.05))
     axes.legend()
 
 
 def _draw_memory(plan: Plan, axes: Any) -> None:
+    mib, count = 2**20, len(plan.costs.ops)
     moments = list(timeline(plan.costs, plan.schedule))
-    times = [t * 1e3 for t, _ in moments]
-    stacks = [[kept.get(i, 0) / 2**20 for _, kept in moments] for i in range(len(plan.costs.ops))]
-    axes.stackplot(times, stacks, step="post")
-    axes.axhline((plan.limits.budget or plan.peak_bytes) / 2**20, color="k", linestyle="--", label="budget")
-    axes.set(xlabel="ms of a step", ylabel="kept, MiB")
-    axes.legend()
+    layers = [[moment.kept.get(i, 0) / mib for moment in moments] for i in range(count)]
+    layers.append([moment.working / mib for moment in moments])
+    shades = [(0.1, 0.25 + 0.6 * i / count, 0.75 - 0.3 * i / count) for i in range(count)]
+    labels = ["kept by the first op", *[None] * (count - 2), "kept by the last op"][-count:]
+    milliseconds = [moment.seconds * 1e3 for moment in moments]
+    axes.stackplot(milliseconds, layers, step="post", colors=[*shades, "0.85"], labels=[*labels, "at work"])
+    budget = (plan.limits.budget or plan.peak_bytes) / mib
+    axes.axhline(budget, color="k", linestyle="--", label="budget")
+    axes.set(xlabel="ms of a step", ylabel="MiB", xlim=(0, None), ylim=(0, 1.3 * budget))
+    axes.legend(loc="upper center", ncols=2)
 
 
-def timeline(costs: Costs, schedule: Schedule) -> Iterator[tuple[float, dict[int, int]]]:
-    """``(seconds, bytes kept by each op)`` at every change during a step."""
-    yield 0.0, {}
-    yield from ((now, dict(kept)) for now, kept in _Clock(costs).run(schedule, 0.0, {}, len(costs.ops), HELD))
+class Moment(NamedTuple):
+    """From when on which ops keep how much, and what is needed beside that."""
+
+    seconds: float
+    kept: dict[int, int]
+    working: int
+
+
+def timeline(costs: Costs, schedule: Schedule) -> Iterator[Moment]:
+    """The memory over a step: its highest point is the peak of the plan."""
+    ledger = Ledger(costs)
+    clock = _Clock(costs, ledger.a[ledger.L])
+    yield from clock.run(ledger, schedule, {}, ledger.L, HELD)
+    yield Moment(clock.now, {}, clock.aside)
 
 
 class _Clock:
     """Walks through a schedule as a step does: forward over its nodes, then back."""
 
-    def __init__(self, costs: Costs) -> None:
-        self.ops, self.ledger = costs.ops, Ledger(costs)
+    def __init__(self, costs: Costs, aside: int) -> None:
+        self.ops, self.now, self.aside = costs.ops, 0.0, aside
 
-    def run(
-        self, schedule: Schedule, now: float, kept: dict[int, int], j: int, r: int
-    ) -> Iterator[tuple[float, dict[int, int]]]:
-        done: list[tuple[Any, dict[int, int], int]] = []
+    def run(self, ledger: Ledger, schedule: Schedule, kept: dict[int, int], j: int, r: int) -> Iterator[Moment]:
+        back: list[Iterator[Moment]] = []
         for node in schedule:
-            before, demand, i = dict(kept), r, node.first
+            i, k, demand = node.first, node.stop, r
             if isinstance(node, Store):
-                kept[i], r = kept.get(i, 0) + self.ledger.store(i, j, r)[0], HELD
-            elif isinstance(node, Recompute):
-                kept[i], r = kept.get(i, 0) + self.ledger.in_hand(i, r), 0
+                keeps, need, r = ledger.store(i, j, r)[0], ledger.tape(i, j, r)[0], HELD
+                back.append(self._by_tape(ledger, node, kept, j, demand))
+            elif isinstance(node, Invert):
+                keeps, need = ledger.invert(i, k, j, r)[0], max(ledger.undo(i, p, j, r)[0] for p in range(i + 1, k + 1))
+                back.append(self._by_inverse(ledger, node, kept, j, demand))
+                r = EXACT
             else:
-                last = node.stop - 1
-                kept[last], r = kept.get(last, 0) + self.ledger.a[node.stop] * (node.stop < self.ledger.L), 1
-            now += sum(op.forward for op in self.ops[i : node.stop])
-            done.append((node, before, demand))
-            yield now, kept
-        for node, before, demand in reversed(done):
-            ops = self.ops[node.first : node.stop]
-            if isinstance(node, Recompute):
-                for moment, inner in self.run(node.inner, now, dict(before), node.stop, demand):
-                    now = moment
-                    yield now, inner
-            else:
-                now += sum(op.inverse if isinstance(node, Invert) else op.backward for op in ops)
-            yield now, before
+                keeps, need, r = ledger.in_hand(i, r), ledger.first_pass(i, k, j, r), FREE
+                back.append(self._again(ledger, node, kept, j, demand))
+            yield self._moment(kept, need)
+            self.now += sum(op.forward for op in self.ops[i:k])
+            kept = kept | {i: kept.get(i, 0) + keeps}
+        yield self._moment(kept, ledger.end(j))
+        for moments in reversed(back):
+            yield from moments
+
+    def _moment(self, kept: dict[int, int], need: int) -> Moment:
+        return Moment(self.now, kept, need + self.aside)
+
+    def _by_tape(self, ledger: Ledger, node: Store, kept: dict[int, int], j: int, r: int) -> Iterator[Moment]:
+        yield self._moment(kept, ledger.tape(node.first, j, r)[1])
+        self.now += self.ops[node.first].backward
+
+    def _by_inverse(self, ledger: Ledger, node: Invert, kept: dict[int, int], j: int, r: int) -> Iterator[Moment]:
+        for p in range(node.stop, node.first, -1):
+            yield self._moment(kept, ledger.undo(node.first, p, j, r)[1])
+            self.now += self.ops[p - 1].inverse
+
+    def _again(self, ledger: Ledger, node: Recompute, kept: dict[int, int], j: int, r: int) -> Iterator[Moment]:
+        reserve = ledger.reserve(node.first, node.stop, j)
+        self.aside += reserve
+        self.now += self.ops[node.first].region
+        yield from self.run(ledger.inside(), node.inner, kept, node.stop, r)
+        self.aside -= reserve
 
 
-__all__ = ["plot", "predict", "text"]
+__all__ = ["plot", "text"]

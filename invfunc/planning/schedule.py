@@ -102,7 +102,7 @@ def _seconds(costs: Costs, schedule: Schedule) -> float:
         elif isinstance(node, Invert):
             total += sum(op.forward + op.inverse for op in ops)
         else:
-            total += sum(op.forward for op in ops) + _seconds(costs, node.inner)
+            total += ops[0].region + sum(op.forward for op in ops) + _seconds(costs, node.inner)
     return total
 
 
@@ -157,6 +157,13 @@ def invert_all(costs: Costs) -> Schedule:
         else:
             found.append(Invert(i, i + 1))
     return tuple(found)
+
+
+def fixed_schedules(costs: Costs) -> dict[str, Schedule]:
+    """What people do without a plan."""
+    count = len(costs.ops)
+    found = {"store all": store_all(count), "invert all": invert_all(costs)}
+    return found | {f"recompute every {k}": recompute_every(costs, k) for k in (1, 3, 5) if k < max(count, 2)}
 
 
 def check(costs: Costs, schedule: Schedule) -> None:

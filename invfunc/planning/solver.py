@@ -15,7 +15,7 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
 
 4.  *Recompute* ops i+1..k, x[i] kept; when the rest is done the same problem begins again from x[i]::
 
-        U(i, k) + V_free(k, j, m - a_i) + V_r(i, k, m - g_k)
+        U(i, k) + region_i + V_free(k, j, m - a_i) + V_r(i, k, m - g_k)
 
 5.  *Invert* ops i+1..k, only x[k] kept, and that exactly; not where x[i] itself is wanted exactly::
 
@@ -35,15 +35,18 @@ each may be replaced by its optimum. ``O(L^3 M)`` time, ``O(L^2 M)`` memory for 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .costs import EXACT, FREE, HELD, Costs, Ledger
+from .costs import DEMANDS, EXACT, FREE, HELD, Costs, Ledger
 from .schedule import Invert, Node, Recompute, Schedule, Store, run_error
+
+TIME = torch.float32
+INSIDE = 0  # in the place of j: the stretch ends somewhere before the chain does
 
 
 class Table:
@@ -57,24 +60,21 @@ class Table:
     """
 
     def __init__(self, costs: Costs, budget: float, units: int, max_error: float | None = None) -> None:
-        self.costs, self.ledger, self.limit = costs, Ledger(costs), max_error
+        self.costs, self.ledger, self.budget, self.max_error = costs, Ledger(costs), budget, max_error
         self.L, self.unit = self.ledger.L, unit_for(self.ledger, budget, units)
         self.M = int(budget / self.unit + 1e-9)
-        # Column m is for m units left. `V` is by the stretch's end: V[j][r][i]. `again` is rule 4's first and third
-        # term, by the stretch's start, so that the sum over k is one addition: again[i][r][k]; `at_top`, where j is L.
-        shape = (self.L + 1, 3, self.L + 1, self.M + 1)
-        self.V, self.again, self.at_top = (torch.full(shape, math.inf) for _ in range(3))
-        self._starts = [Start(self, i) for i in range(self.L)]
-        self._same = [FREE if i == self.L or HELD not in self._starts[i].demands else HELD for i in range(self.L + 1)]
-        for j in range(self.L + 1):
-            self.V[j, :, j, self.units(self.ledger.end(j)) :] = 0
-            for i in reversed(range(j)):
-                self._solve(i, j)
+        starts, q = range(self.L), self.ledger.q
+        self.seconds = torch.tensor([op.forward + op.backward for op in costs.ops], dtype=TIME)
+        self.in_hand = self.units([[self.ledger.in_hand(i, r) for i in starts] for r in DEMANDS])
+        self.residues = self.units([_filled([q[k] - q[i] for k in range(i + 1, self.L + 1)], self.L) for i in starts])
+        self.inside, self.whole = Moments(self, INSIDE), Moments(self, self.L)
+        self.V = self.infinite(len(DEMANDS), self.L + 1, self.L + 1)  # V[r, j, i, m], m for m units left
+        self._fill()
 
     def time(self, budget: float) -> float:
         """The least seconds of a step in ``budget`` bytes."""
         m = self._left(budget)
-        return self._value(HELD, 0, self.L, m)
+        return float(self.V[HELD, self.L, 0, m]) if m >= 0 else math.inf
 
     def schedule(self, budget: float) -> Schedule:
         """The schedule that takes them."""
@@ -82,212 +82,190 @@ class Table:
 
     def budgets(self) -> list[float]:
         """The budgets at which the least time falls, in ascending order."""
-        times = torch.cat([torch.tensor([math.inf]), self.V[self.L, HELD, 0]])
+        times = torch.cat([torch.tensor([math.inf]), self.V[HELD, self.L, 0]])
         falls = torch.nonzero(times[1:] < times[:-1]).flatten().tolist()
-        return [m * self.unit + self.ledger.a[self.L] for m in falls]
+        return [self.every()[m] for m in falls]
 
-    def units(self, size: float) -> int:
+    def every(self) -> list[float]:
+        """All budgets that the table tells apart, in ascending order."""
+        return [m * self.unit + self.ledger.a[self.L] for m in range(self.M + 1)]
+
+    def units(self, sizes: Any) -> Tensor:
         """Bytes in units, rounded up; what the chain's output pays for may make a need negative."""
-        return max(math.ceil(size / self.unit - 1e-9), 0)
+        exact = torch.as_tensor(sizes, dtype=torch.float64) / self.unit
+        return torch.ceil(exact - 1e-9).clamp(0, 2.0**40).long()
+
+    def infinite(self, *shape: int) -> Tensor:
+        """Times that are not known to be finite, in every memory."""
+        return torch.full((*shape, self.M + 1), math.inf, dtype=TIME)
 
     def _left(self, budget: float) -> int:
         return min(math.floor((budget - self.ledger.a[self.L]) / self.unit + 1e-9), self.M)
 
-    # ---- filling it: every m at once ----
+    # ---- filling it: every m at once, and all stretches of one length that end inside the chain ----
 
-    def _row(self, r: int, i: int) -> int:
-        """Where a demand stands in the tables: an x[i] that nobody pays for is as good as free."""
-        return self._same[i] if r == HELD else r
+    def _fill(self) -> None:
+        for j in range(self.L + 1):
+            self.V[:, j, j, int(self.units(self.ledger.end(j))) :] = 0
+        for length in range(1, self.L):
+            starts = slice(0, self.L - length)
+            found = self._best(self.inside, starts, self._rests(length))
+            self.V.diagonal(-length, 1, 2)[..., starts] = found.transpose(1, 2)
+            for moments in (self.inside, self.whole):
+                moments.note_again(length, found)
+        for i in reversed(range(self.L)):
+            self.V[:, self.L, i] = self._best(self.whole, slice(i, i + 1), self._rest(i, self.L))[:, 0]
 
-    def _solve(self, i: int, j: int) -> None:
-        for r in self._starts[i].demands:
-            found = self.V[j, r, i]
-            self._store(r, i, j, found)
-            if j > i + 1:
-                self._recompute(r, i, j, found)
-            if r != EXACT and self._starts[i].stop > i:
-                self._invert(r, i, j, found)
-            if j < self.L:
-                self._note_again(r, i, j, found)
+    def _rest(self, i: int, j: int) -> Tensor:
+        """``[r, 0, k - i - 1]``: the time of what follows each beginning of a stretch."""
+        return self.V[:, j : j + 1, i + 1 : j + 1]
 
-    def _store(self, r: int, i: int, j: int, found: Tensor) -> None:
-        kept, needed = map(self.units, self.ledger.store(i, j, r))
-        low, op = max(kept, needed), self.costs.ops[i]
-        if low <= self.M:
-            rest = self.V[j, self._row(HELD, i + 1), i + 1, low - kept : self.M + 1 - kept]
-            torch.add(rest, op.forward + op.backward, out=found[low:])
+    def _rests(self, length: int) -> Tensor:
+        """``[r, i, k - i - 1]``: `_rest` of every stretch of a length: ``V[r, i + length, k]``, a view."""
+        by_r, by_j, by_k, by_m = self.V.stride()
+        shape = len(DEMANDS), self.L - length, length, self.M + 1
+        return self.V.as_strided(shape, (by_r, by_j + by_k, by_k, by_m), length * by_j + by_k)
 
-    def _recompute(self, r: int, i: int, j: int, found: Tensor) -> None:
-        kept = self.units(self.ledger.in_hand(i, r))
-        if kept > self.M:
-            return
-        again = (self.at_top if j == self.L else self.again)[i, r, i + 1 : j]
-        rows = self.V[j, FREE, i + 1 : j, : self.M + 1 - kept] + again[:, kept:]
-        torch.minimum(found[kept:], rows.amin(0), out=found[kept:])
+    def _best(self, moments: Moments, starts: slice, rest: Tensor) -> Tensor:
+        """``[r, i]``: the least time of stretches of one length."""
+        stored, redone, undone = self._choices(moments, starts, rest)
+        best = stored
+        if redone.shape[2]:
+            best = torch.minimum(best, taken_off(redone.amin(2), self.in_hand[:, starts]))
+        inverted = cut(undone.amin(1), moments.begins[[FREE, HELD], starts])
+        best[[FREE, HELD]] = torch.minimum(best[[FREE, HELD]], inverted)
+        return best
 
-    def _note_again(self, r: int, i: int, k: int, found: Tensor) -> None:
-        """Rule 4's first and third term, where the first pass fits."""
-        start = self._starts[i]
-        for table, j in ((self.again, k), (self.at_top, self.L)):
-            reserve = self.units(self.ledger.reserve(i, k, j))
-            low = max(start.pass_needs(r, k, j), reserve)
-            if low <= self.M:
-                rest = found[low - reserve : self.M + 1 - reserve]
-                torch.add(rest, start.pass_seconds[k - i - 1], out=table[i, r, k, low:])
+    def _choices(self, moments: Moments, starts: slice, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rules 3 to 5 of NOTE [Plan]: ``[r, i, m]``; ``[r, i, k, m - a_i]``; ``[i, k, m]``, whatever the demand."""
+        length = rest.shape[2]
+        held = rest[HELD, :, 0].expand(len(DEMANDS), -1, -1)
+        stored = taken_off(held, moments.store_keeps[:, starts]) + self.seconds[starts, None]
+        stored = cut(stored, (moments.store_ends if length == 1 else moments.store_needs)[:, starts])
+        redone = rest[FREE, :, :-1] + moments.again[:, starts, : length - 1]
+        exact, residues = rest[EXACT], self.residues[starts, :length]
+        if residues.any():
+            exact = taken_off(exact, residues)
+        undone = exact + moments.runs[starts, :length]
+        undone[:, -1] = exact[:, -1] + moments.run_ends[starts, length - 1]
+        return stored, redone, undone
 
-    def _invert(self, r: int, i: int, j: int, found: Tensor) -> None:
-        start, stop = self._starts[i], min(self._starts[i].stop, j)
-        if stop == j < self.L:  # the run ends with the region
-            low = start.need_at_end(r, j)
-            if low <= self.M:
-                torch.minimum(found[low:], start.run_seconds[j - i - 1], out=found[low:])
-            stop -= 1
-        if stop == i:
-            return
-        rest = self.V[j, EXACT, i + 1 : stop + 1]
-        if start.residues[stop - i - 1]:
-            rest = taken_off(rest, start.residues[: stop - i])
-        torch.minimum(found, (rest + start.run_costs(r, j)[: stop - i]).amin(0), out=found)
-
-    # ---- reading a schedule off: one m, one rule after the other ----
-
-    def _value(self, r: int, i: int, j: int, m: int) -> float:
-        return float(self.V[j, self._row(r, i), i, m]) if m >= 0 else math.inf
-
-    def _choices(self, r: int, i: int, j: int, m: int) -> Iterator[Choice]:
-        """Rules 3 to 5 of NOTE [Plan]."""
-        op, start, ledger, units = self.costs.ops[i], self._starts[i], self.ledger, self.units
-        kept, needed = map(units, ledger.store(i, j, r))
-        if m >= needed:
-            left = m - kept
-            yield Choice(op.forward + op.backward + self._value(HELD, i + 1, j, left), Store(i), HELD, left)
-        left = m - units(ledger.in_hand(i, r))
-        for k in range(i + 1, j):
-            if m >= start.pass_needs(r, k, j):
-                inner = m - units(ledger.reserve(i, k, j))
-                time = start.pass_seconds[k - i - 1] + self._value(FREE, k, j, left) + self._value(r, i, k, inner)
-                yield Choice(time, Stretch(i, k, r, inner), FREE, left)
-        for k in range(i + 1, min(start.stop, j) + 1) if r != EXACT else ():
-            if m >= (start.need_at_end(r, j) if k == j < self.L else start.run_needs(r, j)[k - i - 1]):
-                left = m - start.residues[k - i - 1]
-                time = float(start.run_seconds[k - i - 1]) + self._value(EXACT, k, j, left)
-                yield Choice(time, Invert(i, k), EXACT, left)
+    # ---- reading a schedule off: one m, one choice after the other ----
 
     def _traced(self, r: int, i: int, j: int, m: int) -> Schedule:
         nodes: list[Node] = []
         while i < j:
-            best = min(self._choices(r, i, j, m), key=lambda choice: choice.seconds)
-            node = best.node
-            i, r, m = node.stop, best.demand, best.left
-            nodes.append(Recompute(node.first, self._traced(*node.inner)) if isinstance(node, Stretch) else node)
+            node, r, m = self._chosen(r, i, j, m)
+            nodes.append(node)
+            i = node.stop
         return tuple(nodes)
 
-
-class Stretch(NamedTuple):
-    """A region to be run again, whose own schedule is still to be read off."""
-
-    first: int
-    stop: int
-    demand: int
-    left: int
-
-    @property
-    def inner(self) -> tuple[int, int, int, int]:
-        """The arguments of `Table._traced`."""
-        return self.demand, self.first, self.stop, self.left
-
-
-class Choice(NamedTuple):
-    """One way to go on: what the whole stretch takes then, and what is left for the rest."""
-
-    seconds: float
-    node: Store | Invert | Stretch
-    demand: int
-    left: int
+    def _chosen(self, r: int, i: int, j: int, m: int) -> tuple[Node, int, int]:
+        """The best first part of a stretch; what is known of where it ends, and what is left for the rest."""
+        moments, hand = self.whole if j == self.L else self.inside, int(self.in_hand[r, i])
+        stored, redone, undone = self._choices(moments, slice(i, i + 1), self._rest(i, j))
+        store = float(stored[r, 0, m])
+        again, k = _least(redone[r, 0, :, m - hand]) if m >= hand else _NONE
+        invert, end = _least(undone[0, :, m]) if r != EXACT and m >= moments.begins[r, i] else _NONE
+        if store <= min(again, invert):
+            return Store(i), HELD, m - int(moments.store_keeps[r, i])
+        if invert <= again:
+            return Invert(i, i + 1 + end), EXACT, m - int(self.residues[i, end])
+        inner = self._traced(r, i, i + 1 + k, m - int(moments.reserve[i, k]))
+        return Recompute(i, inner), FREE, m - hand
 
 
-class Start:
-    """What stretches that begin at i have in common, wherever they end; needs are in units."""
-
-    def __init__(self, table: Table, i: int) -> None:
-        self.i, self.table, self.ledger, ops = i, table, table.ledger, table.costs.ops
-        self.demands = [HELD] if i == 0 else [FREE, EXACT] + [HELD] * bool(self.ledger.paid[i])
-        self.pass_seconds = _sums([op.forward for op in ops[i:]])
-        beyond = [self.ledger.a[q] * (q > i) + ops[q].peak_forward for q in range(i, table.L)]
-        self._widest = list(accumulate(beyond, max))
-        self._read_run(table, i)
-
-    def pass_needs(self, r: int, k: int, j: int) -> int:
-        """`Ledger.first_pass`."""
-        ledger = self.ledger
-        return self.table.units(ledger.in_hand(self.i, r) + self._widest[k - self.i - 1] - ledger.output(j))
-
-    def _read_run(self, table: Table, i: int) -> None:
-        """The longest run of inverses from x[i] on: times and needs of each of its beginnings."""
-        ledger, ops, self.stop = self.ledger, table.costs.ops, i
-        while self.stop < table.L and math.isfinite(ops[self.stop].inverse):
-            self.stop += 1
-        ends = range(i + 1, self.stop + 1)
-        seconds = _sums([op.forward + op.inverse for op in ops[i : self.stop]])
-        if table.limit is not None:
-            over = [_error(table.costs, i, k) > table.limit for k in ends]
-            seconds = [math.inf if too_much else time for time, too_much in zip(seconds, over, strict=True)]
-        self.run_seconds = torch.tensor(seconds, dtype=torch.float32)
-        self.residues = [table.units(ledger.q[k] - ledger.q[i]) for k in ends]
-        needs = [ledger.undo(i, p, table.L, HELD) for p in ends]
-        self._forward = _running_max([-math.inf, *(f + ledger.output(table.L) for f, _ in needs[1:])][: len(needs)])
-        self._backward = _running_max([b for _, b in needs])
-        self._known: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-
-    def run_needs(self, r: int, j: int) -> Tensor:
-        """`Ledger.invert` for every k > i, as if none were j."""
-        return self._run(r, j)[0]
-
-    def run_costs(self, r: int, j: int) -> Tensor:
-        """The seconds of each run in each memory."""
-        return self._run(r, j)[1]
-
-    def _run(self, r: int, j: int) -> tuple[Tensor, Tensor]:
-        key = r, j == self.ledger.L
-        if key not in self._known:
-            first = self.ledger.undo(self.i, self.i + 1, j, r)[0]
-            forward = (self._forward - self.ledger.output(j)).clamp(min=first)
-            needs = torch.ceil(torch.maximum(forward, self._backward) / self.table.unit - 1e-9)
-            columns = torch.arange(self.table.M + 1)
-            self._known[key] = needs, torch.where(columns < needs[:, None], math.inf, self.run_seconds[:, None])
-        return self._known[key]
-
-    def need_at_end(self, r: int, j: int) -> int:
-        """`Ledger.invert` for k = j, where the region ends: its own gradient is set aside already."""
-        count, ledger = j - self.i, self.ledger
-        own = max(ledger.undo(self.i, j, j, r))
-        if count > 1:
-            own = max(
-                own,
-                float(self._backward[count - 2]),
-                float(self._forward[count - 1]),
-                ledger.undo(self.i, self.i + 1, j, r)[0],
-            )
-        return self.table.units(own)
+_NONE = math.inf, 0  # no choice: its time, its place
 
 
-def _error(costs: Costs, i: int, k: int) -> float:
-    error = run_error(costs, i, k)
-    return math.inf if error is None else error
+def _least(seconds: Tensor) -> tuple[float, int]:
+    """The least time of some choices, and its place."""
+    if not seconds.numel():
+        return _NONE
+    least, place = seconds.min(0)
+    return float(least), int(place)
 
 
-def _running_max(values: Sequence[float]) -> Tensor:
-    return torch.tensor(list(accumulate(values, max)), dtype=torch.float64)
+class Moments:
+    """What each choice needs at its own moments (`Ledger`), in units: by start, and by length less one."""
+
+    def __init__(self, table: Table, j: int) -> None:
+        self.table, self.ledger, self.j, self.L = table, table.ledger, j, table.L
+        self.again = table.infinite(len(DEMANDS), self.L, self.L)  # rule 4's first and third term
+        self._read_store()
+        self._read_pass()
+        self._read_runs()
+
+    def note_again(self, length: int, found: Tensor) -> None:
+        """Rule 4 for regions of a length, solved by now; in terms of what is left beside x[i]."""
+        starts, at = slice(0, self.L - length), length - 1
+        hand = self.table.in_hand[:, starts]
+        again = taken_off(found, self.reserve[starts, at] - hand) + self.pass_seconds[starts, at, None]
+        self.again[:, starts, at] = cut(again, self.pass_needs[:, starts, at] - hand)
+
+    def _read_store(self) -> None:
+        ledger, starts = self.ledger, range(self.L)
+        found = [[ledger.store(i, self.j, r) for i in starts] for r in DEMANDS]
+        ends = [[ledger.store(i, self.j or i + 1, r)[1] for i in starts] for r in DEMANDS]
+        self.store_keeps, self.store_needs = self.table.units(found).unbind(2)
+        self.store_ends = self.table.units(ends)
+
+    def _read_pass(self) -> None:
+        ledger, ops, L = self.ledger, self.table.costs.ops, self.L
+        widest = [_filled(accumulate((ledger.beyond(i, q) for q in range(i, L)), max), L) for i in range(L)]
+        hand = torch.tensor([[ledger.in_hand(i, r) for i in range(L)] for r in DEMANDS], dtype=torch.float64)
+        self.pass_needs = self.table.units(
+            hand[:, :, None] + torch.tensor(widest, dtype=torch.float64) - ledger.output(self.j)
+        )
+        self.reserve = self.table.units(
+            [_filled((ledger.reserve(i, k, self.j) for k in range(i + 1, L + 1)), L) for i in range(L)]
+        )
+        self.pass_seconds = torch.tensor(
+            [_filled(accumulate((op.forward for op in ops[i:]), initial=ops[i].region), L + 1)[1:] for i in range(L)],
+            dtype=TIME,
+        )
+
+    def _read_runs(self) -> None:
+        starts = range(self.L)
+        self.begins = self.table.units([[self.ledger.undo(i, i + 1, self.j, r)[0] for i in starts] for r in DEMANDS])
+        seconds = torch.tensor([_filled(self._run_seconds(i), self.L) for i in starts], dtype=TIME)[:, :, None]
+        needs, ends = self.table.units([_filled(self._run_needs(i), self.L, (0.0, 0.0)) for i in starts]).unbind(2)
+        columns = torch.arange(self.table.M + 1)
+        self.runs = torch.where(columns < needs[:, :, None], math.inf, seconds)
+        self.run_ends = torch.where(columns < ends[:, :, None], math.inf, seconds)
+
+    def _run_seconds(self, i: int) -> Iterator[float]:
+        """The time of a run of inverses from x[i] to each k; infinite where it rounds too much."""
+        costs, limit = self.table.costs, self.table.max_error
+        found = accumulate(op.forward + op.inverse for op in costs.ops[i:])
+        for k, seconds in enumerate(found, i + 1):
+            error = 0.0 if limit is None or math.isinf(seconds) else run_error(costs, i, k)
+            yield seconds if error is not None and (limit is None or error <= limit) else math.inf
+
+    def _run_needs(self, i: int) -> Iterator[tuple[float, float]]:
+        """The needs of such a run, but for its very beginning: where the stretch goes on, and where it ends."""
+        worst = 0.0
+        for k in range(i + 1, self.L + 1):
+            forward, back = self.ledger.undo(i, k, self.j, HELD)
+            before = max(worst, forward if k > i + 1 else 0)
+            worst = max(before, back)
+            yield worst, max(before, self.ledger.undo(i, k, self.j or k, HELD)[1])
 
 
-def _sums(values: Sequence[float]) -> list[float]:
-    return list(accumulate(values))
+def _filled(row: Iterable[Any], length: int, empty: Any = math.inf) -> list[Any]:
+    """A row, filled up to a length."""
+    return [*row, *repeat(empty, length)][:length]
 
 
-def taken_off(rows: Tensor, by: Sequence[int]) -> Tensor:
-    """Each row read with its own number of units less."""
-    columns = torch.arange(rows.shape[-1]) - torch.tensor(by)[:, None]
-    return rows.gather(1, columns.clamp(min=0)).masked_fill_(columns < 0, math.inf)
+def taken_off(rows: Tensor, by: Tensor) -> Tensor:
+    """Rows over m, each read at its own number of units less; infinite where that is below none."""
+    columns = torch.arange(rows.shape[-1]) - by[..., None]
+    return rows.gather(-1, columns.clamp(0, rows.shape[-1] - 1)).masked_fill_(columns < 0, math.inf)
+
+
+def cut(rows: Tensor, needs: Tensor) -> Tensor:
+    """Rows over m, infinite below what each needs."""
+    return rows.masked_fill(torch.arange(rows.shape[-1]) < needs[..., None], math.inf)
 
 
 def unit_for(ledger: Ledger, budget: float, units: int) -> float:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,39 +22,23 @@ from ..wires import Wire, is_differentiable, leaves, map_wire
 from . import report
 from .costs import Costs, parse_bytes, show_bytes
 from .executor import Planned, flat_ops, grouped
-from .profiling import (
-    Loss,
-    bytes_only,
-    key_of,
-    least_seconds,
-    mean_square,
-    parameters_of,
-    profile,
-    relative,
-    shape_key,
-)
+from .inputs import is_real
+from .profiling import bytes_only, key_of, mean_square, profile, shape_key
 from .schedule import (
     Prediction,
     Schedule,
     check,
-    error_of,
+    fixed_schedules,
     from_data,
-    invert_all,
     predict,
     recompute_every,
-    run_error,
-    runs,
-    store_all,
     to_data,
 )
-from .solver import Table
+from .search import Limits, Point, best, curve_of
+from .sweeps import relative
+from .trials import Loss, least_seconds, parameters_of, untouched
 
-
-class Point(NamedTuple):
-    """A point of a plan's curve: the least time (over a plain step) in a peak."""
-
-    peak_bytes: int
-    time: float
+TRIES = 6  # how often a plan whose gradients are off is made again, at last with bit-exact inverses alone
 
 
 class Verified(NamedTuple):
@@ -64,15 +47,6 @@ class Verified(NamedTuple):
     error: float
     peak_bytes: int
     time: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan was asked to keep to."""
-
-    budget: int | None = None
-    max_time: float | None = None
-    max_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +60,12 @@ class Plan:
         costs: What they were made from.
         limits: What they keep to.
         f: The op that was planned, if one was given.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> costs = inv.profile(inv.chain(inv.pair(torch.exp, torch.log), torch.tanh), (16, 8))
+        >>> inv.plan(costs, max_time=1.0).modes
+        (('store', 0), ('store', 1))
     """
 
     schedule: Schedule
@@ -134,14 +114,12 @@ class Plan:
 
     def at(self, budget: int | str) -> Plan:
         """The fastest plan of the same costs in another budget."""
-        return _solved(self.costs, replace(self.limits, budget=parse_bytes(budget), max_time=None), self.f)
+        limits = replace(self.limits, budget=parse_bytes(budget), max_time=None)
+        return Plan(best(self.costs, limits), self.costs, limits, self.f)
 
     def fixed(self) -> dict[str, Prediction]:
         """The fixed strategies, for comparison."""
-        count = len(self.costs.ops)
-        found = {"store all": store_all(count), "invert all": invert_all(self.costs)}
-        found |= {f"recompute every {k}": recompute_every(self.costs, k) for k in (1, 3, 5) if k < max(count, 2)}
-        return {name: predict(self.costs, schedule) for name, schedule in found.items()}
+        return {name: predict(self.costs, schedule) for name, schedule in fixed_schedules(self.costs).items()}
 
     def verify(self, x: Wire, f: Invertible | None = None, loss: Loss = mean_square) -> Verified:
         """Run a plain and a planned step on a batch and compare.
@@ -157,12 +135,13 @@ class Plan:
         op = self.f if f is None else f
         if op is None:
             raise OptionError("plan.verify: the plan was made from costs alone", cure="pass the op: plan.verify(x, f)")
-        fast = checkpoint(op, plan=self)
-        x = _leaves(x)
-        weights = parameters_of(op, x)
-        peak = measure(_gradients, fast, x, loss, weights).peak_bytes
-        plain, planned = (least_seconds(partial(_gradients, g, x, loss, weights), 3, x) for g in (op, fast))
-        return Verified(_gradient_error(op, fast, x, loss), peak, planned / plain)
+        x, fast = _leaves(x), checkpoint(op, plan=self)
+        with untouched(op):
+            weights = parameters_of(op, x)
+            exact, found = (gradients(g, x, loss, weights) for g in (op, fast))
+            peak = measure(gradients, fast, x, loss, weights).peak_bytes
+            plain, planned = (least_seconds(partial(gradients, g, x, loss, weights), 3, x) for g in (op, fast))
+        return Verified(distance(found, exact), peak, planned / plain)
 
     # ---- what it is for ----
 
@@ -243,16 +222,15 @@ def _tuples(data: Any) -> Any:
     return tuple(map(_tuples, data)) if isinstance(data, list) else data
 
 
-def _gradients(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of a step: of the input, and of what the op's functions close over."""
+def gradients(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a step: of the input, and of what the op's functions close over; each step draws the same."""
+    torch.manual_seed(0)
     inputs = [t for t in leaves(x) if is_differentiable(t)]
     found = torch.autograd.grad(loss(op(x)), [*inputs, *weights], allow_unused=True)
     return [t.new_zeros(()) if g is None else g for t, g in zip([*inputs, *weights], found, strict=True)]
 
 
-def _gradient_error(f: Invertible, fast: Invertible, x: Wire, loss: Loss) -> float:
-    weights = parameters_of(f, x)
-    exact, found = _gradients(f, x, loss, weights), _gradients(fast, x, loss, weights)
+def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max((relative(a, b) for a, b in zip(found, exact, strict=True)), default=0.0)
 
 
@@ -306,12 +284,13 @@ def plan(
     limits = Limits(None if budget is None else parse_bytes(budget), max_time, max_error)
     _check_limits(limits)
     if isinstance(f, Costs):
-        return _solved(f, limits, None)
+        return Plan(best(f, limits), f, limits)
     if x is None:
         raise OptionError("plan: no input", expected="plan(f, x, ...), or plan(costs, ...)", cure="x may be a shape")
     op, by_error = lift(f), max_error is not None or (budget is not None and max_time is not None)
-    found = _solved(profile(op, x, loss=loss, errors=by_error), limits, op)
-    return _verified(found, x, loss) if max_error is not None and _is_real(x) else found
+    costs = profile(op, x, loss=loss, errors=by_error)
+    found = Plan(best(costs, limits), costs, limits, op)
+    return verified(found, op, _leaves(x), loss) if max_error is not None and is_real(x) else found
 
 
 def _check_limits(limits: Limits) -> None:
@@ -328,133 +307,21 @@ def _check_limits(limits: Limits) -> None:
             raise OptionError(f"plan: {name} is {value}", expected="a number, not negative")
 
 
-def _is_real(x: Wire) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return all(
-        isinstance(t, Tensor) and not isinstance(t, FakeTensor) for t in leaves(x) if not isinstance(t, int)
-    ) and any(isinstance(t, Tensor) for t in leaves(x))
-
-
-def _verified(found: Plan, x: Wire, loss: Loss) -> Plan:
-    """Stricter and stricter, until the gradients on this batch keep to the limit."""
-    limit = found.limits.max_error
-    f = found.f
-    assert limit is not None and f is not None
-    strict = limit
-    for _ in range(6):
-        fast = checkpoint(found.f, plan=found)
-        error = _gradient_error(f, fast, _leaves(x), loss)
-        if error <= limit or error_of(found.costs, found.schedule) == 0:
-            break
-        strict = min(strict, found.error or strict) * min(limit / error, 1.0) / 2
-        found = replace(_solved(found.costs, replace(found.limits, max_error=strict), found.f), limits=found.limits)
+def verified(found: Plan, f: Invertible, x: Wire, loss: Loss) -> Plan:
+    """Stricter and stricter, until the gradients on this batch keep to the limit; they are compared with exact ones."""
+    limits, costs = found.limits, found.costs
+    limit = strict = limits.max_error or 0.0
+    with untouched(f):
+        weights = parameters_of(f, x)
+        anchored = recompute_every(costs, max(math.isqrt(len(costs.ops)), 1))  # plain training may not fit
+        exact = gradients(checkpoint(f, plan=replace(found, schedule=anchored)), x, loss, weights)
+        for tries in range(TRIES):
+            error = distance(gradients(checkpoint(f, plan=found), x, loss, weights), exact)
+            if error <= limit or found.error == 0:
+                break
+            strict = min(strict, found.error or strict) * limit / error / 2 if tries < TRIES - 1 else 0.0
+            found = replace(found, schedule=best(costs, replace(limits, max_error=strict)))
     return found
 
 
-def _solved(costs: Costs, limits: Limits, f: Invertible | None) -> Plan:
-    if limits.budget is not None and limits.max_time is not None:
-        schedule = _least_error(costs, limits.budget, limits.max_time)
-    elif limits.budget is not None:
-        schedule = _fastest(costs, limits.budget, limits.max_error)
-    else:
-        assert limits.max_time is not None
-        schedule = _smallest(costs, limits.max_time, limits.max_error)
-    return Plan(schedule, costs, limits, f)
-
-
-def units_for(costs: Costs) -> int:
-    """How finely memory is divided: finer for short chains, so that solving stays below a second."""
-    count = len(costs.ops)
-    return 500 if count <= 32 else 200
-
-
-def _fastest(costs: Costs, budget: int, max_error: float | None) -> Schedule:
-    """The fastest schedule whose peak, to the byte, fits: units round up, so that one for a little more may fit too."""
-    table = Table(costs, 1.1 * budget, units_for(costs), max_error)
-    for at in reversed(table.budgets()):
-        schedule = table.schedule(at)
-        if predict(costs, schedule).peak_bytes <= budget:
-            return schedule
-    raise _below_least(costs, budget, max_error)
-
-
-def _smallest(costs: Costs, max_time: float, max_error: float | None) -> Schedule:
-    """The schedule of least peak in a time: found roughly over the whole range, then finely below that."""
-    limit, all_stored = max_time * costs.seconds, store_all(len(costs.ops))
-    best, top = (math.inf, all_stored), float(predict(costs, all_stored).peak_bytes)
-    if max_time < 1:
-        raise OptionError(
-            f"plan: max_time is {max_time}", expected="1.0 or more: nothing is faster than plain training"
-        )
-    for _ in range(2):
-        table = Table(costs, 1.1 * top, units_for(costs), max_error)
-        at = next(b for b in table.budgets() if table.time(b) <= limit * (1 + 1e-6))
-        best = min(best, _peak_first(costs, table.schedule(at)), key=itemgetter(0))
-        top = best[0]
-    return best[1]
-
-
-def _peak_first(costs: Costs, schedule: Schedule) -> tuple[float, Schedule]:
-    return predict(costs, schedule).peak_bytes, schedule
-
-
-def _least_error(costs: Costs, budget: int, max_time: float) -> Schedule:
-    """The schedule of least error in a budget and a time: by bisection."""
-    if costs.errors is None:
-        raise OptionError("plan: the costs say nothing of errors", cure="inv.profile(f, x, errors=True)")
-    levels = [0.0, *sorted({error for _, _, error in costs.errors if math.isfinite(error)})]
-    low, high, found = 0, len(levels), None
-    while low < high:
-        middle = (low + high) // 2
-        try:
-            schedule = _fastest(costs, budget, levels[middle])
-            fits = predict(costs, schedule).seconds <= max_time * costs.seconds * (1 + 1e-6)
-        except OptionError:
-            fits, schedule = False, ()
-        low, high, found = (low, middle, schedule) if fits else (middle + 1, high, found)
-    if found is None:
-        fastest = predict(costs, _fastest(costs, budget, None)).seconds / costs.seconds
-        raise OptionError(f"plan: max_time is {max_time:g} in {show_bytes(budget)}", expected=f"{fastest:.3g} or more")
-    return found
-
-
-def least(costs: Costs, max_error: float | None = None) -> Schedule:
-    """The schedule of least peak, whatever its time."""
-    all_stored = store_all(len(costs.ops))
-    best, top = (math.inf, all_stored), float(predict(costs, all_stored).peak_bytes)
-    for _ in range(2):
-        table = Table(costs, 1.1 * top, units_for(costs), max_error)
-        best = min(best, _peak_first(costs, table.schedule(table.budgets()[0])), key=itemgetter(0))
-        top = best[0]
-    return best[1]
-
-
-def _below_least(costs: Costs, budget: int, max_error: float | None) -> OptionError:
-    found = predict(costs, least(costs, max_error))
-    op = costs.ops[found.binds]
-    return OptionError(
-        f"budget {show_bytes(budget)} is below the least possible {show_bytes(found.peak_bytes)}"
-        f" (op {found.binds} {op.name!r}: {found.moment})",
-        cure=f"{found.peak_bytes} bytes cost {found.seconds / costs.seconds:.3g}x the time",
-    )
-
-
-def curve_of(costs: Costs, max_error: float | None = None) -> tuple[Point, ...]:
-    """Least time against peak, each to the byte."""
-    top = predict(costs, store_all(len(costs.ops))).peak_bytes
-    points: list[Point] = []
-    for unit in (least_bytes := predict(costs, least(costs, max_error)).peak_bytes) * 2, 1.05 * top:
-        table = Table(costs, max(unit, least_bytes * 1.1), units_for(costs), max_error)
-        for at in table.budgets():
-            found = predict(costs, table.schedule(at))
-            points.append(Point(found.peak_bytes, found.seconds / costs.seconds if costs.seconds else 1.0))
-    found, best = [], math.inf
-    for point in sorted(points):
-        if point.time < best - 1e-9:
-            found.append(point)
-            best = point.time
-    return tuple(found)
-
-
-__all__ = ["Limits", "Plan", "Point", "Verified", "plan", "run_error", "runs"]
+__all__ = ["Limits", "Plan", "Point", "Verified", "plan"]

@@ -1,0 +1,149 @@
+"""Searching: which schedule keeps to the limits. Each objective reads the solver's tables, and predicts to the byte."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
+
+from ..errors import OptionError
+from .costs import Costs, show_bytes
+from .schedule import Schedule, predict, store_all
+from .solver import Table
+
+POINTS = 16  # of a curve, from each table
+
+
+class Point(NamedTuple):
+    """A point of a plan's curve: the least time (over a plain step) in a peak."""
+
+    peak_bytes: int
+    time: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan was asked to keep to."""
+
+    budget: int | None = None
+    max_time: float | None = None
+    max_error: float | None = None
+
+
+def best(costs: Costs, limits: Limits) -> Schedule:
+    """The schedule of least time in a budget, of least memory in a time, or of least error in both."""
+    if limits.max_time is None:
+        assert limits.budget is not None
+        return fastest(costs, limits.budget, limits.max_error)
+    if limits.budget is None:
+        return smallest(costs, limits.max_time, limits.max_error)
+    return most_exact(costs, limits.budget, limits.max_time)
+
+
+def fastest(costs: Costs, budget: int, max_error: float | None = None) -> Schedule:
+    """The fastest schedule whose peak, to the byte, fits: units round up, so that one for a little more may fit too."""
+    table = table_for(costs, budget, max_error)
+    falls = table.budgets()
+    count = bisect_left(falls, True, key=lambda at: predict(costs, table.schedule(at)).peak_bytes > budget)
+    if count:
+        return table.schedule(falls[count - 1])
+    if (found := least(costs, max_error)) and predict(costs, found).peak_bytes <= budget:
+        return found
+    raise _below_least(costs, budget, max_error, found)
+
+
+def smallest(costs: Costs, max_time: float, max_error: float | None = None) -> Schedule:
+    """The schedule of least peak in a time: found roughly over the whole range, then finely below that."""
+    if max_time < 1:
+        raise OptionError(
+            f"plan: max_time is {max_time}", expected="1.0 or more: nothing is faster than plain training"
+        )
+    limit, found = max_time * costs.seconds * (1 + 1e-6), _peak_first(costs, store_all(len(costs.ops)))
+    for _ in range(2):
+        table = table_for(costs, found[0], max_error)
+        at = next(budget for budget in table.budgets() if table.time(budget) <= limit)
+        found = min(found, _peak_first(costs, table.schedule(at)), key=itemgetter(0))
+    return found[1]
+
+
+def most_exact(costs: Costs, budget: int, max_time: float) -> Schedule:
+    """The schedule of least error in a budget and a time: by bisection."""
+    if costs.errors is None:
+        raise OptionError("plan: the costs say nothing of errors", cure="inv.profile(f, x, errors=True)")
+    limit, found = max_time * costs.seconds * (1 + 1e-6), fastest(costs, budget)
+    if predict(costs, found).seconds > limit:
+        time = predict(costs, found).seconds / costs.seconds
+        raise OptionError(f"plan: max_time is {max_time:g} in {show_bytes(budget)}", expected=f"{time:.3g} or more")
+    levels = [0.0, *sorted({error for _, _, error in costs.errors if math.isfinite(error)})]
+    while levels:
+        middle = (len(levels) - 1) // 2
+        schedule = _in_time(costs, budget, levels[middle], limit)
+        found, levels = (found, levels[middle + 1 :]) if schedule is None else (schedule, levels[:middle])
+    return found
+
+
+def _in_time(costs: Costs, budget: int, max_error: float, limit: float) -> Schedule | None:
+    """The fastest schedule, if it is fast enough."""
+    try:
+        found = fastest(costs, budget, max_error)
+    except OptionError:
+        return None
+    return found if predict(costs, found).seconds <= limit else None
+
+
+def least(costs: Costs, max_error: float | None = None) -> Schedule:
+    """The schedule of least peak, whatever its time."""
+    found = (_peak_first(costs, table.schedule(table.budgets()[0])) for table in tables(costs, max_error))
+    return min(found, key=itemgetter(0))[1]
+
+
+def curve_of(costs: Costs, max_error: float | None = None) -> tuple[Point, ...]:
+    """Least time against peak, each to the byte."""
+    points: list[Point] = []
+    for table in tables(costs, max_error):
+        falls = table.budgets()
+        for at in dict.fromkeys(falls[round(i * (len(falls) - 1) / (POINTS - 1))] for i in range(POINTS)):
+            points.append(_point(costs, table.schedule(at)))
+    points.append(_point(costs, store_all(len(costs.ops))))
+    found: list[Point] = []
+    for point in sorted(points):
+        if not found or point.time < found[-1].time - 1e-9:
+            found.append(point)
+    return tuple(found)
+
+
+def tables(costs: Costs, max_error: float | None = None) -> Iterator[Table]:
+    """A table of the whole range of memory, and finer ones of its lower end."""
+    top = predict(costs, store_all(len(costs.ops))).peak_bytes
+    yield (table := table_for(costs, top, max_error))
+    low = predict(costs, table.schedule(table.budgets()[0])).peak_bytes
+    for budget in (3 * low, low):
+        if budget < top:
+            yield table_for(costs, budget, max_error)
+
+
+def table_for(costs: Costs, budget: float, max_error: float | None = None) -> Table:
+    """The table of every memory up to a budget and a little above; coarser for long chains, to be solved soon."""
+    return Table(costs, 1.1 * budget, min(max(16_000 // max(len(costs.ops), 1), 200), 500), max_error)
+
+
+def _point(costs: Costs, schedule: Schedule) -> Point:
+    found = predict(costs, schedule)
+    return Point(found.peak_bytes, found.seconds / costs.seconds if costs.seconds else 1.0)
+
+
+def _peak_first(costs: Costs, schedule: Schedule) -> tuple[int, Schedule]:
+    return predict(costs, schedule).peak_bytes, schedule
+
+
+def _below_least(costs: Costs, budget: int, max_error: float | None, schedule: Schedule) -> OptionError:
+    found = predict(costs, schedule)
+    op, limited = costs.ops[found.binds], "" if max_error is None else f" with gradient errors of {max_error:.2g}"
+    return OptionError(
+        f"budget {show_bytes(budget)} is below the least possible {show_bytes(found.peak_bytes)}{limited}"
+        f" (op {found.binds} {op.name!r}: {found.moment})",
+        cure=f"{found.peak_bytes} bytes cost {found.seconds / costs.seconds:.3g}x the time",
+    )
