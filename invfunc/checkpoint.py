@@ -14,9 +14,12 @@ from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Size, Tensor, nn
 
+from . import compiling
+from .drift import Drift, checked_drift
 from .errors import NotInvertibleError, OptionError, ReplayError, WireError
 from .invertible import VJP, Invertible, OneWay, Pair, Residue, name_of, pair
 from .lowering import (
@@ -71,12 +74,12 @@ def _checked_mode(name: str) -> str:
 
 def forced_mode() -> str | None:
     """The mode of the surrounding ``with inv.mode(...)``; it overrides every option, mark and plan."""
-    return _MODE.get()
+    return None if torch.compiler.is_compiling() else _MODE.get()
 
 
 def _current(options: Options) -> Options:
     """Options under the mode of the surrounding ``with inv.mode(...)``; what is not rebuilt can not be donated."""
-    override = _MODE.get()
+    override = forced_mode()
     if override is None:
         return options
     return replace(options, mode=override, donate=override == "invert" and options.donate)
@@ -115,6 +118,9 @@ class Checkpointed(Wrapper):
 
     options: Options = Options()
 
+    def __post_init__(self) -> None:
+        compiling.prepare(self.op)
+
     def forward(self, x: Wire) -> Wire:
         return lower(self.op, x, _current(self.options))
 
@@ -149,7 +155,7 @@ class Checkpointed(Wrapper):
 
 @walk.register
 def _(op: Checkpointed, state: State, options: Options) -> State:
-    return walk(op.op, state, replace(options, mode=options.mode if _MODE.get() else op.options.mode))
+    return walk(op.op, state, replace(options, mode=options.mode if forced_mode() else op.options.mode))
 
 
 @dataclass(frozen=True, repr=False)
@@ -174,11 +180,13 @@ class Marked(Wrapper):
 
 @walk.register
 def _(op: Marked, state: State, options: Options) -> State:
-    return walk(op.op, state, options if _MODE.get() else replace(options, mode=op.mark))
+    return walk(op.op, state, options if forced_mode() else replace(options, mode=op.mark))
 
 
 def store(op: Invertible | Callable[..., Any]) -> Invertible:
     """Mark a part of a pipeline to run as plain autograd when the pipeline is lowered.
+
+    .. math:: store(f) = f
 
     Args:
         op: The part. The innermost mark wins.
@@ -197,6 +205,8 @@ def store(op: Invertible | Callable[..., Any]) -> Invertible:
 def recompute(op: Invertible | Callable[..., Any]) -> Invertible:
     """Mark a part of a pipeline to be run again from its stored input when the pipeline is lowered.
 
+    .. math:: recompute(f) = f
+
     Args:
         op: The part; it need not be invertible. The innermost mark wins.
 
@@ -214,8 +224,13 @@ def recompute(op: Invertible | Callable[..., Any]) -> Invertible:
 def reconstruct(op: Invertible) -> Invertible:
     """Mark a part of a pipeline to be rebuilt by its inverse, where the pipeline has another mode.
 
+    .. math:: reconstruct(f) = f
+
     Args:
         op: The part. The innermost mark wins.
+
+    Cost:
+        Nothing of the size of an activation is kept; backward evaluates the inverse once.
 
     Example:
         >>> import torch, invfunc as inv
@@ -227,6 +242,61 @@ def reconstruct(op: Invertible) -> Invertible:
 
 def _lift(op: Invertible | Callable[..., Any]) -> Invertible:
     return op if isinstance(op, Invertible) else OneWay(op)
+
+
+@dataclass(frozen=True, repr=False)
+class CompiledStages(Wrapper):
+    """An op whose stages are compiled one by one; built by `compile_stages`."""
+
+    step: compiling.Steps
+
+    def forward(self, x: Wire) -> Wire:
+        return self.op.forward(x)
+
+    def inverse(self, y: Wire) -> Wire:
+        return self.op.inverse(y)
+
+    def inverted(self) -> Invertible:
+        return CompiledStages(self.op.inverted(), self.step)
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.step.options.items())
+        return f"compile_stages({self.op!r}{options})"
+
+
+@walk.register
+def _(op: CompiledStages, state: State, options: Options) -> State:
+    return walk(op.op, state, replace(options, step=op.step))
+
+
+def compile_stages(op: Invertible, **options: Any) -> Invertible:
+    """Compile the forward and the backward of every stage of a lowered pipeline on their own.
+
+    .. math:: checkpoint(compile(f)) = checkpoint(f)
+
+    Args:
+        op: The op, lowered or not: ``compile_stages(checkpoint(op)) = checkpoint(compile_stages(op))``.
+        options: Of `torch.compile`: ``backend``, ``mode``, ``dynamic``, ...
+
+    Cost:
+        One graph for the forward and one for the backward of each kind of stage, so that compiling takes as long at
+        depth 64 as at depth 4; a graph of the whole model (``torch.compile(model)``) takes time for every stage, and
+        fuses across them. What is kept is as without it; the stages are called from Python.
+
+    Limits:
+        Random numbers other than dropout's, and closures over tensors that require grad, raise (as they do in
+        ``torch.compile``). Below a `torch.func` transform and in double backward nothing is compiled; inside of an
+        outer ``torch.compile`` the stages become part of its graph.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> net = inv.chain(inv.split(2), inv.couple(torch.nn.Linear(2, 2)), inv.concat(2))
+        >>> inv.compile_stages(inv.checkpoint(net), backend="eager")
+        checkpoint(compile_stages(chain(split(2, dim=1), couple(Linear), concat(2, dim=1)), backend='eager'))
+    """
+    if isinstance(op, Checkpointed):
+        return replace(op, op=compile_stages(op.op, **options))
+    return CompiledStages(op, compiling.Steps(options))
 
 
 # ---- plain functions ------------------------------------------------------------------------------------------------
@@ -296,6 +366,7 @@ class CheckpointedFunction:
     def __init__(self, fn: Callable[..., Any], options: Options, op: Invertible | None = None) -> None:
         self.options = options
         self.op = OneWay(OnTree(fn)) if op is None else op
+        compiling.prepare(self.op)
         self.known: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()  # of methods, by instance
         wraps(self, fn)
 
@@ -366,6 +437,8 @@ def checkpoint(
     *,
     mode: str = "invert",
     segments: int | Sequence[int] = 1,
+    anchors: int | Sequence[int] = (),
+    drift: Drift = "warn",
     donate: bool | Sequence[int] = False,
     preserve_rng_state: bool = True,
     plan: Any = None,
@@ -381,6 +454,11 @@ def checkpoint(
         mode: ``"invert"``, ``"store"`` or ``"recompute"``: the default for parts without a mark of their own.
         segments: Into how many trunks to cut the chain, or before which of its parts. Each cut stores one activation;
             it shortens what rounding accumulates over, and in mode ``"recompute"`` the region that is run again.
+        anchors: The same cuts, by what they are for: how many activations to store on the way, or before which parts,
+            so that what is rebuilt starts again from exact values. `invfunc.calibrate` finds the fewest.
+        drift: What to do when the input of a trunk is rebuilt too far from what it was, estimated from 64 of its
+            values: ``"warn"`` (a `DriftWarning`), ``"raise"`` (a `DriftError`) or ``"off"``; from a relative error of
+            1e-6 on in float64, 1e-3 in float32, 3e-2 in half precision. A number warns from that on.
         donate: Free the storage of the input, too, until backward rebuilds it: True, or the places on the wire.
         preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
         plan: What to do with each op of the chain, from `invfunc.plan`, in place of mode and segments.
@@ -396,11 +474,12 @@ def checkpoint(
 
     Raises:
         ReplayError: In backward, when a function does not do what it did in forward.
+        DriftError: With ``drift="raise"``, in backward; on CUDA up to one step late, since nothing waits for it.
         DonatedError: When a donated tensor can not be freed, or is read while it is empty.
-        OptionError: When an option is not one of those above.
+        OptionError: When an option is not one of those above, or a drift is asked for that the dtype can not show.
 
     Limits:
-        Rebuilding by inverse rounds: see `invfunc.testing.check_laws` for a check, and keep streams in fp32.
+        Rebuilding by inverse rounds: `invfunc.check` measures how far, stage by stage. Keep streams in fp32.
 
     Example:
         >>> import torch, invfunc as inv
@@ -416,20 +495,36 @@ def checkpoint(
     Source:
         Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); Gomez et al., RevNet (2017).
     """
-    cuts = segments if isinstance(segments, int) else tuple(segments)
+    cuts = _cuts(segments, anchors)
     given = donate if isinstance(donate, bool) else tuple(donate)
-    options = Options(_checked_mode(mode), cuts, given, preserve_rng_state)
+    options = Options(_checked_mode(mode), cuts, given, preserve_rng_state, checked_drift(drift))
     if given and mode != "invert":
         raise OptionError(f"checkpoint: donate={donate} with mode={mode!r}", expected="mode 'invert': only it rebuilds")
     if plan is not None:
-        if inverse is not None or replace(options, preserve_rng_state=True) != Options():
+        if inverse is not None or replace(options, preserve_rng_state=True, drift="warn") != Options():
             raise OptionError(
-                "checkpoint: plan=... comes with other options", expected="f, plan and preserve_rng_state"
+                "checkpoint: plan=... comes with other options", expected="f, plan, drift and preserve_rng_state"
             )
         return Checkpointed(plan.applied_to(f), options)
     if f is None:
         return partial(_checkpoint, inverse=inverse, options=options)
     return _checkpoint(f, inverse, options)
+
+
+def _cuts(segments: int | Sequence[int], anchors: int | Sequence[int] | str) -> int | tuple[int, ...]:
+    """Segments and anchors are two names of the same cuts: k anchors make k + 1 segments."""
+    if isinstance(anchors, str):
+        raise OptionError(
+            f"checkpoint: anchors={anchors!r}",
+            expected="a number, or before which parts",
+            cure="which are needed is measured on data: anchors=inv.calibrate(op, x, tolerance)",
+        )
+    stored = anchors + 1 if isinstance(anchors, int) else tuple(anchors) or 1
+    if stored == 1:
+        return segments if isinstance(segments, int) else tuple(segments)
+    if segments != 1:
+        raise OptionError(f"checkpoint: anchors={anchors} with segments={segments}", expected="one: both are the cuts")
+    return stored
 
 
 def _checkpoint(f: Any, inverse: Callable[..., Any] | None, options: Options) -> Any:

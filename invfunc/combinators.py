@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,6 +112,9 @@ def parallel(*ops: Invertible | Callable[..., Any]) -> Invertible:
     Args:
         ops: One op for each component.
 
+    Cost:
+        That of the ops, each lowered as it would be alone; nothing of its own.
+
     Raises:
         WireError: When the wire has another number of components.
 
@@ -172,6 +174,8 @@ def _reorder(order: tuple[int, ...], x: Wire) -> Wire:
 def permute_wires(order: Sequence[int]) -> Invertible:
     """Reorder components: component i of the output is component ``order[i]`` of the input.
 
+    .. math:: y_i = x_{order_i}
+
     Args:
         order: A permutation of ``range(n)`` for a wire of n components.
 
@@ -196,7 +200,12 @@ def permute_wires(order: Sequence[int]) -> Invertible:
 
 
 def swap() -> Invertible:
-    """Exchange two components.
+    r"""Exchange two components.
+
+    .. math:: (a, b) \mapsto (b, a)
+
+    Cost:
+        Nothing: no tensor is touched, and lowered it is no stage at all.
 
     Example:
         >>> swap()(1, 2)
@@ -265,7 +274,9 @@ def _check_joint(sizes: int | tuple[int, ...], dim: int, y: tuple[Tensor, ...]) 
 
 
 def split(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = False) -> Invertible:
-    """One tensor into a tuple of its slices along a dimension.
+    r"""One tensor into a tuple of its slices along a dimension.
+
+    .. math:: x = concat(x_1, \dots, x_n) \mapsto (x_1, \dots, x_n)
 
     Args:
         sizes: A number of equal parts, or the size of each part.
@@ -276,6 +287,7 @@ def split(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = F
         ``(..., D, ...) -> n x (..., D/n, ...)``, any dtype.
 
     Raises:
+        OptionError: When the sizes are no sizes, or interleaved with several.
         WireError: When the size does not divide or add up; the message says what to pass.
 
     Cost:
@@ -301,12 +313,20 @@ def split(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = F
 
 
 def concat(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = False) -> Invertible:
-    """A tuple of tensors into one: ``concat(...) = invert(split(...))``.
+    r"""A tuple of tensors into one: ``concat(...) = invert(split(...))``.
+
+    .. math:: (x_1, \dots, x_n) \mapsto x, \qquad concat = split^{-1}
 
     Args:
         sizes: A number of equal parts, or the size of each part.
         dim: The dimension to join; negative counts from the end.
         interleaved: Whether part i holds every n-th slice.
+
+    Shapes:
+        ``n x (..., D/n, ...) -> (..., D, ...)``, any dtype.
+
+    Cost:
+        One copy; backward splits it into views. Values and gradients are moved: the inverse is exact.
 
     Raises:
         WireError: When the components are not of these sizes.
@@ -363,6 +383,12 @@ def additive(t: Tensor) -> Invertible:
     Args:
         t: What is added, of the shape of x or broadcast to it.
 
+    Shapes:
+        Any, unchanged; t has that of x, or broadcasts to it.
+
+    Cost:
+        The inverse is one subtraction. Lowered, nothing is kept.
+
     Example:
         >>> import torch
         >>> additive(torch.tensor(1.0))(torch.tensor([1.0, 2.0]))
@@ -402,6 +428,13 @@ def affine(s: Tensor, t: Tensor) -> Invertible:
     Args:
         s: The scale, nowhere zero, of the shape of x or broadcast to it.
         t: The shift, likewise.
+
+    Shapes:
+        Any, unchanged; s and t have that of x, or broadcast to it.
+
+    Cost:
+        The inverse is one subtraction and one division. Lowered, nothing is kept beside s and t, and in a coupling
+        not those.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, when a scale is 0.
@@ -514,6 +547,9 @@ def tanh_scale(net: Callable[..., Any], bound: float = 1.0, *, dim: int = 1) -> 
         bound: The bound b on the logarithm of the scale: it limits how much a coupling can amplify rounding.
         dim: The dimension of the halves.
 
+    Raises:
+        OptionError: When the bound is not positive.
+
     Example:
         >>> import torch
         >>> s, t = tanh_scale(torch.nn.Linear(2, 4), 0.5)(1e6 * torch.ones(1, 2))
@@ -613,12 +649,12 @@ class Half(Invertible):
                 return x1, gx1, map_wire(lambda leaf: gradients[id(leaf)], t)
         x1 = vjp.run(op.inverse_with_residue, (residue, y1))
         needs = None if need is None else (map_wire(is_differentiable, t), need)
-        _, pull = vjp(lambda t, x1: self._law(t, x1).forward_with_residue(x1)[0], (t, x1), needs)
+        _, pull = vjp(lambda t, x1: self._law(t, x1).forward(x1), (t, x1), needs)
         gt, gx1 = pull(gy1)
         return x1, gx1, gt
 
     def inverted(self) -> Invertible:
-        return Half(self.fn, invert_law(self.law), self.target, self.label)
+        return replace(self, law=invert_law(self.law))
 
     def _target_first(self, x: Wire) -> Wire:
         check_components("couple", x, 2)
@@ -643,9 +679,11 @@ class Half(Invertible):
 
     def _check_given(self, t: Wire, x1: Wire) -> None:
         """What the function returned has the law's arity and, for tensors, a shape that fits the partner."""
+        if self.law is additive and isinstance(t, Tensor) and isinstance(x1, Tensor) and t.shape == x1.shape:
+            return  # what follows would find nothing, in five times the time
         parts = t if isinstance(t, tuple) else (t,)
         law = original_law(self.law)
-        if law in (additive, affine):
+        if law in _TAKES:
             _check_arity(self.label, law, parts)
             for part in parts:
                 _check_partner(self.label, part, self._changed(x1))
@@ -676,8 +714,8 @@ class Half(Invertible):
 
 
 def _check_arity(label: str, law: Callable[..., Any], parts: tuple[Any, ...]) -> None:
-    if len(parts) != len(_parameters(law)) or not all(isinstance(part, Tensor) for part in parts):
-        names = ", ".join(_parameters(law))
+    if len(parts) != len(_TAKES[law]) or not all(isinstance(part, Tensor) for part in parts):
+        names = ", ".join(_TAKES[law])
         raise WireError(
             f"{label} returned {describe(parts if len(parts) != 1 else parts[0])}",
             expected=f"({names}) for law {name_of(law)}",
@@ -687,9 +725,7 @@ def _check_arity(label: str, law: Callable[..., Any], parts: tuple[Any, ...]) ->
         )
 
 
-@cache
-def _parameters(law: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(law).parameters)
+_TAKES = {additive: ("t",), affine: ("s", "t")}
 
 
 def _check_partner(label: str, t: Tensor, x1: Wire) -> None:
@@ -745,6 +781,7 @@ def couple(
         once in forward and once in backward (4/3 of plain training's flops).
 
     Raises:
+        OptionError: When f, g or the law is no function.
         WireError: When f or g returns something that does not fit its partner component.
 
     Example:

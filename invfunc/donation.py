@@ -24,7 +24,7 @@ from torch import Tensor
 from . import transforms
 from .errors import DonatedError
 from .packing import pack_bits, unpack_bits
-from .trunk import State, Strand, Tail, carrier, map_state
+from .trunk import State, Strand, at_start, carrier, is_tail, map_state
 from .wires import Wire, is_differentiable, leaves
 
 
@@ -83,9 +83,9 @@ class Donation:
         nonce = torch.zeros((), requires_grad=True)  # backward has to reach the head even if no input needs a gradient
         out = _Head.apply(self, nonce, *self.given)
         half = len(self.given)
-        linked = {id(t): Strand(out[i], out[half + i]) for i, t in enumerate(self.given)}
+        linked = {id(t): Strand(out[i], out[half + i], at_start) for i, t in enumerate(self.given)}
         return map_state(
-            lambda leaf: linked.get(id(leaf), Strand(leaf, None)) if is_differentiable(leaf) else leaf, self.x
+            lambda leaf: linked.get(id(leaf), Strand(leaf, None, at_start)) if is_differentiable(leaf) else leaf, self.x
         )
 
     def free(self, y: Wire) -> None:
@@ -125,14 +125,10 @@ class Donation:
 
 def _signs(tensor: Tensor) -> Tensor | None:
     """Rule 4 of NOTE [Donation]: where a tensor is positive, if its maker saved it; a tail does not compare."""
-    if _is_tail(tensor.grad_fn) or not tensor.is_floating_point() or not saved_by_its_maker(tensor):
+    if is_tail(tensor.grad_fn) or not tensor.is_floating_point() or not saved_by_its_maker(tensor):
         return None
     with torch.no_grad():
         return pack_bits(tensor > 0)
-
-
-def _is_tail(node: Any) -> bool:
-    return isinstance(node, Tail._backward_cls)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _signed(value: Tensor, signs: Tensor) -> Tensor:
@@ -183,7 +179,7 @@ def _can_tell(node: Any) -> bool:
         for name in dir(node):
             if name.startswith("_saved_"):
                 getattr(node, name)
-        return not _is_tail(node) or node.saved_tensors is not None  # pyright: ignore
+        return not is_tail(node) or node.saved_tensors is not None  # pyright: ignore
     except RuntimeError:
         return False
 
@@ -193,7 +189,7 @@ def saved_by_its_maker(tensor: Tensor) -> int:
     node = tensor.grad_fn
     names = [name for name in dir(node) if name.startswith("_saved_")] if node is not None else []
     saved = [getattr(node, name, None) for name in names]
-    saved += node.saved_tensors if _is_tail(node) else []  # pyright: ignore
+    saved += node.saved_tensors if is_tail(node) else []  # pyright: ignore
     pointer = tensor.untyped_storage().data_ptr()
     return sum(isinstance(s, Tensor) and s.untyped_storage().data_ptr() == pointer for s in saved)
 

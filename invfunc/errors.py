@@ -23,7 +23,7 @@ class InvertibleError(RuntimeError):
     """
 
     def __init__(self, subject: str, *, expected: str = "", got: str = "", cure: str = "") -> None:
-        super().__init__(subject)
+        # BaseException.__new__ has kept the arguments; Dynamo can not trace its __init__, and would hide the message
         self.subject, self.expected, self.got, self.cure = subject, expected, got, cure
         self.path: tuple[str, ...] = ()
 
@@ -60,6 +60,10 @@ class DomainError(InvertibleError, ValueError):
 
 class DonatedError(InvertibleError):
     """A tensor was donated that can not be freed, or was read while it is empty."""
+
+
+class DriftError(InvertibleError):
+    """What backward rebuilds has drifted from what it was, and ``checkpoint(..., drift="raise")`` was asked for."""
 
 
 class OptionError(InvertibleError, ValueError):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, TypeAlias
+from functools import cached_property, partial, update_wrapper
+from typing import Any, TypeAlias, get_type_hints
 
 import torch
 from torch import Tensor
@@ -41,9 +41,17 @@ class Invertible(abc.ABC):
         pullback(y, gy) = x, vjp(f, x)(gy)                    reverse mode
 
     Subclasses are final. Values are built by the constructors (`pair`, `chain`, `couple`, ...), not by these classes.
+
+    Example:
+        >>> op = pair(torch.exp, torch.log) >> pair(torch.sinh, torch.asinh)
+        >>> ~op
+        chain(invert(pair(sinh, asinh)), invert(pair(exp, log)))
+        >>> torch.allclose((~op)(op(torch.ones(2))), torch.ones(2))
+        True
     """
 
     implicit = False  # whether the op lowers itself, by a gradient of its own: it is not taped
+    taped = False  # whether forward has to run with gradients on: rule 4 of NOTE [Exact]
 
     # ---- what each kind defines: forward and inverse, each with the residue that one leaves to the other ----------
 
@@ -91,7 +99,7 @@ class Invertible(abc.ABC):
         of its gradients are wanted; None means all.
         """
         x = vjp.run(self.inverse_with_residue, (residue, y))
-        _, pull = vjp(lambda *x: self.forward_with_residue(_pack(x))[0], x, needs)
+        _, pull = vjp(lambda *x: self.forward(_pack(x)), x, needs)
         return x, pull(gy)
 
     @property
@@ -112,6 +120,12 @@ class Invertible(abc.ABC):
     def __call__(self, *xs: Wire) -> Wire:
         """``op(x)``, or ``op(a, b)`` for ``op((a, b))``."""
         return self.forward(_pack(xs))
+
+    def _repr_html_(self) -> str:
+        """The structure as a notebook shows it; see `invfunc.draw`."""
+        from .draw import draw
+
+        return draw(self)._repr_html_()
 
     def __invert__(self) -> Invertible:
         """``~op`` is ``invert(op)``."""
@@ -209,6 +223,34 @@ def graph_leaves(outputs: Sequence[Tensor], known: set[int]) -> list[Tensor]:
         if leaf is not None and id(leaf) not in known:
             found.append(leaf)
     return found
+
+
+# ---- walks over the structure ------------------------------------------------------------------------------------
+
+
+class ByKind:
+    """A function that depends on the kind of its first argument, an op: a `functools.singledispatch` that compiles.
+
+    Args:
+        default: What is called for every other kind.
+    """
+
+    def __init__(self, default: Callable[..., Any]) -> None:
+        self.default = default
+        self.cases: dict[type, Callable[..., Any]] = {}
+        update_wrapper(self, default)
+
+    def register(self, case: Callable[..., Any]) -> Callable[..., Any]:
+        """A decorator: the case for the kind that annotates its argument ``op``."""
+        self.cases[get_type_hints(case)["op"]] = case
+        return case
+
+    def __call__(self, op: Invertible, *args: Any) -> Any:
+        """Call the case of the nearest kind."""
+        for kind in type(op).__mro__:
+            if kind in self.cases:
+                return self.cases[kind](op, *args)
+        return self.default(op, *args)
 
 
 # ---- primitives ------------------------------------------------------------------------------------------------
@@ -475,6 +517,9 @@ def pair(
         Lowered: nothing of the size of an activation is kept; backward evaluates ``inverse`` once and ``forward`` once
         with its vjp, or ``pullback`` once.
 
+    Raises:
+        OptionError: When forward or inverse is no function.
+
     Limits:
         Nothing proves that ``inverse`` undoes ``forward``, and a wrong one gives wrong gradients when lowered. Test
         yours with `invfunc.testing.check_laws`.
@@ -502,6 +547,8 @@ def pair(
 def one_way(fn: Callable[..., Any]) -> Invertible:
     """A stage without an inverse (stem, pooling, head); plain callables in a `chain` become this.
 
+    .. math:: y = fn(x)
+
     Args:
         fn: ``x -> y``, any callable or module. A tuple wire arrives as positional arguments.
 
@@ -509,6 +556,7 @@ def one_way(fn: Callable[..., Any]) -> Invertible:
         Lowered: it closes the trunk, so its input is stored (one activation), and it runs as plain autograd.
 
     Raises:
+        OptionError: When ``fn`` is no function.
         NotInvertibleError: When its inverse is asked for.
 
     Example:
@@ -557,6 +605,11 @@ def _flattens(op: Invertible) -> bool:
 def identity() -> Invertible:
     """The op that changes nothing: ``chain()``.
 
+    .. math:: identity(x) = x
+
+    Cost:
+        Nothing: it is a chain of no ops.
+
     Example:
         >>> identity()(3)
         3
@@ -571,6 +624,9 @@ def invert(op: Invertible) -> Invertible:
 
     Args:
         op: The op. Compositions are inverted part by part, so the result lowers as well as ``op`` does.
+
+    Cost:
+        Nothing until the result is called. It lowers as ``op`` does: its output is kept alone, whatever its depth.
 
     Raises:
         NotInvertibleError: When the result is called and a part has no inverse.

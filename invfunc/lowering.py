@@ -8,24 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import compiling, transforms
 from .combinators import Half, Parallel, Plumbing
 from .donation import Donation
+from .drift import Drift, Probe, probe
 from .errors import ReplayError, place_error
-from .invertible import Chain, Invertible, OneWay, Rearrangement, Residue
+from .invertible import ByKind, Chain, Invertible, OneWay, Rearrangement, Residue
 from .replay import Kind, Owners, Recording, Replay, check_kinds, kinds, owners, recorded, slots
 from .trunk import (
     STRAND,
     State,
     Strand,
     apply_node,
+    at_start,
     begin,
     carrier,
     close,
@@ -51,14 +53,22 @@ class Options:
     segments: int | tuple[int, ...] = 1
     donate: bool | tuple[int, ...] = False
     preserve_rng_state: bool = True
+    drift: Drift = "warn"
+    step: compiling.Step | None = None  # how stages are compiled on their own
 
 
 def lower(op: Invertible, x: Wire, options: Options) -> Wire:
-    """Run an op so that its activations are freed and rebuilt in backward."""
+    """Run an op so that its activations are freed and rebuilt in backward.
+
+    A state instead of a wire comes from a trunk that others have opened, and will close: rule 2 of NOTE [FSDP2]. What
+    becomes of it is returned in a tuple of one: a module whose output is no tensor, and no tuple, is warned of.
+    """
+    if strands(x):
+        return (walk(op, x, replace(options, donate=False)),)
     if runs_plainly() or not may_have_gradients(op, x):
         return op.forward(x)
-    if not options.donate:
-        return close(walk(op, begin(x), options))
+    if not options.donate or compiling.is_active():
+        return close(walk(op, begin(x, at_start), options))
     donated = Donation(x, options.donate)
     y = close(walk(op, donated.begin(), replace(options, donate=False)))
     donated.free(y)
@@ -71,6 +81,8 @@ def _any_gradient(x: Wire) -> bool:
 
 def may_have_gradients(op: Invertible, x: Wire) -> bool:
     """Whether the input needs a gradient, or an op's functions could close over anything that does."""
+    if compiling.is_active():
+        return compiling.may_have_gradients(op, x)
     found = owners_of(op)
     if _any_gradient(x) or found.opaque or any(map(needs_gradient, found.tensors)):
         return True
@@ -80,10 +92,12 @@ def may_have_gradients(op: Invertible, x: Wire) -> bool:
 
 def runs_plainly() -> bool:
     """Whether nothing has to be kept: no gradients, or forward mode (rule 8 of NOTE [Trunk])."""
+    if compiling.is_active():
+        return compiling.runs_plainly()
     return not torch.is_grad_enabled() or transforms.forward_mode()
 
 
-@singledispatch
+@ByKind
 def walk(op: Invertible, state: State, options: Options) -> State:
     """Send a state through an op: a primitive is a stage, or is stored or recomputed if the mode says so."""
     return {"invert": stage, "store": store, "recompute": recompute}[options.mode](op, state, options)
@@ -95,14 +109,21 @@ def _(op: Chain, state: State, options: Options) -> State:
         return recompute(op, state, options)
     if options.mode == "recompute" and options.segments != 1:
         return _walk_segments(op, state, options)
-    index, cuts, inner = 0, cut_points(op, options.segments), replace(options, segments=1)
+    index, cuts = 0, cut_points(op, options.segments)
+    inner = options if options.segments == 1 else replace(options, segments=1)
     try:
         for index, part in enumerate(op.parts):
-            state = walk(part, begin(close(state)) if index in cuts else state, inner)
+            if index in cuts:
+                state = begin(close(state), partial(_cut, op, index))
+            state = walk(part, state, inner)
     except Exception as error:
         place_error(error, op.place(index))
         raise
     return state
+
+
+def _cut(op: Chain, index: int) -> str:
+    return f"{op.place(index)}: its input"
 
 
 @walk.register
@@ -143,7 +164,11 @@ def has_marks(op: Invertible) -> bool:
 
 def store(op: Invertible, state: State, options: Options) -> State:
     """Run an op as plain autograd between two trunks."""
-    return begin(op.forward(close(state)))
+    return begin(op.forward(close(state)), partial(_behind, op))
+
+
+def _behind(op: Invertible) -> str:
+    return f"what {op!r} gives"
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -168,32 +193,51 @@ class Call:
     dead: tuple[int, ...]  # outputs that depend on nothing differentiable
     count_lost: int = 0  # differentiable tensors of the residue
     again: Again | None = None  # how a recomputed op runs in backward, where that is not as in forward
+    probe: Probe | None = None  # for the drift meter, where a trunk begins
 
 
 def stage(op: Invertible, state: State, options: Options) -> State:
     """Run a primitive, recorded, and put its node on the trunk; without a node where nothing needs a gradient."""
+    if compiling.is_active():
+        return compiling.stage(op, state)
+    if options.step is not None and not (transforms.active() or isinstance(op, Rearrangement)):
+        return compiling.stage(op, state, options.step)
     x, xs = values(state), strands(state)
     needs = [needs_gradient(s.value) for s in xs]
-    partly = not (all(needs) or op.implicit or isinstance(op, (Half, Rearrangement)))
+    partly = op.taped or not (all(needs) or op.implicit or isinstance(op, (Half, Rearrangement)))
     (y, residue), recording = recorded(op.forward_with_residue, x, owners_of(op), options.preserve_rng_state, partly)
     carried = any([s.carrier is not None for s in xs])
     if not (carried or recording.captured or any(needs)):
-        return begin(y)
+        return begin(y, partial(_behind, op))
     call, kept, ys = _call(op, recording, x, y, residue, carried)
     found = recording.dead if recording.captured or any(needs) else range(len(ys))
     call.dead = _dead(op, x, needs, tuple(i for i in found if i < len(ys)))  # residues come behind
+    if options.drift != "off" and (opened := _opened(xs)):
+        call.probe = probe(ys if _only_moves(op) else [s.value for s in xs], options.drift, opened)
     carriers = [s.carrier if s.carrier is not None else carrier(s.value) for s in xs] if carried else []
     out = apply_node(_Stage, call, *[s.value for s in xs], *carriers, *kept, *ys)
     return filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
 
 
+def _opened(xs: Sequence[Strand]) -> Callable[[], str] | None:
+    """Where a trunk begins, if it begins with these strands."""
+    return xs[0].opened if xs and all([s.opened is not None for s in xs]) else None
+
+
+def _only_moves(op: Invertible) -> bool:
+    """Whether the drift meter watches an op's output instead of its input: rule 1 of NOTE [Drift]."""
+    return isinstance(op, Rearrangement)
+
+
 def recompute(op: Invertible, state: State, options: Options, again: Again | None = None) -> State:
     """Run an op from a stored input; backward runs it again, with its tape or as ``again`` says, from there."""
-    return begin(recompute_values(op, close(state), options, again))
+    return begin(recompute_values(op, close(state), options, again), partial(_behind, op))
 
 
 def recompute_values(op: Invertible, x: Wire, options: Options, again: Again | None = None) -> Wire:
     """`recompute` on a wire."""
+    if compiling.is_active():
+        return compiling.recompute(op, x)
     y, recording = recorded(op.forward, x, owners_of(op), options.preserve_rng_state, again is None)
     if not (recording.captured or _any_gradient(x)):
         return y
@@ -270,7 +314,7 @@ class _Stage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _pull(ctx, ctx.call, grads)
+        return transforms.run_backward(_pull, ctx, ctx.call, grads)
 
 
 class _Recompute(torch.autograd.Function):
@@ -292,7 +336,8 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (_rerun if ctx.call.again is None or _functional() else _rerun_lean)(ctx, ctx.call, gys)
+        pull = _rerun if ctx.call.again is None or _functional() else _rerun_lean
+        return transforms.run_backward(pull, ctx, ctx.call, gys)
 
 
 class _Root(torch.autograd.Function):
@@ -329,9 +374,17 @@ def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor 
         return _arranged(call, gx, x, replay.finish())
     if any(g is not None for g in grads[:count]):
         x, gx = call.op.pull(residue, y, gy, replay, needs)
+        if call.probe is not None and not replay.functional:
+            call.probe.compare(grads[count : 2 * count] if _only_moves(call.op) else _rebuilt(call, x))
         return _arranged(call, gx, x, replay.finish())
     x = replay.run(call.op.inverse_with_residue, (residue, y)) if call.carried else None
     return _arranged(call, None, x, replay.gradients)
+
+
+def _rebuilt(call: Call, x: Wire) -> list[Tensor]:
+    """The tensors that have been rebuilt, if they are of the kinds that they were of."""
+    check_kinds("the inverse of {!r}", call.op, x, call.x_kinds)
+    return [leaf for leaf in leaves(x) if is_differentiable(leaf)]
 
 
 def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -410,16 +463,24 @@ def _arranged(call: Call, gx: Wire, x: Wire, gcaptured: Sequence[Tensor | None])
     """The gradients of apply's arguments, in order."""
     count = len(call.x_kinds)
     gxs = _on_strands(call, gx) if gx is not None else [None] * count
-    if call.carried:
-        check_kinds("the inverse of {!r}", call.op, x, call.x_kinds)
-    xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)] if call.carried else []
-    return (
-        None,
-        *gxs,
-        *xs,
-        *gcaptured,
-        *([None] * (call.count_kept - len(gcaptured) + call.count_lost + len(call.y_kinds))),
-    )
+    xs = _rebuilt(call, x) if call.carried else []
+    rest = [None] * (call.count_kept - len(gcaptured) + call.count_lost)
+    if transforms.in_compiled_backward():
+        return _without_holes(call, gxs, xs, gcaptured, rest)
+    return (None, *gxs, *xs, *gcaptured, *rest, *[None] * len(call.y_kinds))
+
+
+def _without_holes(
+    call: Call, gxs: Sequence[Any], xs: Sequence[Tensor], gcaptured: Sequence[Any], rest: Sequence[None]
+) -> tuple[Tensor | None, ...]:
+    """`_arranged` for compiled autograd, which adds gradients up without looking for None; x may be among the ys."""
+    captured = call.recording.captured
+    like = next(t for t in [*gxs, *xs, *captured] if t is not None)
+    zeros = [like.new_zeros(shape, dtype=dtype) for shape, dtype in [*call.x_kinds, *kinds(captured), *call.y_kinds]]
+    count = len(gxs)
+    gxs = [zero if g is None else g for g, zero in zip(gxs, zeros, strict=False)]
+    gcaptured = [zero if g is None else g for g, zero in zip(gcaptured, zeros[count:], strict=False)]
+    return (None, *gxs, *xs, *gcaptured, *rest, *zeros[len(zeros) - len(call.y_kinds) :])
 
 
 def _on_strands(call: Call, wire: Wire) -> list[Any]:

@@ -15,7 +15,8 @@ NOTE [Replay] What a function did in forward has to happen again, identically, i
     stream ends as in a plain run.
 5.  *Buffers.* What a call writes (running statistics) moves once: it runs again on copies of the buffers as they were.
     Batch norm's kernels do not bump the version counter, so the first call of each module compares values.
-6.  *Autocast*, per device, dtype included; and *discrete decisions*, pinned by `record`.
+6.  *Autocast*, per device, dtype included; the number of *threads*, by which a kernel may divide its sums; and
+    *discrete decisions*, pinned by `record`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from torch.overrides import TorchFunctionMode
 from . import transforms
 from .errors import ReplayError
 from .invertible import VJP, graph_leaves, name_of
+from .sharding import check_callee
 from .wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
 
 T = TypeVar("T")
@@ -54,6 +56,7 @@ class Owners:
     tensors: tuple[Tensor, ...]
     opaque: bool
     nearby: tuple[nn.Module, ...] = ()  # modules that a closure can see: it may read their tensors without calling them
+    called: tuple[nn.Module, ...] = ()  # those of ``modules`` that are called, and not only asked for a method
     self_contained: dict[tuple[int, bool], bool] = field(default_factory=dict)  # (module, training) -> as first seen
 
     def needs_watch(self) -> bool:
@@ -75,33 +78,37 @@ class Owners:
 
 def owners(functions: Iterable[Any]) -> Owners:
     """Look through partials, bound methods, modules and the package's own wrappers; anything else is opaque."""
-    modules: dict[int, nn.Module] = {}
+    called: dict[int, nn.Module] = {}
+    asked: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor] = {}
     closures: list[Any] = []
     todo = list(functions)
     while todo:
         item = todo.pop()
         if isinstance(item, nn.Module):
-            modules[id(item)] = item
+            called[id(item)] = item
         elif isinstance(item, Tensor):
             tensors[id(item)] = item
         elif isinstance(item, partial):
             todo += [item.func, *item.args, *item.keywords.values()]
+        elif isinstance(item, MethodType) and isinstance(item.__self__, nn.Module):
+            (called if item.__func__ is nn.Module.__call__ else asked)[id(item.__self__)] = item.__self__
         elif isinstance(item, MethodType):
-            todo += [item.__self__, *([] if isinstance(item.__self__, nn.Module) else [item.__func__])]
+            todo += [item.__self__, item.__func__]
         elif hasattr(item, "functions"):  # the package's own values and wrappers
             todo += item.functions
         elif isinstance(item, (tuple, list)):
             todo += item
         elif isinstance(item, dict):
             todo += item.values()
-        elif callable(item) and not _closes_over_nothing(item):
+        elif callable(item) and not closes_over_nothing(item):
             closures.append(item)
-    nearby = {id(m): m for closure in closures for m in _visible(closure) if isinstance(m, nn.Module)}
-    return Owners(tuple(modules.values()), tuple(tensors.values()), bool(closures), tuple(nearby.values()))
+    nearby = {id(m): m for closure in closures for m in visible(closure) if isinstance(m, nn.Module)}
+    modules, by_call = tuple({**called, **asked}.values()), tuple(called.values())
+    return Owners(modules, tuple(tensors.values()), bool(closures), tuple(nearby.values()), by_call)
 
 
-def _visible(fn: Any) -> list[Any]:
+def visible(fn: Any) -> list[Any]:
     """What a closure can name: its cells, its globals, or the attributes of a callable object."""
     code = getattr(fn, "__code__", None)
     if code is None:
@@ -113,7 +120,7 @@ def _visible(fn: Any) -> list[Any]:
 _EMPTY_CELL = CellType()
 
 
-def _closes_over_nothing(fn: Callable[..., Any]) -> bool:
+def closes_over_nothing(fn: Callable[..., Any]) -> bool:
     """Torch's own functions, and this package's plain ones; a class of torch counts too."""
     home = getattr(fn, "__module__", None) or type(fn).__module__
     ours = home.split(".")[0] in ("torch", "invfunc", "builtins", "math", "_operator")
@@ -163,6 +170,7 @@ class Recording:
     random: Streams | None = None
     dead: tuple[int, ...] = ()  # outputs that were found to depend on nothing differentiable
     autocast: tuple[Any, ...] = ()
+    threads: int = field(default_factory=torch.get_num_threads)
     alive: list[Tensor] = field(default_factory=list)  # keeps the ids in ``noted`` from being reused
     expected: set[int] = field(default_factory=set)  # those of ``noted`` that forward was seen to use
     copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # written tensors without a slot, and copies
@@ -279,11 +287,11 @@ def _may_write(owner: nn.Module, name: str) -> bool:
 
 
 def _writes(owner: nn.Module, name: str, tensor: Tensor, copy: Tensor, before: int) -> bool:
-    """Whether a call writes a buffer; settled by values in a module's first call, remembered after."""
+    """Whether a call writes a buffer; settled by values (if it has any) in a module's first call, then remembered."""
     known = _WRITES.setdefault(owner, {})
     key = name, owner.training
     if key not in known:
-        known[key] = version(tensor) != before or not torch.equal(tensor, copy)
+        known[key] = version(tensor) != before or tensor.is_meta or not torch.equal(tensor, copy)
     return known[key]
 
 
@@ -396,6 +404,11 @@ class Streams:
         self.cpu = _bytes(torch.get_rng_state())
         self.cuda = [(d, _bytes(torch.cuda.get_rng_state(d))) for d in devices]
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of the states."""
+        return len(self.cpu) + sum(len(state) for _, state in self.cuda)
+
     def same(self, other: Streams) -> bool:
         """Whether nothing was drawn between two states."""
         return self.cpu == other.cpu and self.cuda == other.cuda
@@ -441,6 +454,17 @@ def autocast(state: tuple[Any, ...]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many threads within an operation."""
+    now = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
+
+
 _PINNING: ContextVar[Callable[[str, Any], Any] | None] = ContextVar("pinning", default=None)
 
 
@@ -468,7 +492,7 @@ def record(name: str, value: T) -> T:
         >>> route(torch.tensor([[1.0, 2.0]]))
         tensor([[0., 2.]])
     """
-    pin = _PINNING.get()
+    pin = None if torch.compiler.is_compiling() else _PINNING.get()
     return value if pin is None else pin(name, value)
 
 
@@ -516,6 +540,7 @@ def recorded(
     """
     scope = Scope(found)
     for module in found.modules:
+        check_callee(module, module in found.called)
         scope.enter(module)
     if found.opaque:
         scope.owned = {id(table) for table, *_ in [*scope.recording.filled, *scope.recording.fixed]}
@@ -560,7 +585,7 @@ _RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 def returned(fn: Callable[..., Any], out: T) -> T:
     """Note what a function of an op returned, where nothing else would show that it returns something else later."""
-    recording = _RECORDING.get()
+    recording = None if torch.compiler.is_compiling() else _RECORDING.get()
     if recording is not None:
         recording.returned = fn, kinds(leaves(out))
     return out
@@ -641,6 +666,7 @@ def _watched(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T
 
     def entered(module: nn.Module, _: Any) -> None:
         if threading.get_ident() == thread:
+            check_callee(module)
             with torch._C.DisableTorchFunction():  # what `Scope` reads, the function does not
                 scope.enter(module)
 
@@ -860,7 +886,8 @@ class Replay(VJP):
     def _are_conditions(self) -> bool:
         """Rules 4 and 6: nothing has to be restored."""
         r = self.recording
-        return r.random is None and not r.pins and r.autocast == autocast_state()
+        same = r.autocast == autocast_state() and r.threads == torch.get_num_threads()
+        return same and r.random is None and not r.pins
 
     def _again(self, captured: Sequence[Tensor], given: Wire) -> AbstractContextManager[None]:
         return _NOTHING if self._same else self._restored(captured, leaves(given))
@@ -873,6 +900,8 @@ class Replay(VJP):
                 stack.enter_context(r.random.again())
             if r.autocast != autocast_state():
                 stack.enter_context(autocast(r.autocast))
+            if r.threads != torch.get_num_threads():
+                stack.enter_context(threads(r.threads))
             if r.pins:
                 token = _PINNING.set(_replayed([(name, fetch(value, self.kept)) for name, value in r.pins]))
                 stack.callback(_PINNING.reset, token)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch._C._functorch as functorch  # pyright: ignore[reportMissingImports]
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def active() -> bool:
@@ -31,11 +34,13 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         yield
         return
+    prior = set_eval_frame(None)  # a frame that Dynamo has given up runs eagerly, and may not set the stance
     _STANCE.enter()
     try:
         yield
     finally:
         _STANCE.leave()
+        set_eval_frame(prior)
 
 
 class _Stance:
@@ -60,6 +65,27 @@ class _Stance:
 
 
 _STANCE = _Stance()
+
+
+def outside_modes() -> AbstractContextManager[Any]:
+    """Run outside of every dispatch mode."""
+    return _disable_current_modes()
+
+
+def swapped(module: nn.Module, contents: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """A module that holds other tensors inside, as under `torch.func.functional_call`."""
+    return _reparametrize_module(module, contents)
+
+
+def in_compiled_backward() -> bool:
+    """Whether compiled autograd runs backward; it adds gradients up without looking for None."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and module.in_compiled_autograd_region
+
+
+def run_backward(backward: Callable[..., Any], *args: Any) -> Any:
+    """Call a backward; compiled autograd leaves it out of its graph, since it is no function of its arguments alone."""
+    return torch._dynamo.disable(backward)(*args) if in_compiled_backward() else backward(*args)
 
 
 def level() -> int:

@@ -43,6 +43,7 @@ class Strand:
 
     value: Tensor
     carrier: Tensor | None
+    opened: Callable[[], str] | None = None  # where the trunk begins, if it begins here, for the drift meter
 
     @property
     def shape(self) -> torch.Size:
@@ -53,9 +54,19 @@ class Strand:
 State = Any  # a wire whose differentiable tensors are strands
 
 
-def begin(x: Wire) -> State:
+def at_start() -> str:
+    """Where the first trunk of a pipeline begins."""
+    return "the input of the pipeline"
+
+
+def within() -> str:
+    """Where another begins."""
+    return "an activation that is stored"
+
+
+def begin(x: Wire, opened: Callable[[], str] = within) -> State:
     """Open a trunk: no carriers yet, since nobody upstream needs the values of x."""
-    return map_state(lambda leaf: Strand(leaf, None) if is_differentiable(leaf) else leaf, x)
+    return map_state(lambda leaf: Strand(leaf, None, opened) if is_differentiable(leaf) else leaf, x)
 
 
 def values(state: State) -> Wire:
@@ -94,18 +105,20 @@ def close(state: State) -> Wire:
 # ---- carriers and the tail -----------------------------------------------------------------------------------------
 
 
-_ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+_STAND_INS: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}  # one element each, made once
 
 
 def carrier(value: Tensor) -> Tensor:
     """A one-element stand-in of the shape of a value."""
     if type(value) is not Tensor or torch.compiler.is_compiling() or transforms.active():
         return value.new_zeros(()).expand(value.shape)
-    key = value.dtype, value.device
-    zero = _ZEROS.get(key)
-    if zero is None:
-        zero = _ZEROS[key] = torch.zeros((), dtype=value.dtype, device=value.device)
-    return zero.expand_as(value)
+    key = value.shape, value.dtype, value.device
+    stand_in = _STAND_INS.get(key)
+    if stand_in is None:
+        if len(_STAND_INS) > 1000:  # of as many shapes: they come from somewhere that has ever new ones
+            _STAND_INS.clear()
+        stand_in = _STAND_INS[key] = torch.zeros((), dtype=value.dtype, device=value.device).expand_as(value)
+    return stand_in.detach()  # not a view: FSDP2 warns of those
 
 
 class Tail(torch.autograd.Function):
@@ -126,7 +139,15 @@ class Tail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*gys, *ctx.saved_tensors)
+        ys = ctx.saved_tensors
+        if transforms.in_compiled_backward():  # it adds gradients up without looking for None
+            gys = tuple(torch.zeros_like(y) if gy is None else gy for gy, y in zip(gys, ys, strict=True))
+        return (*gys, *ys)
+
+
+def is_tail(node: Any) -> bool:
+    """Whether an autograd node is a `Tail`'s."""
+    return isinstance(node, Tail._backward_cls)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def apply_node(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:

@@ -1,10 +1,15 @@
 """What every test starts from: float64, the same random numbers, one thread."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# What inductor has compiled stays in the checkout, for the next run.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
 
 # The same examples on every run and machine, and no verdict that depends on how busy the machine is.
 settings.register_profile("invfunc", derandomize=True, deadline=None)

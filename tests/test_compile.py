@@ -1,0 +1,404 @@
+"""A lowered pipeline under ``torch.compile``: one graph, eager's gradients, and memory that does not grow with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+import invfunc as inv
+
+pytestmark = [
+    pytest.mark.compile,
+    # Dynamo instantiates a Function to trace it, and warns of that itself
+    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
+]
+
+WIDTH = 8
+TOLERANCE = 1e-9
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+class Tanh(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+def mlp(width: int = WIDTH, out: int | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out or width))
+
+
+class Network(nn.Module):
+    """Stem, pipeline, head; ``make`` builds the pipeline of the modules that it puts into a list."""
+
+    def __init__(self, make: Callable[[nn.ModuleList], Any], **options: Any) -> None:
+        super().__init__()
+        self.stem, self.owned, self.head = nn.Linear(4, 2 * WIDTH), nn.ModuleList(), nn.Linear(2 * WIDTH, 3)
+        self.op = make(self.owned)
+        self.fast = inv.checkpoint(self.op, **options)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return self.head(self.op(self.stem(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fast(self.stem(x)))
+
+
+def owned(modules: nn.ModuleList, module: Any) -> Any:
+    modules.append(module)
+    return module
+
+
+def between(*blocks: Any) -> Any:
+    return inv.chain(inv.split(2), *blocks, inv.concat(2))
+
+
+def couplings(modules: nn.ModuleList, depth: int = 1) -> Any:
+    return between(*(inv.couple(owned(modules, mlp()), owned(modules, Tanh())) for _ in range(depth)), inv.swap())
+
+
+def affine(modules: nn.ModuleList) -> Any:
+    return between(inv.couple(inv.tanh_scale(owned(modules, mlp(out=2 * WIDTH))), law=inv.affine), inv.swap())
+
+
+def tensors(modules: nn.ModuleList) -> Any:
+    linear = owned(modules, nn.Linear(2 * WIDTH, 2 * WIDTH))
+    return inv.chain(inv.ops.linear(linear.weight, linear.bias), inv.ops.leaky_relu(0.5), inv.ops.tanh())
+
+
+def closures(modules: nn.ModuleList) -> Any:
+    f, g = owned(modules, mlp()), owned(modules, nn.Linear(WIDTH, WIDTH))
+
+    def h(x: Tensor) -> Tensor:
+        return f(x).sin() + g(x)
+
+    return between(inv.couple(h, partial(_scaled, owned(modules, nn.Linear(1, WIDTH)).bias)))
+
+
+def _scaled(scale: Tensor, x: Tensor) -> Tensor:
+    return scale * x.cos()
+
+
+def marks(modules: nn.ModuleList) -> Any:
+    blocks = [inv.couple(owned(modules, mlp())) for _ in range(3)]
+    return between(blocks[0], inv.store(blocks[1]), inv.recompute(blocks[2]), blocks[0])
+
+
+def buffers(modules: nn.ModuleList) -> Any:
+    return between(inv.couple(owned(modules, nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)))))
+
+
+def one_way(modules: nn.ModuleList) -> Any:
+    return inv.chain(between(inv.couple(owned(modules, Tanh()))), torch.tanh, couplings(modules))
+
+
+CASES: dict[str, tuple[Callable[[nn.ModuleList], Any], dict[str, Any]]] = {
+    "couplings": (couplings, {}),
+    "affine": (affine, {}),
+    "tensors": (tensors, {}),
+    "closures": (closures, {}),
+    "marks": (marks, {}),
+    "buffers": (buffers, {}),
+    "one_way": (one_way, {}),
+    "segments": (couplings, {"segments": 2}),
+    "recompute": (couplings, {"mode": "recompute"}),
+    "store": (couplings, {"mode": "store"}),
+}
+
+
+def step(net: Network, fn: Callable[[Tensor], Tensor], batch: int = 5) -> list[Tensor]:
+    """Output, gradients and buffers of one step, from the same state."""
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.zero_grad()
+    x = torch.randn(batch, 4, generator=torch.Generator().manual_seed(1), dtype=net.stem.weight.dtype)
+    y = fn(x.requires_grad_())
+    y.pow(2).sum().backward()
+    found = [y.detach(), x.grad, *(p.grad for p in net.parameters()), *(b.clone() for b in net.buffers())]
+    net.load_state_dict(before)
+    return found
+
+
+def assert_same_step(net: Network, fn: Callable[[Tensor], Tensor], batch: int = 5) -> None:
+    torch.testing.assert_close(step(net, fn, batch), step(net, net.plain, batch), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# ---- the same numbers, in one graph ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_gives_the_gradients_of_plain_autograd(name: str) -> None:
+    make, options = CASES[name]
+    net = Network(make, **options)
+    assert_same_step(net, torch.compile(net, backend="aot_eager", fullgraph=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_other_backends(backend: str) -> None:
+    net = Network(couplings)
+    assert_same_step(net, torch.compile(net, backend=backend, fullgraph=True))
+
+
+def test_without_gradients_it_is_the_plain_op() -> None:
+    net = Network(couplings)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 4)
+    for context in torch.no_grad, torch.inference_mode:
+        with context():
+            torch.testing.assert_close(compiled(x), net.plain(x))
+    frozen = net.requires_grad_(False)
+    torch.testing.assert_close(torch.compile(frozen, backend="aot_eager", fullgraph=True)(x), frozen.plain(x))
+
+
+def test_a_gradient_that_is_compiled() -> None:
+    net = Network(couplings)
+    parameters, x = dict(net.named_parameters()), torch.randn(5, 4)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(net, parameters, (x,)).pow(2).sum()
+
+    compiled = torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(parameters, x)
+    net.plain(x).pow(2).sum().backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(compiled[name], parameter.grad, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_batch_of_any_size_needs_two_graphs() -> None:
+    net, counter = Network(couplings), CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for batch in 5, 6, 7, 11:
+        assert_same_step(net, compiled, batch)
+    assert counter.frame_count <= 2
+
+
+# torch looks at the .grad of every tensor that it makes fake
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_autograd() -> None:
+    net = Network(couplings)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        assert_same_step(net, net)
+        assert_same_step(net, torch.compile(net, backend="aot_eager", fullgraph=True))
+
+
+# backward exchanges the tensors of modules, and puts them back; torch sees that their tables were written
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    net, x = Network(couplings), torch.randn(5, 4)
+    exported = torch.export.export(net, (x,), strict=strict).module()
+    torch.testing.assert_close(exported(x), net.plain(x))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(net, (x,), strict=strict).module()(x), net.plain(x))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "vmap of grad"])
+def test_below_vmap_it_runs_plainly(transform: str) -> None:
+    net = Network(couplings)
+
+    def loss(x: Tensor) -> Tensor:
+        return net(x[None]).pow(2).sum()
+
+    fn = torch.func.vmap(loss if transform == "vmap" else torch.func.grad(loss))
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(torch.compile(fn, backend="aot_eager", fullgraph=True)(x), fn(x))
+
+
+def test_a_closure_over_a_tensor_says_what_to_pass() -> None:
+    w = torch.randn(WIDTH, requires_grad=True)
+    net = Network(lambda modules: between(inv.couple(lambda x: x * w)))
+    message = (
+        "<lambda>, which is being compiled, closes over a tensor that requires grad, expected tensors that belong to a "
+        r"module, or are bound in a partial; let a module own the tensor, or bind it: functools.partial\(fn, tensor\)"
+    )
+    with pytest.raises(Exception, match=message):
+        torch.compile(net, backend="aot_eager", fullgraph=True)(torch.randn(5, 4))
+
+
+def test_dropout_draws_the_same_mask_in_backward() -> None:
+    op = between(inv.couple(nn.Dropout(0.5)))
+    compiled = torch.compile(inv.checkpoint(op), backend="aot_eager", fullgraph=True)
+    x, gy = torch.randn(5, 2 * WIDTH, requires_grad=True), torch.randn(5, 2 * WIDTH)
+    y = compiled(x)
+    (gx,) = torch.autograd.grad(y, x, gy)
+    mask = ((y - x)[:, :WIDTH].abs() > TOLERANCE).double()  # dropout is all that was added
+    assert 0 < mask.mean() < 1
+    torch.testing.assert_close(gx[:, WIDTH:], gy[:, WIDTH:] + 2 * mask * gy[:, :WIDTH])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: x + torch.rand(x.shape),
+        lambda x: nn.functional.gumbel_softmax(x),
+        lambda x: torch.bernoulli(x.sigmoid()),
+        lambda x: nn.functional.dropout1d(x[None])[0],
+        lambda x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
+    ],
+    ids=["rand", "gumbel", "bernoulli", "dropout1d", "attention"],
+)
+def test_other_random_numbers_are_refused(draw: Callable[[Tensor], Tensor]) -> None:
+    op = inv.checkpoint(between(inv.couple(draw)))
+    message = (
+        "draws random numbers with .*, expected none but those of dropout: a graph can not draw the same again; mark"
+    )
+    with pytest.raises(Exception, match=message):
+        torch.compile(op, backend="eager", fullgraph=True)(torch.randn(5, 2 * WIDTH, requires_grad=True))
+
+
+def test_a_frame_that_dynamo_gives_up_runs_eagerly() -> None:
+    net = Network(closures)
+    compiled = torch.compile(net, backend="eager")
+    x = torch.randn(5, 4)
+    inv.measure(lambda: compiled(x))  # below a dispatch mode nothing is compiled, and closures are watched
+    torch.testing.assert_close(compiled(x), net.plain(x))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Saved:
+    """A backend that runs graphs op by op, and knows what forward keeps for backward besides its own inputs."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def backward(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        kept = [
+            n for n in graph.graph.nodes if n.op == "placeholder" and not n.name.startswith(("tangents", "primals"))
+        ]
+        self.bytes += [n.meta["val"].numel() * n.meta["val"].element_size() for n in kept]
+        return make_boxed_func(graph.forward)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compile_graph = aot_autograd(
+            fw_compiler=lambda g, _: make_boxed_func(g.forward),
+            bw_compiler=self.backward,
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        return compile_graph(graph, inputs)
+
+
+BATCH = 64  # so that activations outweigh weights
+
+
+class Context(nn.Module):
+    """Computes from a context that no coupling changes."""
+
+    def __init__(self, context: Tensor) -> None:
+        super().__init__()
+        self.context, self.outer, self.inner = context, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x) + torch.tanh(self.outer(self.context)).sin())
+
+
+class LowRank(nn.Module):
+    """A weight with an update of rank 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.a, self.b = (
+            nn.Parameter(torch.randn(s) / 3) for s in ((WIDTH, WIDTH), (WIDTH, 1), (1, WIDTH))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ (self.weight + self.a @ self.b))
+
+
+def additive_chain(depth: int) -> Any:
+    return [part for _ in range(depth) for part in (inv.couple(Tanh()), inv.swap())]
+
+
+def context_chain(depth: int) -> Any:
+    context = torch.randn(BATCH, WIDTH)
+    return [part for _ in range(depth) for part in (inv.couple(Context(context)), inv.swap())]
+
+
+def pass_through_chain(depth: int) -> Any:
+    return [inv.couple(Tanh()) for _ in range(depth)]
+
+
+def low_rank_chain(depth: int) -> Any:
+    return [part for _ in range(depth) for part in (inv.couple(LowRank()), inv.swap())]
+
+
+def kept_and_peak(chain: Callable[[int], Any], depth: int) -> tuple[list[int], int]:
+    op = inv.checkpoint(between(*chain(depth)))
+    saved = Saved()
+    compiled = torch.compile(op, backend=saved, fullgraph=True)
+    x = torch.randn(BATCH, 2 * WIDTH, requires_grad=True)
+
+    def run() -> None:
+        compiled(x).sum().backward()
+
+    run()
+    weights = sum(
+        p.numel() * p.element_size() for part in op.functions if isinstance(part, nn.Module) for p in part.parameters()
+    )
+    return sorted(saved.bytes), peak_bytes(run) - weights  # each has a gradient in the end
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """By the allocator's own events: under the dispatch mode of `inv.measure` nothing would be compiled."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.parametrize("chain", [additive_chain, context_chain, pass_through_chain, low_rank_chain])
+def test_memory_does_not_grow_with_depth(chain: Callable[[int], Any]) -> None:
+    activation = BATCH * 2 * WIDTH * 8
+    (shallow, shallow_peak), (deep, deep_peak) = kept_and_peak(chain, 4), kept_and_peak(chain, 16)
+    assert shallow == deep
+    assert sum(deep) <= 2 * activation
+    assert deep_peak <= shallow_peak + activation / 2
+
+
+# ---- stage by stage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["couplings", "affine", "tensors", "closures", "marks", "buffers", "one_way", "segments"]
+)
+def test_compiled_stages_give_the_gradients_of_plain_autograd(name: str) -> None:
+    make, options = CASES[name]
+    net = Network(make, **options)
+    net.fast = inv.compile_stages(net.fast, backend="aot_eager")
+    assert_same_step(net, net)
+
+
+def test_one_graph_for_each_kind_of_stage() -> None:
+    counts = []
+    for depth in 4, 8:  # the first stages are given views, which have a layout of their own
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        op = inv.compile_stages(inv.checkpoint(between(*additive_chain(depth))), backend=counter)
+        op(torch.randn(5, 2 * WIDTH, requires_grad=True)).sum().backward()
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] <= 6
+
+
+def test_compiled_stages_inside_of_a_graph_and_of_a_transform() -> None:
+    net = Network(couplings)
+    net.fast = inv.compile_stages(net.fast, backend="aot_eager")
+    assert_same_step(net, torch.compile(net, backend="aot_eager", fullgraph=True))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(torch.func.vmap(lambda x: net(x[None])[0])(x), net.plain(x))
+    torch.autograd.gradgradcheck(net, x.requires_grad_())
