@@ -9,13 +9,13 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint parity clean
+.PHONY: setup demo test lint exact parity bench bench-quick docs package clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs]'
 	touch $@
 
 demo: setup
@@ -29,9 +29,41 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
+# The bit-exact bars at full depth.
+exact: setup
+	$(BIN)/python -m pytest -m exact tests/test_exact.py
+
 # The tests that ship with MemCNN, against our modules of its names.
 parity: setup
 	$(BIN)/python tests/parity/run.py
+
+# Every engine that frees activations, in one table and three plots, and how our cost grows: in benchmarks/results.
+PEERS := build/peers
+BENCH := PYTHONPATH=$(PEERS) $(BIN)/python -m
+
+bench: setup $(PEERS)
+	$(BENCH) benchmarks.table full
+	$(BENCH) benchmarks.scaling
+	$(BENCH) benchmarks.overhead
+
+bench-quick: setup $(PEERS)
+	$(BENCH) benchmarks.table quick
+
+# What the peers require pulls in other builds of torch, so that they come alone. Without them their rows say so.
+$(PEERS): benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ -r $<
+	touch $@
+
+# The site, in build/site. The variable silences what mkdocs-material says about the next major version of MkDocs.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# What would be published: built, checked, and tested where it is installed with torch alone.
+package: setup
+	rm -rf build/package
+	$(BIN)/python -m build --outdir build/package .
+	$(BIN)/twine check --strict build/package/*
+	$(BIN)/python tests/alone.py build/package/*.whl build/package/alone
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import invfunc as inv
+from invfunc import report
+from invfunc.errors import InvertibleError
 from invfunc.memory import measure
 
 SEED = 0
@@ -54,8 +57,12 @@ class Setting:
 
     def __str__(self) -> str:
         """The setting as tables and figures show it."""
-        name = next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
-        return f"digits of 8x8 pixels, batch {self.batch}, {name} on {self.device}"
+        return f"digits of 8x8 pixels, batch {self.batch}, {self.dtype_name} on {self.device}"
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as the command line has it."""
+        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in bfloat16 where that is asked for."""
@@ -363,6 +370,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_count, default=Setting.batch)
     parser.add_argument("--device", type=_device, default=Setting.device)
     parser.add_argument("--dtype", type=_dtype, default=Setting.dtype, help=f"{', '.join(DTYPES)}")
+    parser.add_argument("--distributed", choices=("ddp", "fsdp"), help="on several ranks, against one process")
+    parser.add_argument("--ranks", type=_count, default=2, help="how many, unless torchrun has started them")
     parser.add_argument("--out", type=Path, default=Path("invfunc-demo.png"), help="where the figure goes, a PNG")
 
 
@@ -392,11 +401,15 @@ def _check_out(out: Path) -> None:
         raise Refusal(f"--out {out}: {error.strerror}") from None
 
 
-def demo(options: argparse.Namespace) -> None:
+def demo(options: argparse.Namespace) -> int | None:
     """Train, compare, draw."""
     start = time.perf_counter()
     setting = Setting(options.epochs, options.batch, options.device, options.dtype)
     _check_extras()
+    if options.distributed:
+        from . import _distributed_demo as several  # which imports this file
+
+        return several.run(several.Job(options.distributed, min(options.depth), setting), options.ranks)
     _check_device(setting)
     _check_out(options.out)
     torch.set_num_threads(1)  # Tensors this small gain nothing from a second one, and lose much on a busy machine.
@@ -410,13 +423,28 @@ def demo(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what is wrong with it is one line on stderr and exit code 2."""
-    parser = Parser(prog="python -m invfunc", description="Train a reversible network on real images at flat memory.")
-    _add_demo(parser)
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _check_parser() if given[:1] == ["check"] else _demo_parser()
+    options = parser.parse_args(given[1:] if given[:1] == ["check"] else given)
     try:
-        options.run(options)
-    except Refusal as refusal:
+        code = options.run(options)
+    except (Refusal, InvertibleError) as refusal:
         parser.error(str(refusal))
+    if code:
+        sys.exit(code)
+
+
+def _demo_parser() -> Parser:
+    text = "Train a reversible network on real images at flat memory."
+    parser = Parser(prog="python -m invfunc", description=text, epilog="There is also: python -m invfunc check --help")
+    _add_demo(parser)
+    return parser
+
+
+def _check_parser() -> Parser:
+    parser = Parser(prog="python -m invfunc check", description="Measure whether an op can be trusted to be rebuilt.")
+    report.add_arguments(parser)
+    return parser
 
 
 if __name__ == "__main__":

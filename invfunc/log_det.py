@@ -561,6 +561,7 @@ def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
         Domain and codomain are declared real; the op itself says what it takes under ``inv.debug(True)``.
 
     Raises:
+        OptionError: When ``event_dim`` is no number of dims.
         NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
         WireError: When op changes the shape of an event.
 
@@ -587,11 +588,16 @@ def _transform_log_det(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
 
 
 def from_transform(transform: Transform) -> Invertible:
-    """A ``torch.distributions.Transform`` as an op with a log-determinant; ``from_transform(as_transform(op)) = op``.
+    r"""A ``torch.distributions.Transform`` as an op with a log-determinant; ``from_transform(as_transform(op)) = op``.
+
+    .. math:: y = transform(x), \qquad x = transform^{-1}(y)
 
     Args:
         transform: A bijective transform; tensors in it get their gradients. Its cache is left out: a cached value may
             have been computed without gradients.
+
+    Cost:
+        That of the transform: forward, inverse and log-determinant are its own methods.
 
     Raises:
         NotInvertibleError: When it is not bijective.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
-from invfunc.errors import DonatedError, OptionError
 from invfunc.donation import Donated
+from invfunc.errors import DonatedError, OptionError
 from invfunc.memory import measure
 
 TOLERANCE = 1e-9

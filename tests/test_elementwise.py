@@ -2,6 +2,7 @@
 
 import contextvars
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -127,9 +128,11 @@ def test_what_is_rebuilt_from_a_saturated_output_is_finite(make, x, dtype):
 def test_a_saturated_network_trains(make, x):
     w = weight(3)
     x = torch.tensor([[x, 0.0, 1.0]])
-    for wrap in (lambda op: op, inv.checkpoint):
+    warned = pytest.warns(inv.DriftWarning, match="input of the pipeline")  # what was saturated can not be rebuilt
+    for wrap, silence in (lambda op: op, nullcontext()), (inv.checkpoint, warned):
         op = inv.chain(inv.ops.affine(1 + w**2, w), make())
-        (gradient,) = torch.autograd.grad(wrap(op)(x).sum(), w)
+        with silence:
+            (gradient,) = torch.autograd.grad(wrap(op)(x).sum(), w)
         assert gradient.isfinite().all()
 
 

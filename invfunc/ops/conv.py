@@ -355,7 +355,9 @@ def conv1d(
     ceil_mode: bool = False,
     patchwise: bool = True,
 ) -> Invertible:
-    """A convolution of sequences that can be undone; all of `conv2d` holds in one dimension.
+    r"""A convolution of sequences that can be undone; all of `conv2d` holds in one dimension.
+
+    .. math:: y_{n, o, w} = b_o + \sum_{i, a} W_{o, i, a} \, x_{n, i, stride \cdot w + a}
 
     Args:
         weight: (out, in / groups, k), with out / groups >= in / groups * k.
@@ -368,6 +370,9 @@ def conv1d(
 
     Shapes:
         ``(N, in, W) -> (N, out, W / stride)``.
+
+    Cost:
+        That of `conv2d`.
 
     Example:
         >>> import torch
@@ -453,7 +458,9 @@ def conv3d(
     ceil_mode: bool = False,
     patchwise: bool = True,
 ) -> Invertible:
-    """A convolution of volumes that can be undone; all of `conv2d` holds in three dimensions.
+    r"""A convolution of volumes that can be undone; all of `conv2d` holds in three dimensions.
+
+    .. math:: y_{n, o, p} = b_o + \sum_{i, a} W_{o, i, a} \, x_{n, i, stride \cdot p + a}
 
     Args:
         weight: (out, in / groups, k, k, k), with out / groups >= in / groups * k^3.
@@ -466,6 +473,9 @@ def conv3d(
 
     Shapes:
         ``(N, in, D, H, W) -> (N, out, ...)``.
+
+    Cost:
+        That of `conv2d`.
 
     Example:
         >>> import torch

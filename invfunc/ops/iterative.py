@@ -63,7 +63,7 @@ class SolvedInverse(Inverse):
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         if runs_plainly():
             return spread(self.op.inverse_fn, x), None
-        return close(walk(self, begin(x), Options())), None
+        return close(walk(self, begin(x), Options(drift="off"))), None
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """Rule 1 of NOTE [Implicit]; y is what the op calls x."""
@@ -333,6 +333,7 @@ def residual_flow(
         are implicit in plain autograd too: no iteration is taped.
 
     Raises:
+        OptionError: When ``fn`` is no function, or a limit is not positive.
         DomainError: When the iteration does not converge: always, never silently. In debug mode, also in forward when
             f's Jacobian at x has a norm of 1 or more.
         WireError: When f returns another shape than it was given.
@@ -502,6 +503,9 @@ def roulette_log_det(terms: int = 2, keep: float = 0.5, probes: int = 1) -> Call
     Cost:
         ``(terms + keep / (1 - keep)) * probes`` vjps of f on average.
 
+    Raises:
+        OptionError: When ``keep`` is not between 0 and 1.
+
     Limits:
         The variance is finite only if ``Lip**2 < keep``. Noise is as in `power_series_log_det`.
 
@@ -652,6 +656,7 @@ def autoregressive(
         The law's; it evaluates the net once more.
 
     Raises:
+        OptionError: When the net is no function.
         DomainError: In debug mode, when the net is not autoregressive; the check evaluates it D times.
         WireError: When the net returns other shapes.
 

@@ -357,6 +357,8 @@ class Branch:
 def residual_branch(block: Callable[..., Any]) -> Callable[..., Any]:
     """The branch f of a block that computes ``x + f(x)``: its method ``residual`` if it has one, else ``block(x) - x``.
 
+    .. math:: f(x) = block(x) - x
+
     Args:
         block: Any callable or module whose output has the shape of its input.
 
@@ -396,6 +398,8 @@ def reversible_residual(
 ) -> Invertible:
     r"""An existing residual block as a reversible op on two streams, with the block's own parameters.
 
+    .. math:: f(x) = block(x) - x, \qquad op = scheme(f)
+
     ============  =================  =====================================================================
     scheme        state              :math:`f(x) = block(x) - x`
     ============  =================  =====================================================================
@@ -418,6 +422,9 @@ def reversible_residual(
         block: A callable or module that computes ``x + f(x)``; for ``couple`` also two of them, such as attention and
             feed-forward. Its method ``residual``, if it has one, is taken for f: see `residual_branch`.
         scheme: One of the names above, or any function from f to an op, such as ``partial(momentum, gamma=0.5)``.
+
+    Shapes:
+        ``((N, ...), (N, ...))``, both of one shape, unchanged; floating dtypes.
 
     Cost:
         The inverse evaluates the block once. Lowered: nothing is kept; the block is evaluated exactly twice in a
@@ -481,7 +488,9 @@ def _second(other: Tensor, x: Tensor) -> Tensor:
 
 
 def enter_streams(scheme: str = "midpoint") -> Invertible:
-    """One tensor into the two streams of `reversible_residual`: ``(x, 0)`` for ``momentum``, ``(x, x)`` for the others.
+    r"""One tensor into the two streams of `reversible_residual`: ``(x, 0)`` for ``momentum``, else ``(x, x)``.
+
+    .. math:: x \mapsto (x, 0) \quad \text{or} \quad (x, x)
 
     Args:
         scheme: As in `reversible_residual`.
@@ -510,7 +519,9 @@ def enter_streams(scheme: str = "midpoint") -> Invertible:
 
 
 def leave_streams(scheme: str = "midpoint") -> Invertible:
-    """The two streams of `reversible_residual` to one tensor: the position, which is the latest of two positions.
+    r"""The two streams of `reversible_residual` to one tensor: the position, which is the latest of two positions.
+
+    .. math:: (x_1, x_2) \mapsto x_1 \quad \text{or} \quad x_2
 
     Args:
         scheme: As in `reversible_residual`.

@@ -86,7 +86,9 @@ def _permute(dims: tuple[int, ...], x: Tensor) -> Tensor:
 
 
 def permute(dims: Sequence[int]) -> Invertible:
-    """Reorder dimensions: dim i of the output is dim ``dims[i]`` of the input, as `torch.permute`.
+    r"""Reorder dimensions: dim i of the output is dim ``dims[i]`` of the input, as `torch.permute`.
+
+    .. math:: y_{i_{dims_1}, \dots, i_{dims_n}} = x_{i_1, \dots, i_n}
 
     Args:
         dims: Each of the dimensions once. Leave dim 0, the batch, where it is if you want log-determinants.
@@ -125,7 +127,9 @@ def _transpose(dim0: int, dim1: int, x: Tensor) -> Tensor:
 
 
 def transpose(dim0: int, dim1: int) -> Invertible:
-    """Exchange two dimensions, as `torch.transpose`; it is its own inverse.
+    r"""Exchange two dimensions, as `torch.transpose`; it is its own inverse.
+
+    .. math:: y_{\dots, i, \dots, j, \dots} = x_{\dots, j, \dots, i, \dots}
 
     Args:
         dim0: A dimension; negative counts from the end.
@@ -155,7 +159,9 @@ def _movedim(source: int, destination: int, x: Tensor) -> Tensor:
 
 
 def movedim(source: int, destination: int) -> Invertible:
-    """Move a dimension to another place and keep the order of the others, as `torch.movedim`.
+    r"""Move a dimension to another place and keep the order of the others, as `torch.movedim`.
+
+    .. math:: y_{\dots, i, \dots} = x_{\dots, i, \dots} \quad \text{with } i \text{ at another place}
 
     Args:
         source: The dimension to move; negative counts from the end.
@@ -181,6 +187,8 @@ def movedim(source: int, destination: int) -> Invertible:
 
 def along(op: Invertible, dim: int = 1) -> Invertible:
     r"""An op of the last dimension, applied along another: ``chain(movedim(dim, -1), op, movedim(-1, dim))``.
+
+    .. math:: y_{i, :, j} = op(x_{i, :, j})
 
     Args:
         op: An op that acts on the last dimension: any of the linear ones, for example.
@@ -214,6 +222,8 @@ def _flip(dims: tuple[int, ...], x: Tensor) -> Tensor:
 def flip(dims: int | Sequence[int]) -> Invertible:
     """Reverse the order of elements along dimensions, as `torch.flip`; it is its own inverse.
 
+    .. math:: y_i = x_{size - 1 - i}
+
     Args:
         dims: The dimension, or several.
 
@@ -244,7 +254,9 @@ def _roll(shifts: tuple[int, ...], dims: tuple[int, ...], x: Tensor) -> Tensor:
 
 
 def roll(shifts: int | Sequence[int], dims: int | Sequence[int]) -> Invertible:
-    """Shift elements along dimensions, those that leave at the end enter at the beginning, as `torch.roll`.
+    r"""Shift elements along dimensions, those that leave at the end enter at the beginning, as `torch.roll`.
+
+    .. math:: y_{(i + shift) \bmod size} = x_i
 
     Args:
         shifts: How far, for each dimension; the inverse shifts by as much the other way.
@@ -284,6 +296,8 @@ def _select(order: Tensor, dim: int, x: Tensor) -> Tensor:
 
 def permute_channels(order: Sequence[int] | Tensor, dim: int = 1) -> Invertible:
     """Reorder the slices of one dimension: slice i of the output is slice ``order[i]`` of the input.
+
+    .. math:: y_i = x_{order_i}
 
     Args:
         order: A permutation of ``range(C)``; ``torch.randperm(C)`` for a random one.
@@ -329,7 +343,9 @@ def _reshape(sizes: tuple[int, ...], new: tuple[int, ...], x: Tensor) -> Tensor:
 
 
 def reshape(sizes: Sequence[int], new_sizes: Sequence[int]) -> Invertible:
-    """Give the last dimensions other sizes; the dimensions before them stay as they are.
+    r"""Give the last dimensions other sizes; the dimensions before them stay as they are.
+
+    .. math:: y = x \quad \text{element by element, in order}
 
     Args:
         sizes: The sizes of the last dimensions of the input.
@@ -391,7 +407,9 @@ def _unflatten_sizes(start: int, end: int, sizes: tuple[int, ...], y: Tensor) ->
 
 
 def flatten(start: int = 1, end: int = -1, sizes: Sequence[int] | None = None) -> Invertible:
-    """Make one dimension of several neighbours, as `torch.flatten`.
+    r"""Make one dimension of several neighbours, as `torch.flatten`.
+
+    .. math:: y_{n, (i_1 s_2 + i_2) s_3 + \dots} = x_{n, i_1, i_2, \dots}
 
     Args:
         start: The first of them.
@@ -486,6 +504,8 @@ def _block_order(channels: int, count: int, channels_first: bool) -> tuple[int, 
 def pixel_unshuffle(factor: int | Sequence[int], channels_first: bool = True) -> Invertible:
     r"""Space to depth: each block of neighbours becomes channels, as `torch.nn.PixelUnshuffle`, in 1 to 3 dimensions.
 
+    .. math:: y_{(c, i, j), h, w} = x_{c, h r + i, w r + j}
+
     The squeeze of flows: :math:`(N, C, S_1, ...) \to (N, C r_1 \cdots r_d, S_1 / r_1, ...)`.
 
     Args:
@@ -500,6 +520,7 @@ def pixel_unshuffle(factor: int | Sequence[int], channels_first: bool = True) ->
         One copy in each direction; nothing is kept. For channels-last layouts, put `movedim` around it.
 
     Raises:
+        OptionError: When a factor is not positive.
         WireError: When the sizes do not divide; `pad_to_multiple` makes them.
 
     Example:
@@ -527,9 +548,17 @@ def pixel_unshuffle(factor: int | Sequence[int], channels_first: bool = True) ->
 def pixel_shuffle(factor: int | Sequence[int], channels_first: bool = True) -> Invertible:
     """Depth to space: ``pixel_shuffle(...) = invert(pixel_unshuffle(...))``, as `torch.nn.PixelShuffle`.
 
+    .. math:: y_{c, h r + i, w r + j} = x_{(c, i, j), h, w}
+
     Args:
         factor: The size of a block; see `pixel_unshuffle`.
         channels_first: The order of the packed channels; see `pixel_unshuffle`.
+
+    Shapes:
+        ``(N, C r_1 ... r_d, S_1, ...) -> (N, C, S_1 r_1, ...)``, dtype any.
+
+    Cost:
+        One copy in each direction; nothing is kept.
 
     Raises:
         WireError: When the channels do not divide.
@@ -596,7 +625,9 @@ def haar(channels_first: bool = True) -> Invertible:
 
 
 def checkerboard_mask(sizes: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Where the coordinates add up to an even number: the white squares, as a bool tensor.
+    r"""Where the coordinates add up to an even number: the white squares, as a bool tensor.
+
+    .. math:: m_p = (p_1 + \dots + p_d \text{ is even})
 
     Args:
         sizes: The sizes of the board, any number of them.
@@ -636,7 +667,9 @@ def _from_checkerboard(count: int, y: Any) -> Tensor:
 
 
 def checkerboard(dims: int = 2) -> Invertible:
-    """One tensor into its white and its black squares: a split whose halves are everywhere neighbours.
+    r"""One tensor into its white and its black squares: a split whose halves are everywhere neighbours.
+
+    .. math:: x \mapsto (x_p : p_1 + \dots + p_d \text{ even},\; x_p : p_1 + \dots + p_d \text{ odd})
 
     Args:
         dims: How many of the last dimensions are the board.
@@ -648,6 +681,7 @@ def checkerboard(dims: int = 2) -> Invertible:
         Two copies in each direction; nothing is kept.
 
     Raises:
+        OptionError: When ``dims`` is not positive.
         WireError: When the last dimension is odd.
 
     Example:
@@ -712,7 +746,9 @@ def _check_mode(subject: str, mode: str) -> None:
 
 
 def pad(amounts: Sequence[int], mode: str = "constant", value: float = 0.0) -> Invertible:
-    """Pad, as `torch.nn.functional.pad` but in any number of dimensions and by any amount; the inverse crops.
+    r"""Pad, as `torch.nn.functional.pad` but in any number of dimensions and by any amount; the inverse crops.
+
+    .. math:: y_{before + i} = x_i \quad \text{for } 0 \le i < size
 
     The inverse undoes forward (section); forward undoes the inverse on padded tensors only, so there is no
     log-determinant.
@@ -794,7 +830,9 @@ def pad_to_multiple(
     *,
     sizes: Sequence[int] | None = None,
 ) -> Invertible:
-    """Pad until the sizes are multiples, half before and the rest after; the inverse crops to the exact sizes again.
+    r"""Pad until the sizes are multiples, half before and the rest after; the inverse crops to the exact sizes again.
+
+    .. math:: y_{before + i} = x_i, \qquad \text{multiple divides the size of } y
 
     Args:
         multiple: What shall divide the sizes: one number for every dimension after dim 1, or one for each of the last.

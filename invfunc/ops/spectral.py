@@ -211,6 +211,7 @@ def dct(dims: int | Sequence[int] = -1) -> Invertible:
         transforms the value and the gradient back.
 
     Raises:
+        OptionError: When there are no dims.
         WireError: When the input is complex, or lacks a dimension.
 
     Example:

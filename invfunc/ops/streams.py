@@ -363,7 +363,9 @@ def _mask(mask: Tensor) -> Mask:
 
 
 def split_mask(mask: Tensor) -> Invertible:
-    """One tensor into the elements under a mask and the other elements.
+    r"""One tensor into the elements under a mask and the other elements.
+
+    .. math:: x \mapsto (x_p : m_p = 1,\; x_p : m_p = 0)
 
     Args:
         mask: True (or nonzero) for the first part; it covers the last dimensions of the input, without the batch.
@@ -512,6 +514,9 @@ def per_element(net: Callable[..., Any], count: int, *, dim: int = 1) -> Callabl
     Shapes:
         ``(N, C * count, ...) -> (N, C, ..., count)``.
 
+    Raises:
+        OptionError: When ``count`` is not positive.
+
     Example:
         >>> import torch
         >>> per_element(torch.nn.Linear(2, 6), 3)(torch.zeros(5, 2)).shape
@@ -552,6 +557,7 @@ def spline_couple(
         The spline's.
 
     Raises:
+        OptionError: When ``bins`` is not positive.
         WireError: When f or g returns another number of channels.
 
     Limits:
