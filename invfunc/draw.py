@@ -31,7 +31,7 @@ from .planning import report
 from .planning.costs import show_bytes
 from .planning.executor import Planned
 from .planning.inputs import faked, realised
-from .planning.trials import _LOOKS_AT_VALUES
+from .planning.trials import LOOKS_AT_VALUES
 from .replay import recorded
 from .trunk import State, values
 from .wires import Wire, describe, is_differentiable, leaves, map_wire
@@ -164,7 +164,7 @@ def _readings(op: Invertible, x: Any) -> list[Reading]:
             fake = faked(x, mode)
             try:
                 return _run(op, fake, mode.from_tensor)
-            except _LOOKS_AT_VALUES:
+            except LOOKS_AT_VALUES:
                 pass
         return _run(op, realised(x, fake), lambda t: t)
 

@@ -77,6 +77,11 @@ def swapped(module: nn.Module, contents: dict[str, Tensor]) -> AbstractContextMa
     return _reparametrize_module(module, contents)
 
 
+def on_fake_tensors() -> bool:
+    """Whether tensors have shapes and no data: a compiled function would read what is not there."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def in_compiled_backward() -> bool:
     """Whether compiled autograd runs backward; it adds gradients up without looking for None."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")

@@ -105,7 +105,8 @@ def close(state: State) -> Wire:
 # ---- carriers and the tail -----------------------------------------------------------------------------------------
 
 
-_STAND_INS: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}  # one element each, made once
+_ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+_CARRIERS: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}  # views of a zero: they cost no memory
 
 
 def carrier(value: Tensor) -> Tensor:
@@ -113,12 +114,19 @@ def carrier(value: Tensor) -> Tensor:
     if type(value) is not Tensor or torch.compiler.is_compiling() or transforms.active():
         return value.new_zeros(()).expand(value.shape)
     key = value.shape, value.dtype, value.device
-    stand_in = _STAND_INS.get(key)
-    if stand_in is None:
-        if len(_STAND_INS) > 1000:  # of as many shapes: they come from somewhere that has ever new ones
-            _STAND_INS.clear()
-        stand_in = _STAND_INS[key] = torch.zeros((), dtype=value.dtype, device=value.device).expand_as(value)
-    return stand_in.detach()  # not a view: FSDP2 warns of those
+    made = _CARRIERS.get(key)
+    if made is None:
+        if len(_CARRIERS) > 1000:  # of as many shapes: they come from somewhere that has ever new ones
+            _CARRIERS.clear()
+        made = _CARRIERS[key] = _zero(value).expand_as(value)
+    return made.detach()  # not a view: FSDP2 warns of those
+
+
+def _zero(like: Tensor) -> Tensor:
+    key = like.dtype, like.device
+    if key not in _ZEROS:
+        _ZEROS[key] = torch.zeros((), dtype=like.dtype, device=like.device)
+    return _ZEROS[key]
 
 
 class Tail(torch.autograd.Function):

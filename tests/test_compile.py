@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import invfunc as inv
 
@@ -402,3 +403,11 @@ def test_compiled_stages_inside_of_a_graph_and_of_a_transform() -> None:
     x = torch.randn(3, 4)
     torch.testing.assert_close(torch.func.vmap(lambda x: net(x[None])[0])(x), net.plain(x))
     torch.autograd.gradgradcheck(net, x.requires_grad_())
+
+
+def test_compiled_stages_on_fake_tensors_are_not_compiled() -> None:
+    op = inv.compile_stages(inv.checkpoint(between(inv.couple(Tanh()))), backend="aot_eager")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(5, 2 * WIDTH, requires_grad=True)
+        op(x).sum().backward()
+        assert x.grad.shape == x.shape

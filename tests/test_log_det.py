@@ -220,7 +220,8 @@ def test_the_peak_of_a_lowered_flow_does_not_depend_on_its_depth():
         peaks, x = [], torch.randn(4, 8, 8, 8)
         for depth in (4, 32):
             op = multiscale(depth)
-            density = inv.flow(inv.checkpoint(op), (Normal(0.0, 1.0), Normal(0.0, 1.0)))
+            fast = inv.checkpoint(op, drift="off")  # 64 untrained steps do drift; what counts here is memory
+            density = inv.flow(fast, (Normal(0.0, 1.0), Normal(0.0, 1.0)))
             parameters = parameters_of(op)
             for p in parameters:
                 p.grad = torch.zeros_like(p)

@@ -377,9 +377,9 @@ def test_modes_override_plans_and_the_inverse_has_none():
 
 @pytest.fixture(scope="module")
 def profiled():
+    found, before = {}, torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("invfunc.planning.profiling.timed", given_seconds)
         for name, f, x in [
@@ -388,6 +388,7 @@ def profiled():
         ]:
             x.requires_grad_()
             found[name] = f, x, inv.profile(f, x), weights_of(f, x)
+    torch.set_default_dtype(before)
     return found
 
 

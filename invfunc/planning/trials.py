@@ -197,7 +197,7 @@ def untouched(*ops: Invertible) -> Iterator[None]:
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
-_LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
 class Books(StorageLedger):
@@ -261,7 +261,7 @@ class Subject:
         try:
             with self.mode:
                 return way(self.op, self.x, *args)
-        except _LOOKS_AT_VALUES:
+        except LOOKS_AT_VALUES:
             return way(self.op, realised(None, self.x), *args)
 
 
