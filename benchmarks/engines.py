@@ -1,0 +1,187 @@
+"""What trains it: every library that frees activations, as one value each that turns a `Net` into a callable.
+
+All compute the same function, but for momentumnet, which has one law of its own and is judged by it. Peers are
+imported where they are built, so that one that is missing or broken costs no more than its own row.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import invfunc as inv
+
+from .networks import Net
+
+Call: TypeAlias = Callable[[Tensor], Tensor]
+T = TypeVar("T")
+
+
+class Coupling(nn.Module):
+    """``y1 = x1 + f(x2), y2 = x2 + g(y1)``, on one tensor, in plain autograd."""
+
+    def __init__(self, f: nn.Module, g: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.f, self.g, self.dim = f, g, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, self.dim)
+        y1 = x1 + self.f(x2)
+        return torch.cat((y1, x2 + self.g(y1)), self.dim)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        y1, y2 = y.chunk(2, self.dim)
+        x2 = y2 - self.g(y1)
+        return torch.cat((y1 - self.f(x2), x2), self.dim)
+
+
+def streams(pairs: Sequence[tuple[nn.Module, nn.Module]], x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on two tensors, through couplings: the least that training without any help takes."""
+    for f, g in pairs:
+        x1 = x1 + f(x2)
+        x2 = x2 + g(x1)
+    return x1, x2
+
+
+def plain(net: Net) -> Call:
+    return lambda x: torch.cat(streams(net.pairs, *x.chunk(2, net.dim)), net.dim)
+
+
+def checkpointed(length: Callable[[int], int], net: Net) -> Call:
+    """Torch's own, over segments of a length that depends on the depth."""
+    size = length(len(net.pairs))
+    segments = [net.pairs[i : i + size] for i in range(0, len(net.pairs), size)]
+
+    def call(x: Tensor) -> Tensor:
+        halves = x.chunk(2, net.dim)
+        for segment in segments:
+            halves = checkpoint(streams, segment, *halves, use_reentrant=False)
+        return torch.cat(halves, net.dim)  # pyright: ignore[reportArgumentType]
+
+    return call
+
+
+def couplings(net: Net) -> list[nn.Module]:
+    return [Coupling(f, g, net.dim) for f, g in net.pairs]
+
+
+def memcnn(net: Net) -> Call:
+    with warnings.catch_warnings():  # its import warns, and silences every UserWarning of the process
+        warnings.simplefilter("ignore")
+        from memcnn import AdditiveCoupling, InvertibleModuleWrapper  # pyright: ignore[reportMissingImports]
+    blocks = [AdditiveCoupling(f, g, split_dim=net.dim) for f, g in net.pairs]
+    return nn.Sequential(*map(InvertibleModuleWrapper, blocks))
+
+
+def invtorch_blocks(net: Net) -> list[nn.Module]:
+    from invtorch.nn import Module  # pyright: ignore[reportMissingImports]
+
+    class Block(Module):
+        """InvTorch has no couplings: one as its users write it."""
+
+        def __init__(self, coupling: nn.Module) -> None:
+            super().__init__()
+            self.function, self.inverse = coupling.forward, coupling.inverse
+
+    return [Block(coupling) for coupling in couplings(net)]
+
+
+def invtorch(net: Net) -> Call:
+    return nn.Sequential(*invtorch_blocks(net))
+
+
+def invtorch_sequential(net: Net) -> Call:
+    from invtorch.nn import Sequential  # pyright: ignore[reportMissingImports]
+
+    return Sequential(*invtorch_blocks(net))
+
+
+def revtorch(net: Net) -> Call:
+    from revtorch import ReversibleBlock, ReversibleSequence  # pyright: ignore[reportMissingImports]
+
+    return ReversibleSequence(nn.ModuleList([ReversibleBlock(f, g, net.dim) for f, g in net.pairs]))
+
+
+def revlib(net: Net) -> Call:
+    from revlib import ReversibleSequential  # pyright: ignore[reportMissingImports]
+
+    return ReversibleSequential(*net.branches, split_dim=net.dim)
+
+
+def momentum(net: Net, use_backprop: bool = False) -> Call:
+    """Its law on one stream: ``v = gamma v + (1 - gamma) f(x); x = x + v``, with the same functions in the same order."""
+    from momentumnet import MomentumNet  # pyright: ignore[reportMissingImports]
+
+    call = MomentumNet(net.branches, gamma=0.9, use_backprop=use_backprop)
+
+    def on_half(x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, net.dim)
+        return torch.cat((call(x1), x2), net.dim)
+
+    return on_half
+
+
+def pipeline(net: Net) -> inv.Invertible:
+    ends: dict[str, Any] = {"sizes": 2, "dim": net.dim}
+    return inv.chain(inv.split(**ends), *[inv.couple(f, g) for f, g in net.pairs], inv.concat(**ends))
+
+
+def lowered(net: Net) -> Call:
+    return inv.checkpoint(pipeline(net))
+
+
+PLANNED = 16  # activations
+
+
+def planned(net: Net) -> Call:
+    op = pipeline(net)
+    return inv.checkpoint(op, plan=inv.plan(op, net.x.detach(), budget=PLANNED * net.x.nbytes))
+
+
+def exact(mode: str, net: Net) -> Call:
+    return inv.checkpoint(inv.exact(pipeline(net), mode=mode))
+
+
+def attempt(build: Callable[[], T]) -> T | str:
+    """What is returned, or in one line what is raised: a peer that fails is shown with its error."""
+    try:
+        return build()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A name for the table, what builds the callable, and what its gradients are compared with."""
+
+    name: str
+    build: Callable[[Net], Call]
+    reference: Callable[[Net], Call] = plain
+
+
+PLAIN = Engine("plain", plain)
+BLOCKWISE = Engine("torch checkpoint, each block", partial(checkpointed, lambda depth: 1))
+INVFUNC = Engine("invfunc", lowered)
+ENGINES = (
+    PLAIN,
+    BLOCKWISE,
+    Engine("torch checkpoint, sqrt segments", partial(checkpointed, math.isqrt)),
+    Engine("MemCNN", memcnn),
+    Engine("InvTorch, each block", invtorch),
+    Engine("InvTorch Sequential", invtorch_sequential),
+    Engine("RevTorch", revtorch),
+    Engine("revlib", revlib),
+    Engine("momentumnet", momentum, partial(momentum, use_backprop=True)),
+    INVFUNC,
+    Engine(f"invfunc, plan of {PLANNED} activations", planned),
+    Engine("invfunc, exact grid", partial(exact, "grid")),
+    Engine("invfunc, exact codes", partial(exact, "codes")),
+)

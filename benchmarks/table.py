@@ -1,0 +1,165 @@
+"""The table of all engines: ``python -m benchmarks.table [quick|full] [network ...]``, on CUDA where there is one.
+
+Every engine trains the same network with the same numbers in the same process, taking turns. Memory and flops are
+counted, not sampled; times are ratios to plain training in the same turn. One thread on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .engines import ENGINES, PLAIN, Call, Engine, attempt
+from .exact import keep_freed_memory
+from .measures import costs, evaluations, gradient_errors, interleaved, ratio, step
+from .networks import LARGE, SMALL, Net, Network
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured: networks at depths, their times over some repeats; errors at a smaller size."""
+
+    networks: dict[str, Network]
+    depths: dict[str, tuple[int, ...]]
+    repeats: int
+
+
+STUDIES = {
+    "quick": Study(SMALL, {"mlp": (4, 16), "conv": (4, 16), "transformer": (4, 16)}, 5),
+    "full": Study(LARGE, {"mlp": (4, 16, 64, 256), "conv": (4, 16, 64, 256), "transformer": (4, 16, 64)}, 5),
+}
+
+
+def rows(network: str, study: Study, depth: int, engines: Sequence[Engine], device: str) -> list[Row]:
+    """One row for each engine; what went wrong stands in its row."""
+    net = study.networks[network].at(depth, device=device)
+    found = {engine.name: {"network": network, "depth": depth, "engine": engine.name} for engine in engines}
+    calls = {}
+    for engine in engines:
+        match attempt(lambda: first_step(engine, net)):
+            case str(error):
+                found[engine.name]["error"] = error
+            case call, costs:
+                calls[engine.name] = call
+                found[engine.name] |= costs
+    times(found, calls, net, study.repeats)
+    errors(found, [engine for engine in engines if engine.name in calls], SMALL[network].at(depth, device=device))
+    return list(found.values())
+
+
+def first_step(engine: Engine, net: Net) -> tuple[Call, Row]:
+    """What the engine has built, when it has made its gradients; and what a step costs."""
+    call = engine.build(net)
+    step(call, net)
+    return call, costs(call, net) | {"evaluations": evaluations(call, net)}
+
+
+def times(found: dict[str, Row], calls: dict[str, Call], net: Net, repeats: int) -> None:
+    taken = interleaved({name: partial(step, call, net) for name, call in calls.items()}, repeats, net.x.device)
+    base = found[PLAIN.name]["flops"]
+    for name in calls:
+        found[name] |= {"time": ratio(taken[name], taken[PLAIN.name]), "seconds": taken[name]}
+        found[name]["flops"] /= base
+
+
+def errors(found: dict[str, Row], engines: Sequence[Engine], net: Net) -> None:
+    net = net.to(torch.bfloat16)  # so that every dtype has the same numbers
+    for name, dtype in DTYPES.items():
+        for engine, error in zip(engines, gradient_errors(engines, net, dtype), strict=True):
+            found[engine.name][name] = error
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "depth": "d",
+    "engine": "s",
+    "peak": ".1f",
+    "held": ".1f",
+    "evaluations": ".3g",
+    "flops": ".2f",
+    "time": ".2f",
+    "float64": ".0e",
+    "float32": ".0e",
+    "bfloat16": ".0e",
+}
+LEGEND = """\
+Of one training step: `peak` and `held` (after forward) memory in units of the network's input, without parameters and
+their gradients; `evaluations` of each f and g; `flops` and `time` over plain training; and the relative error of all
+gradients in three dtypes against plain autograd in float64 (a smaller input, the same depth)."""
+
+
+def markdown(found: Sequence[Row], machine: str) -> str:
+    """The tables, one for each network."""
+    parts = [machine, LEGEND]
+    for network in dict.fromkeys(row["network"] for row in found):
+        lines = [line(row) for row in found if row["network"] == network]
+        head = [f"| {' | '.join(COLUMNS)} |", "|" + "|".join("---" if c == "engine" else "--:" for c in COLUMNS) + "|"]
+        parts += [f"## {network}", "\n".join([*head, *lines])]
+    return "\n\n".join(parts) + "\n"
+
+
+def line(row: Row) -> str:
+    if "error" in row:
+        return f"| {row['depth']} | {row['engine']} | {row['error']} |" + " |" * (len(COLUMNS) - 3)
+    return f"| {' | '.join(cell(row[column], form) for column, form in COLUMNS.items())} |"
+
+
+def cell(value: Any, form: str) -> str:
+    return value if isinstance(value, str) else format(value, form)
+
+
+def machine(device: str) -> str:
+    """What it ran on."""
+    known = Path("/proc/cpuinfo")
+    models = [x.partition(": ")[2] for x in known.read_text().splitlines() if x.startswith("model name")]
+    chip = torch.cuda.get_device_name() if device == "cuda" else (models or [platform.processor()])[0]
+    return f"{chip}, {platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}."
+
+
+def run(study: Study, networks: Iterable[str], device: str) -> Iterator[Row]:
+    """All rows of a study, told as they come."""
+    for depth, network in sorted((depth, name) for name in networks for depth in study.depths[name]):
+        found = rows(network, study, depth, ENGINES, device)
+        print(*map(line, found), sep="\n", flush=True)
+        yield from found
+
+
+def write(name: str, found: Sequence[Row], machine: str) -> None:
+    """The table, the numbers, and the plots."""
+    from .plots import draw
+
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(markdown(found, machine))
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
+    draw(name, found, RESULTS)
+
+
+def main(name: str = "quick", *networks: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    warnings.simplefilter("ignore")  # the drift meter's, in bfloat16; momentumnet's
+    found: list[Row] = []
+    for row in run(STUDIES[name], networks or STUDIES[name].depths, device):
+        found.append(row)
+        if row["engine"] == ENGINES[-1].name:
+            write(name, found, machine(device))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
