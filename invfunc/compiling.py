@@ -38,7 +38,7 @@ from . import transforms
 from .errors import ReplayError
 from .invertible import Invertible, Residue, name_of
 from .replay import closes_over_nothing, visible
-from .trunk import State, Strand, filled, keep, spec_of, strands, values
+from .trunk import State, Strand, begin, filled, keep, spec_of, strands, values
 from .wires import Wire, is_differentiable, leaves, map_wire
 
 T = TypeVar("T")
@@ -122,9 +122,11 @@ def _is_among(item: Any, others: list[Any]) -> bool:
 
 
 def slots_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
-    """``(name, tensor, is buffer)`` of a module's parameters, and of the buffers that it may write."""
-    buffers = [(name, tensor, True) for name, tensor in module.named_buffers()] if module.training else []
-    return [*[(name, tensor, False) for name, tensor in module.named_parameters()], *buffers]
+    """``(name, tensor, is buffer)`` of a module's parameters, and of the buffers that it may write; tied ones, too."""
+    parameters = [(name, tensor, False) for name, tensor in module.named_parameters(remove_duplicate=False)]
+    if not module.training:
+        return parameters
+    return [*parameters, *[(name, tensor, True) for name, tensor in module.named_buffers(remove_duplicate=False)]]
 
 
 def _gather(item: Any, modules: list[nn.Module], loose: list[Tensor]) -> None:
@@ -497,6 +499,8 @@ def stage(op: Invertible, state: State, step: Step = in_place) -> State:
     xs = [strand.value for strand in found]
     carried = any([strand.carrier is not None for strand in found])
     call, kept, ys = traced(op, x, xs, carried, step)
+    if not (carried or _need_gradients([*xs, *kept])):
+        return begin(filled(call.y_spec, ys, kept))
     carriers = [_carrier(strand) for strand in found] if carried else []
     out = TracedStage.apply(call, *xs, *carriers, *kept, *ys)
     return filled(call.y_spec, [Strand(y, c) for y, c in zip(out[: len(ys)], out[len(ys) :], strict=True)], kept)
@@ -510,10 +514,17 @@ def recompute(op: Invertible, x: Wire) -> Wire:
     """Run an op from a stored input."""
     xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
     call, kept, ys = traced(op, x, xs, False, in_place)
-    return filled(call.y_spec, TracedRecompute.apply(call, *xs, *kept, *ys), kept)
+    if _need_gradients([*xs, *kept]):
+        ys = TracedRecompute.apply(call, *xs, *kept, *ys)
+    return filled(call.y_spec, ys, kept)
 
 
 def may_have_gradients(op: Invertible, x: Wire) -> bool:
-    """Rule 4 of NOTE [Compiling]."""
+    """Whether the input or a tensor that the op holds needs a gradient."""
     tensors = [*[leaf for leaf in leaves(x) if isinstance(leaf, Tensor)], *holders_of(op).tensors]
-    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+    return torch.is_grad_enabled() and _need_gradients(tensors)
+
+
+def _need_gradients(tensors: Sequence[Tensor]) -> bool:
+    """Rule 4 of NOTE [Compiling]."""
+    return any([tensor.requires_grad for tensor in tensors])

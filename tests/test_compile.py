@@ -208,6 +208,29 @@ def test_export(strict: bool) -> None:
         torch.testing.assert_close(torch.export.export(net, (x,), strict=strict).module()(x), net.plain(x))
 
 
+class Tied(nn.Module):
+    """One weight in two slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.outer.weight = self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+def test_tied_weights_and_an_input_that_needs_no_gradient(mode: str) -> None:
+    f, x = Tied(), torch.randn(5, 2 * WIDTH)
+    op = between(inv.couple(f), inv.swap(), inv.couple(f))
+    parameters = list(f.parameters())
+    compiled = torch.compile(inv.checkpoint(op, mode=mode), backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x).pow(2).sum(), parameters)
+    expected = torch.autograd.grad(op(x).pow(2).sum(), parameters)
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "vmap of grad"])
 def test_below_vmap_it_runs_plainly(transform: str) -> None:
     net = Network(couplings)

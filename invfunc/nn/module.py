@@ -26,7 +26,7 @@ from ..lowering import Options, walk
 from ..replay import Streams, cuda_devices
 from ..sharding import is_sharded
 from ..testing import LawError
-from ..trunk import State, Strand, Tail
+from ..trunk import State, Strand, is_tail
 from ..wires import Wire, describe, is_differentiable, leaves
 
 Donate: TypeAlias = bool | tuple[int, ...] | str
@@ -191,7 +191,7 @@ def _is_free(leaf: Any) -> bool:
 
 def _is_output(leaf: Tensor) -> bool:
     """Whether a tensor is the output of a pipeline."""
-    return isinstance(leaf.grad_fn, Tail._backward_cls)
+    return is_tail(leaf.grad_fn)
 
 
 def _storage(leaf: Any) -> int:
