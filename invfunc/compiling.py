@@ -124,9 +124,8 @@ def _is_among(item: Any, others: list[Any]) -> bool:
 def slots_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
     """``(name, tensor, is buffer)`` of a module's parameters, and of the buffers that it may write; tied ones, too."""
     parameters = [(name, tensor, False) for name, tensor in module.named_parameters(remove_duplicate=False)]
-    if not module.training:
-        return parameters
-    return [*parameters, *[(name, tensor, True) for name, tensor in module.named_buffers(remove_duplicate=False)]]
+    buffers = [(name, tensor, True) for name, tensor in module.named_buffers(remove_duplicate=False)]
+    return [*parameters, *(buffers if module.training else [])]
 
 
 def _gather(item: Any, modules: list[nn.Module], loose: list[Tensor]) -> None:
