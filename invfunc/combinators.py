@@ -631,8 +631,8 @@ class Half(Invertible):
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """Fused: ``t = fn(x2)`` is evaluated once, and gives both ``x1 = law(t)^-1(y1)`` and its own vjp."""
-        (y1, x2), (gy1, gy2) = self._target_first(y), self._target_first(gy)
-        need1, need2 = (None, None) if needs is None else self._target_first(needs)
+        (y1, x2), (gy1, gy2) = self._target_first(y), self._in_place(gy)
+        need1, need2 = (None, None) if needs is None else self._in_place(needs)
         t, pull_fn = vjp(self.fn, x2, need2)
         x1, gx1, gt = self._pull_law(residue, t, y1, gy1, vjp, need1)
         del t
@@ -645,7 +645,7 @@ class Half(Invertible):
         if isinstance(op, Pair) and op.pullback_fn and not op.residue and gy1 is not None:
             x1, gx1, *closed = op.pullback_fn(y1, gy1)
             gradients = {id(tensor): g for tensor, g in (closed[0] if closed else ())}
-            if gradients.keys() == set(map(id, leaves(t))) and len(gradients) == len(leaves(t)):
+            if sorted(gradients) == sorted(map(id, leaves(t))):
                 return x1, gx1, map_wire(lambda leaf: gradients[id(leaf)], t)
         x1 = vjp.run(op.inverse_with_residue, (residue, y1))
         needs = None if need is None else (map_wire(is_differentiable, t), need)
@@ -658,9 +658,10 @@ class Half(Invertible):
 
     def _target_first(self, x: Wire) -> Wire:
         check_components("couple", x, 2)
-        return x if self.target == 0 else (x[1], x[0])
+        return self._in_place(x)
 
-    _in_place = _target_first  # exchanging two components undoes itself
+    def _in_place(self, x: Wire) -> Wire:
+        return x if self.target == 0 else (x[1], x[0])  # exchanging two components undoes itself
 
     def _law(self, t: Wire, x1: Wire) -> Invertible:
         self._check_given(t, x1)
@@ -750,11 +751,13 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 def add_wires(a: Wire, b: Wire) -> Wire:
     """The sum of two gradients of one wire, where None is zero."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a + b
     if isinstance(a, tuple) or isinstance(b, tuple):
         count = len(a if isinstance(a, tuple) else b)
         pairs = zip(a or (None,) * count, b or (None,) * count, strict=True)
         return tuple(add_wires(left, right) for left, right in pairs)
-    return b if a is None else a if b is None else a + b
+    return b if a is None else a
 
 
 def couple(

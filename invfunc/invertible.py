@@ -248,8 +248,8 @@ class ByKind:
     def __call__(self, op: Invertible, *args: Any) -> Any:
         """Call the case of the nearest kind."""
         for kind in type(op).__mro__:
-            if kind in self.cases:
-                return self.cases[kind](op, *args)
+            if (case := self.cases.get(kind)) is not None:
+                return case(op, *args)
         return self.default(op, *args)
 
 

@@ -35,10 +35,11 @@ from .trunk import (
     filled,
     keep,
     needs_gradient,
+    outline,
     residue_spec_of,
     spec_of,
     strands,
-    values,
+    taken,
 )
 from .wires import Wire, is_differentiable, leaves, map_wire
 
@@ -177,7 +178,7 @@ def _behind(op: Invertible) -> str:
 Again: TypeAlias = Callable[[list[Wire]], Wire]  # takes its input out of the list: nobody else keeps it alive
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """All that is static in a node; an opaque object, so that functorch does not take it apart."""
 
@@ -202,16 +203,17 @@ def stage(op: Invertible, state: State, options: Options) -> State:
         return compiling.stage(op, state)
     if options.step is not None and not (transforms.active() or isinstance(op, Rearrangement)):
         return compiling.stage(op, state, options.step)
-    x, xs = values(state), strands(state)
+    xs: list[Strand] = []
+    x = taken(state, xs)
     needs = [needs_gradient(s.value) for s in xs]
     partly = op.taped or not (all(needs) or op.implicit or isinstance(op, (Half, Rearrangement)))
     (y, residue), recording = recorded(op.forward_with_residue, x, owners_of(op), options.preserve_rng_state, partly)
     carried = any([s.carrier is not None for s in xs])
     if not (carried or recording.captured or any(needs)):
         return begin(y, partial(_behind, op))
-    call, kept, ys = _call(op, recording, x, y, residue, carried)
+    call, kept, ys = _call(op, recording, outline(state), _kinds([s.value for s in xs]), y, residue, carried)
     found = recording.dead if recording.captured or any(needs) else range(len(ys))
-    call.dead = _dead(op, x, needs, tuple(i for i in found if i < len(ys)))  # residues come behind
+    call.dead = _dead(op, x, needs, tuple([i for i in found if i < len(ys)]))  # residues come behind
     if options.drift != "off" and (opened := _opened(xs)):
         call.probe = probe(ys if _only_moves(op) else [s.value for s in xs], options.drift, opened)
     carriers = [s.carrier if s.carrier is not None else carrier(s.value) for s in xs] if carried else []
@@ -241,28 +243,33 @@ def recompute_values(op: Invertible, x: Wire, options: Options, again: Again | N
     y, recording = recorded(op.forward, x, owners_of(op), options.preserve_rng_state, again is None)
     if not (recording.captured or _any_gradient(x)):
         return y
-    call, kept, ys = _call(op, recording, x, y, None, False)
-    call.x_spec = map_wire(lambda leaf: STRAND if is_differentiable(leaf) else keep(leaf, kept), x)
+    xs: list[Tensor] = []
+    spec_of(x, xs, None)
+    call, kept, ys = _call(op, recording, None, _kinds(xs), y, None, False)
+    call.x_spec = spec_of(x, [], kept)
     call.count_kept, call.dead, call.again = len(kept), recording.dead, again
-    out = iter(apply_node(_Recompute, call, *filter(is_differentiable, leaves(x)), *kept, *ys))
+    out = iter(apply_node(_Recompute, call, *xs, *kept, *ys))
     return map_wire(lambda leaf: next(out) if is_differentiable(leaf) else leaf, y)
 
 
 def _call(
-    op: Invertible, recording: Recording, x: Wire, y: Wire, residue: Residue, carried: bool
+    op: Invertible, recording: Recording, x_spec: Wire, x_kinds: list[Kind], y: Wire, residue: Residue, carried: bool
 ) -> tuple[Call, list[Tensor], list[Tensor]]:
     """The static part of a node, the tensors that it keeps, and its outputs."""
-    xs: list[Tensor] = []
     ys: list[Tensor] = []
-    kept = list(recording.captured)
-    x_spec, y_spec = spec_of(x, xs, None), spec_of(y, ys, kept)
     lost: list[Tensor] = []
+    kept = list(recording.captured)
+    y_spec = spec_of(y, ys, kept)
     residue_spec = None if residue is None else residue_spec_of(residue, lost, kept)
     if recording.pins:
-        recording.pins[:] = [(name, keep(value, kept)) for name, value in recording.pins]
-    call = Call(op, recording, x_spec, y_spec, residue_spec, kinds(xs), kinds(ys), carried, len(kept), ())
-    call.count_lost = len(lost)
+        recording.pins = tuple([(name, keep(value, kept)) for name, value in recording.pins])
+    call = Call(op, recording, x_spec, y_spec, residue_spec, x_kinds, _kinds(ys), carried, len(kept), (), len(lost))
     return call, [*kept, *lost], ys
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[Kind]:
+    """`kinds` of tensors that are known to be differentiable."""
+    return [(t.shape, t.dtype) for t in tensors]
 
 
 def owners_of(op: Invertible) -> Owners:
@@ -301,7 +308,7 @@ class _Stage(torch.autograd.Function):
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         last = len(tensors) - len(call.y_kinds)
         ys, lost = tensors[last:], tensors[last - call.count_lost : last]
-        return (*[y.detach() for y in ys], *map(carrier, ys), *[r.detach() for r in lost])
+        return (*[y.detach() for y in ys], *[carrier(y) for y in ys], *[r.detach() for r in lost])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -310,7 +317,8 @@ class _Stage(torch.autograd.Function):
         first = len(call.x_kinds) * (1 + call.carried)
         ctx.save_for_backward(*tensors[first : first + call.count_kept], *output[2 * len(call.y_kinds) :])
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(output[i] for i in call.dead))
+        if call.dead:
+            ctx.mark_non_differentiable(*[output[i] for i in call.dead])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -383,8 +391,9 @@ def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor 
 
 def _rebuilt(call: Call, x: Wire) -> list[Tensor]:
     """The tensors that have been rebuilt, if they are of the kinds that they were of."""
-    check_kinds("the inverse of {!r}", call.op, x, call.x_kinds)
-    return [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+    found = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+    check_kinds(lambda: f"the inverse of {call.op!r}", found, call.x_kinds)
+    return found
 
 
 def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -394,7 +403,7 @@ def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor |
     xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
     y, pull = replay(_on_wire(call), (filled(call.x_spec, xs, kept),), (needs,))
-    check_kinds("{!r} on replay", call.op, y, call.y_kinds)
+    check_kinds(lambda: f"{call.op!r} on replay", leaves(y), call.y_kinds)
     (gx,) = pull(filled(call.y_spec, gys, None))
     return _arranged(call, gx, None, replay.finish())
 
@@ -417,7 +426,7 @@ def _rerun_lean(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Ten
         return call.again(handed)  # pyright: ignore[reportOptionalCall]
 
     y, pull = replay(run, torch.zeros(()), True)
-    check_kinds("{!r} on replay", call.op, y, call.y_kinds)
+    check_kinds(lambda: f"{call.op!r} on replay", leaves(y), call.y_kinds)
     del y
     pull(filled(call.y_spec, gys, None))
     return _arranged(call, filled(call.x_spec, gxs, None), None, replay.finish())

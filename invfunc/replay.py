@@ -21,11 +21,12 @@ NOTE [Replay] What a function did in forward has to happen again, identically, i
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from ctypes import string_at
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
@@ -136,14 +137,15 @@ def slots(module: nn.Module, seen: set[int]) -> list[tuple[nn.Module, dict[str, 
         if id(owner) in seen:
             continue
         seen.add(id(owner))
-        parameters, buffers = owner._parameters, owner._buffers
-        found += [(owner, parameters, name, tensor, False) for name, tensor in parameters.items() if tensor is not None]
-        if buffers:
-            found += [(owner, buffers, name, tensor, True) for name, tensor in buffers.items() if tensor is not None]
-        if owner._modules:
-            todo += [child for child in reversed(owner._modules.values()) if child is not None]
-        if Tensor in map(type, vars(owner).values()):
-            found += [(owner, vars(owner), name, value, False) for name, value in vars(owner).items() if _counts(value)]
+        attributes = owner.__dict__
+        for table, is_buffer in (attributes["_parameters"], False), (attributes["_buffers"], True):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found.append((owner, table, name, tensor, is_buffer))
+        if attributes["_modules"]:
+            todo += [child for child in reversed(attributes["_modules"].values()) if child is not None]
+        if Tensor in map(type, attributes.values()):
+            found += [(owner, attributes, name, value, False) for name, value in attributes.items() if _counts(value)]
     return found
 
 
@@ -157,38 +159,49 @@ def _counts(value: Any) -> bool:
 # ---- the recording -----------------------------------------------------------------------------------------------
 
 
-@dataclass
+Slot: TypeAlias = tuple[dict[str, Any], str]  # where a module keeps a tensor: a dict of it, and a name
+
+
+@dataclass(slots=True)
 class Recording:
     """What one call of a user's functions saw; see NOTE [Replay]."""
 
-    captured: list[Tensor] = field(default_factory=list)  # explicit inputs of the stage
-    noted: dict[int, int] = field(default_factory=dict)  # id of a tensor in a closure -> its place in captured
-    filled: list[tuple[dict[str, Any], str, int]] = field(default_factory=list)  # slots that hold captured tensors
-    fixed: list[tuple[dict[str, Any], str, Tensor, int]] = field(default_factory=list)  # slots of constants
-    written: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # slots and what they held before
-    pins: list[tuple[str, Any]] = field(default_factory=list)
-    random: Streams | None = None
-    dead: tuple[int, ...] = ()  # outputs that were found to depend on nothing differentiable
-    autocast: tuple[Any, ...] = ()
-    threads: int = field(default_factory=torch.get_num_threads)
-    alive: list[Tensor] = field(default_factory=list)  # keeps the ids in ``noted`` from being reused
-    expected: set[int] = field(default_factory=set)  # those of ``noted`` that forward was seen to use
-    copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # written tensors without a slot, and copies
-    returned: tuple[Any, list[Kind]] | None = None  # a function of an op, and what it returned
-    opaque: bool = False  # whether a closure was called
+    captured: tuple[Tensor, ...]  # explicit inputs of the stage
+    filled: tuple[tuple[dict[str, Any], str, int], ...]  # slots that hold captured tensors, and which
+    fixed: tuple[tuple[dict[str, Any], str, Tensor, int], ...]  # slots of constants, and their versions
+    written: tuple[tuple[dict[str, Any], str, Tensor], ...]  # slots, and what they held before
+    noted: dict[int, int]  # id of a tensor in a closure -> its place in captured
+    alive: tuple[Tensor, ...]  # keeps the ids in ``noted`` from being reused
+    expected: frozenset[int]  # those of ``noted`` that forward was seen to use
+    copied: tuple[tuple[Tensor, Tensor], ...]  # written tensors without a slot, and copies
+    pins: tuple[tuple[str, Any], ...]
+    returned: tuple[Any, list[Kind]] | None  # a function of an op, and what it returned
+    dead: tuple[int, ...]  # outputs that were found to depend on nothing differentiable
+    opaque: bool  # whether a closure was called
+    random: Streams | None
+    autocast: tuple[Any, ...]
+    threads: int
 
 
 class Scope:
-    """Fills a `Recording` while the functions run."""
+    """Sees what functions use while they run, and makes a `Recording` of it."""
 
     def __init__(self, found: Owners) -> None:
-        self.recording = Recording(opaque=found.opaque)
-        self.nearby = found.nearby
+        self.found = found
+        self.captured: list[Tensor] = []
+        self.places: dict[int, int] = {}  # id of a captured tensor -> its place
+        self.filled: list[tuple[dict[str, Any], str, int]] = []
+        self.fixed: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self.before: list[tuple[nn.Module, dict[str, Any], str, Tensor, Tensor, int]] = []  # buffers, and copies
+        self.noted: dict[int, int] = {}
+        self.alive: list[Tensor] = []
+        self.expected: set[int] = set()
+        self.pins: list[tuple[str, Any]] = []
+        self.returned: tuple[Any, list[Kind]] | None = None
+        self.dead: tuple[int, ...] = ()
         self.seen: set[int] = set()
-        self.before: list[tuple[nn.Module, dict[str, Any], str, Tensor, Tensor, int]] = []
         self.began: int | None = None  # where the graph of this call begins, when it builds one
         self.wrapping = transforms.active()
-        self.places: dict[int, int] = {}
         self.made: set[int] = set()  # ids of tensors that the call has made, as far as it was watched
         self.owned: set[int] = set()  # ids of the dicts of modules that were known before the call
 
@@ -196,8 +209,8 @@ class Scope:
         """The place of a tensor among the captured ones."""
         place = self.places.get(id(tensor))
         if place is None:
-            self.places[id(tensor)] = place = len(self.recording.captured)
-            self.recording.captured.append(tensor)
+            self.places[id(tensor)] = place = len(self.captured)
+            self.captured.append(tensor)
         return place
 
     def matters(self, tensor: Tensor) -> bool:
@@ -210,23 +223,21 @@ class Scope:
         if self.began is not None and tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= self.began:
             return  # made inside, by something that a TorchFunctionMode does not see
         if wrapped:
-            if tensor.requires_grad and id(tensor) not in {
-                id(self.recording.captured[i]) for *_, i in self.recording.filled
-            }:
+            if tensor.requires_grad and id(tensor) not in {id(self.captured[i]) for *_, i in self.filled}:
                 raise _hidden(tensor)
             return
         self.note(tensor)
-        if not known and tensor.requires_grad and id(tensor) in self.recording.noted:
-            self.recording.expected.add(id(tensor))
-            place = self.recording.noted[id(tensor)]
-            self.recording.filled += [(table, name, place) for table, name in self.homes.get(id(tensor), ())]
+        if not known and tensor.requires_grad and id(tensor) in self.noted:
+            self.expected.add(id(tensor))
+            place = self.noted[id(tensor)]
+            self.filled += [(table, name, place) for table, name in self.homes.get(id(tensor), ())]
 
     @cached_property
-    def homes(self) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    def homes(self) -> dict[int, list[Slot]]:
         """The slots of nearby modules: where a closure that reads a module's tensor will find it again."""
-        found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        found: dict[int, list[Slot]] = {}
         seen: set[int] = set()
-        for module in self.nearby:
+        for module in self.found.nearby:
             for _, table, name, tensor, _ in slots(module, seen):
                 found.setdefault(id(tensor), []).append((table, name))
         return found
@@ -235,43 +246,69 @@ class Scope:
         """Capture a tensor that a closure holds, or what an enclosing replay has put in its place."""
         actual = stand_in(tensor)
         if self.matters(actual) and id(tensor) not in self.places:
-            self.recording.noted[id(tensor)] = self.capture(actual)
-            self.recording.alive.append(tensor)
+            self.noted[id(tensor)] = self.capture(actual)
+            self.alive.append(tensor)
 
     def enter(self, module: nn.Module) -> None:
         """Read the slots of a module that the call uses."""
         for owner, table, name, tensor, is_buffer in slots(module, self.seen):
-            if self.matters(tensor):
-                self.recording.filled.append((table, name, self.capture(tensor)))
+            if tensor.requires_grad or self.matters(tensor):
+                self.filled.append((table, name, self.capture(tensor)))
             elif is_buffer and _may_write(owner, name):
                 self.before.append((owner, table, name, tensor, tensor.clone(), version(tensor)))
             else:
-                self.recording.fixed.append((table, name, tensor, version(tensor)))
+                self.fixed.append((table, name, tensor, version(tensor)))
 
-    def leave(self) -> None:
-        """Tell the buffers that the call wrote from those it only read, and its own swaps from the modules' slots."""
-        r = self.recording
+    def pin(self, name: str, value: T) -> T:
+        """Keep a value for when the call runs again; see `record`."""
+        self.pins.append((name, value))
+        return value
+
+    def leave(self, random: Streams | None) -> Recording:
+        """What was seen."""
+        written, copied = self._settle() if self.before else ((), ())
+        if self.found.opaque:
+            self._take_back()
+        return Recording(
+            tuple(self.captured),
+            tuple(self.filled),
+            tuple(self.fixed),
+            tuple(written),
+            self.noted,
+            tuple(self.alive),
+            frozenset(self.expected),
+            tuple(copied),
+            tuple(self.pins),
+            self.returned,
+            self.dead,
+            self.found.opaque,
+            random,
+            autocast_state(),
+            torch.get_num_threads(),
+        )
+
+    def _settle(self) -> tuple[list[tuple[dict[str, Any], str, Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Tell the buffers that the call wrote, with a slot or without one, from those that it only read."""
+        written, copied = [], []
         for owner, table, name, tensor, copy, before in self.before:
             if not _writes(owner, name, tensor, copy, before):
-                r.fixed.append((table, name, tensor, before))
-            elif r.opaque and self._lent(table, name, tensor):
-                r.copied.append((tensor, copy))
+                self.fixed.append((table, name, tensor, before))
+            elif self.found.opaque and self._lent(table, name, tensor):
+                copied.append((tensor, copy))
             else:
-                r.written.append((table, name, copy))
-        self.before.clear()
-        if r.opaque:
-            self._take_back()
+                written.append((table, name, copy))
+        return written, copied
 
     def _take_back(self) -> None:
         """What the call lent to a slot is no slot of its module, but one of its closure."""
-        r = self.recording
-        lent = [(table, name, r.captured[i]) for table, name, i in r.filled if self._lent(table, name, r.captured[i])]
+        captured = self.captured
+        lent = [(table, name, captured[i]) for table, name, i in self.filled if self._lent(table, name, captured[i])]
         for _, _, tensor in lent:
-            if id(tensor) not in r.noted:
-                r.noted[id(tensor)] = self.places[id(tensor)]
-                r.alive.append(tensor)
-        r.filled[:] = [slot for slot in r.filled if not self._lent(*slot[:2], r.captured[slot[2]])]
-        r.fixed[:] = [slot for slot in r.fixed if not self._lent(*slot[:3])]
+            if id(tensor) not in self.noted:
+                self.noted[id(tensor)] = self.places[id(tensor)]
+                self.alive.append(tensor)
+        self.filled = [slot for slot in self.filled if not self._lent(*slot[:2], captured[slot[2]])]
+        self.fixed = [slot for slot in self.fixed if not self._lent(*slot[:3])]
 
     def _lent(self, table: dict[str, Any], name: str, tensor: Tensor) -> bool:
         """Whether the call itself put a tensor into a slot and took it out again, as ``functional_call`` does."""
@@ -386,13 +423,13 @@ def stand_in(tensor: Tensor) -> Tensor:
 # ---- random numbers, autocast, pins ----------------------------------------------------------------------------------
 
 
-def _bytes(state: Tensor) -> bytes:
-    """A generator's state by value: compared four times faster than as a tensor, and seen by no dispatch mode."""
-    return string_at(state.data_ptr(), state.numel())
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two states of a generator are the same: ten times faster than as tensors, and seen by no mode."""
+    return not memcmp(a.data_ptr(), b.data_ptr(), a.numel())
 
 
-def _state(raw: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+memcmp = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
+memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
 
 class Streams:
@@ -401,23 +438,24 @@ class Streams:
     __slots__ = ("cpu", "cuda")
 
     def __init__(self, devices: Sequence[int]) -> None:
-        self.cpu = _bytes(torch.get_rng_state())
-        self.cuda = [(d, _bytes(torch.cuda.get_rng_state(d))) for d in devices]
+        self.cpu = torch.get_rng_state()
+        self.cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
 
     @property
     def nbytes(self) -> int:
         """The memory of the states."""
-        return len(self.cpu) + sum(len(state) for _, state in self.cuda)
+        return self.cpu.nbytes + sum(state.nbytes for _, state in self.cuda)
 
-    def same(self, other: Streams) -> bool:
-        """Whether nothing was drawn between two states."""
-        return self.cpu == other.cpu and self.cuda == other.cuda
+    def moved(self) -> bool:
+        """Whether anything was drawn since."""
+        cpu = _same(self.cpu, torch.get_rng_state())
+        return not (cpu and all([_same(state, torch.cuda.get_rng_state(d)) for d, state in self.cuda]))
 
     def put(self) -> None:
         """Set the generators to this state."""
-        torch.set_rng_state(_state(self.cpu))
+        torch.set_rng_state(self.cpu)
         for device, state in self.cuda:
-            torch.cuda.set_rng_state(_state(state), device)
+            torch.cuda.set_rng_state(state, device)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -442,7 +480,7 @@ def cuda_devices(tensors: Iterable[Tensor]) -> Sequence[int]:
 def autocast_state() -> tuple[Any, ...]:
     """Whether autocast is on, and its dtype, for every device in use."""
     devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
-    return tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
+    return tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices])
 
 
 @contextmanager
@@ -465,7 +503,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(now)
 
 
-_PINNING: ContextVar[Callable[[str, Any], Any] | None] = ContextVar("pinning", default=None)
+_RUNNING: ContextVar[Scope | _Pinned | None] = ContextVar("running", default=None)
 
 
 def record(name: str, value: T) -> T:
@@ -492,15 +530,18 @@ def record(name: str, value: T) -> T:
         >>> route(torch.tensor([[1.0, 2.0]]))
         tensor([[0., 2.]])
     """
-    pin = None if torch.compiler.is_compiling() else _PINNING.get()
-    return value if pin is None else pin(name, value)
+    running = None if torch.compiler.is_compiling() else _RUNNING.get()
+    return value if running is None else running.pin(name, value)
 
 
-def _replayed(pins: list[tuple[str, Any]]) -> Callable[[str, Any], Any]:
-    left = iter(pins)
+class _Pinned:
+    """The values that forward pinned, while the functions run again."""
 
-    def pin(name: str, value: Any) -> Any:
-        recorded, kept = next(left, ("nothing more", None))
+    def __init__(self, pins: Iterable[tuple[str, Any]]) -> None:
+        self.left = iter(pins)
+
+    def pin(self, name: str, value: Any) -> Any:
+        recorded, kept = next(self.left, ("nothing more", None))
         if recorded != name:
             raise ReplayError(
                 f"record({name!r}) on replay",
@@ -508,8 +549,6 @@ def _replayed(pins: list[tuple[str, Any]]) -> Callable[[str, Any], Any]:
                 cure="pin the same names in the same order in every run of the function",
             )
         return kept
-
-    return pin
 
 
 class Kept(NamedTuple):
@@ -543,15 +582,14 @@ def recorded(
         check_callee(module, module in found.called)
         scope.enter(module)
     if found.opaque:
-        scope.owned = {id(table) for table, *_ in [*scope.recording.filled, *scope.recording.fixed]}
+        scope.owned = {id(table) for table, *_ in [*scope.filled, *scope.fixed]}
         scope.owned |= {id(table) for _, table, *_ in scope.before}
     for tensor in found.tensors:
         scope.note(tensor)
     given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
     before = Streams(cuda_devices(given)) if randomness else None
-    versions = list(map(version, given))
-    recording = _RECORDING.set(scope.recording)
-    pinning = _PINNING.set(partial(_pin, scope.recording.pins))
+    versions = [version(leaf) for leaf in given]
+    running = _RUNNING.set(scope)
     try:
         out = _graphed(fn, x, found, scope) if graph and not scope.wrapping else _quiet(fn, x, found, scope)
     except RuntimeError as error:
@@ -559,15 +597,10 @@ def recorded(
             raise _changed(fn) from error
         raise
     finally:
-        _PINNING.reset(pinning)
-        _RECORDING.reset(recording)
-    if versions != list(map(version, given)):
+        _RUNNING.reset(running)
+    if versions != [version(leaf) for leaf in given]:
         raise _changed(fn)
-    scope.leave()
-    if before is not None and not before.same(Streams([d for d, _ in before.cuda])):
-        scope.recording.random = before
-    scope.recording.autocast = autocast_state()
-    return out, scope.recording
+    return out, scope.leave(before if before is not None and before.moved() else None)
 
 
 def _changed(fn: Callable[..., Any]) -> ReplayError:
@@ -580,14 +613,12 @@ def _changed(fn: Callable[..., Any]) -> ReplayError:
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype]
 
-_RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
-
 
 def returned(fn: Callable[..., Any], out: T) -> T:
     """Note what a function of an op returned, where nothing else would show that it returns something else later."""
-    recording = None if torch.compiler.is_compiling() else _RECORDING.get()
-    if recording is not None:
-        recording.returned = fn, kinds(leaves(out))
+    scope = None if torch.compiler.is_compiling() else _RUNNING.get()
+    if isinstance(scope, Scope):
+        scope.returned = fn, kinds(leaves(out))
     return out
 
 
@@ -596,22 +627,21 @@ def kinds(items: Iterable[Any]) -> list[Kind]:
     return [(t.shape, t.dtype) for t in items if is_differentiable(t)]
 
 
-def check_kinds(subject: str, of: Any, wire: Wire, expected: list[Kind]) -> None:
-    """Raise where a function returned something else in backward than forward had; ``{}`` in subject names it."""
-    found = kinds(leaves(wire))
+def check_kinds(subject: Callable[[], str], items: Iterable[Any], expected: list[Kind]) -> None:
+    """Raise where a function returned something else in backward than forward had."""
+    found = kinds(items)
     if found != expected:
-        raise _differs(subject.format(of), found, expected)
+        raise _differs(subject(), found, expected)
 
 
 def _kinds_of(items: Iterable[Any]) -> list[Kind | None]:
     return [(t.shape, t.dtype) if is_differentiable(t) else None for t in items]
 
 
-def _check_seeds(fn: Callable[..., Any], found: list[Kind | None], gout: Wire) -> None:
+def _check_seeds(fn: Callable[..., Any], found: list[Kind | None], seeds: Sequence[Tensor | None]) -> None:
     """Raise where a function returned in backward what the gradient of its output does not fit."""
-    seeds = leaves(gout)
     given = [None if g is None else (g.shape, g.dtype) for g in seeds]
-    if len(seeds) == len(found) and all(g in (None, k) for g, k in zip(given, found, strict=True)):
+    if given == found or (len(seeds) == len(found) and all(g in (None, k) for g, k in zip(given, found, strict=True))):
         return
     subject = "the function" if name_of(fn) == "<lambda>" else name_of(fn)
     raise _differs(f"{subject} on replay", [k for k in found if k is not None], kinds(seeds))
@@ -630,9 +660,9 @@ def _shown(found: list[Kind]) -> str:
 
 
 def _quiet(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T:
+    if not found.needs_watch():
+        return transforms.with_gradients(False, fn, x)
     with torch.no_grad():
-        if not found.needs_watch():
-            return fn(x)
         return _watched(fn, map_wire(_detached, x), found, scope)  # aliases: a closure may hold the input, too
 
 
@@ -643,17 +673,12 @@ def _graphed(fn: Callable[[Wire], Wire], x: Wire, found: Owners, scope: Scope) -
     with torch.enable_grad():
         out = _watched(fn, inner, found, scope) if found.needs_watch() else fn(inner)
     flat = [leaf for leaf in leaves(out) if is_differentiable(leaf)]
-    scope.recording.dead = tuple(i for i, leaf in enumerate(flat) if not leaf.requires_grad)
+    scope.dead = tuple(i for i, leaf in enumerate(flat) if not leaf.requires_grad)
     return map_wire(_detached, out)
 
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def _pin(pins: list[tuple[str, Any]], name: str, value: Any) -> Any:
-    pins.append((name, value))
-    return value
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -680,7 +705,7 @@ def _watched(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T
         if handle is not None:
             handle.remove()
     if not found.opaque:
-        found.learn(foreign=len(scope.recording.noted) > len(found.tensors))
+        found.learn(foreign=len(scope.noted) > len(found.tensors))
     return out
 
 
@@ -717,9 +742,10 @@ class Replay(VJP):
         self.recording, self.captured, self.wanted, self.kept = recording, captured, wanted, kept
         self.rebuilds, self.functional = rebuilds, functional
         self.gradients: list[Tensor | None] = [None] * len(captured)
+        self.places = [i for i, want in enumerate(wanted) if want]
         self.met: set[int] = set()
-        self._check()
         self.inside: set[int] = set()
+        self._check()
         self.in_place = self._is_in_place()
         self.direct = self.in_place and not (functional or recording.noted or recording.written or recording.copied)
         self._same = self.direct and self._are_conditions()
@@ -729,21 +755,23 @@ class Replay(VJP):
     def run(self, fn: Callable[..., Any], x: Wire) -> Wire:
         out = self._evaluate(fn, x, self.captured)
         if fn == self.inverse:
-            check_kinds("the inverse of {.__self__!r}", fn, out, self.x_kinds)
+            check_kinds(lambda: f"the inverse of {getattr(fn, '__self__', fn)!r}", leaves(out), self.x_kinds)
         return out
 
     def __call__(self, fn: Callable[..., Any], x: Wire, needs: Wire | None) -> tuple[Wire, Callable[[Wire], Wire]]:
         needs = map_wire(is_differentiable, x) if needs is None else needs
-        if not (any(self.wanted) or any(leaves(needs))):
+        if not (self.places or any(leaves(needs))):
             return self.run(fn, x), lambda gy: map_wire(lambda leaf: None, x)
         out, pull = (self._functional if self.functional else self._eager)(fn, x, needs)
         if self.recording.returned is not None and self.recording.returned[0] is fn:
-            check_kinds("{} on replay", name_of(fn), out, self.recording.returned[1])
+            check_kinds(lambda: f"{name_of(fn)} on replay", leaves(out), self.recording.returned[1])
         return out, pull
 
     def _evaluate(self, fn: Callable[..., Any], x: Wire, captured: Sequence[Tensor]) -> Wire:
         """``fn(*x)`` as it ran in forward; what it returns of its closure is replaced as well."""
-        with self._again(captured, x):
+        if self._same:
+            return spread(fn, x)
+        with self._restored(captured, leaves(x)):
             out = spread(fn, x)
         if not self.recording.noted or self.direct:
             return out
@@ -755,39 +783,42 @@ class Replay(VJP):
         """Autograd on detached leaves: leaner than ``torch.func.vjp``, but not differentiable again."""
         inner = map_wire(_leaf, x, needs)
         captured = self.captured if self.in_place else list(map(_leaf, self.captured, self.wanted))
-        known = [*captured, *leaves(inner)]
-        with torch.enable_grad():
-            given = map_wire(_not_leaf, inner, needs)
-            out = self._evaluate(fn, given, captured)
-            if self.recording.opaque and self._strangers(out, known):
-                with self._standing_in({}, captured, leaves(given)):  # tells which leaves the function has made itself
-                    out = self._evaluate(fn, given, captured)
-                self._check_reach(out, known)
+        out = transforms.with_gradients(True, self._taped, fn, inner, needs, captured)
         outs = leaves(out)
-        edges = [torch.autograd.graph.get_gradient_edge(o) if _has_graph(o) else None for o in outs]
+        edges = [transforms.gradient_edge(o) if _has_graph(o) else None for o in outs]
         sources = [leaf for leaf, need in zip(leaves(inner), leaves(needs), strict=True) if need]
-        targets = [c for c, w in zip(captured, self.wanted, strict=True) if w]
-
+        sources += [captured[i] for i in self.places]
         found = _kinds_of(outs)
 
         def pull(gout: Wire) -> Wire:
-            _check_seeds(fn, found, gout)
-            roots = [(e, g) for e, g in zip(edges, leaves(gout), strict=True) if e is not None and g is not None]
+            given = leaves(gout)
+            _check_seeds(fn, found, given)
+            roots = [(e, g) for e, g in zip(edges, given, strict=True) if e is not None and g is not None]
             if not roots:
                 return map_wire(lambda need: None, needs)
-            outputs, seeds = zip(*roots, strict=True)
-            gradients = iter(torch.autograd.grad(outputs, [*sources, *targets], seeds, allow_unused=True))
+            gradients = iter(transforms.gradients(roots, sources))
             gx = map_wire(lambda need: next(gradients) if need else None, needs)
             self._add(gradients)
             return gx
 
         return map_wire(_detached, out), pull
 
+    def _taped(self, fn: Callable[..., Any], inner: Wire, needs: Wire, captured: Sequence[Tensor]) -> Wire:
+        """Run on leaves, with gradients on; raise where the graph reaches what was not captured."""
+        given = map_wire(_not_leaf, inner, needs)
+        out = self._evaluate(fn, given, captured)
+        known = [*captured, *leaves(inner)] if self.recording.opaque else []
+        if self.recording.opaque and self._strangers(out, known):
+            with self._standing_in({}, captured, leaves(given)):  # tells which leaves the function has made itself
+                out = self._evaluate(fn, given, captured)
+            self._check_reach(out, known)
+        return out
+
     def _functional(self, fn: Callable[..., Any], x: Wire, needs: Wire) -> tuple[Wire, Callable[[Wire], Wire]]:
         """``torch.func.vjp``: differentiable again, and right under every transform."""
         flat = leaves(x)
         own = [i for i, leaf in enumerate(flat) if is_differentiable(leaf)]
-        theirs = [i for i, w in enumerate(self.wanted) if w]
+        theirs = self.places
         structure: list[Wire] = []
 
         def closed(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -805,7 +836,7 @@ class Replay(VJP):
         out = map_wire(lambda leaf: next(left) if leaf is _HOLE else leaf, structure[0])
 
         def pull(gout: Wire) -> Wire:
-            _check_seeds(fn, _kinds_of(leaves(out)), gout)
+            _check_seeds(fn, _kinds_of(leaves(out)), leaves(gout))
             seeds = [g for g, o in zip(leaves(gout), leaves(out), strict=True) if is_differentiable(o)]
             filled = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(seeds, outs, strict=True))
             gradients = iter(vjp(filled))
@@ -818,7 +849,7 @@ class Replay(VJP):
     # ---- gradients of captured tensors ----
 
     def _add(self, gradients: Iterator[Tensor | None]) -> None:
-        for i, gradient in zip([i for i, w in enumerate(self.wanted) if w], gradients, strict=True):
+        for i, gradient in zip(self.places, gradients, strict=True):
             self._add_one(i, gradient)
 
     def _add_one(self, i: int, gradient: Tensor | None) -> None:
@@ -878,19 +909,17 @@ class Replay(VJP):
         """Rule 2 and 3 of NOTE [Replay]: the captured tensors are leaves, and where the functions will find them."""
         r = self.recording
         return (
-            all(table[name] is self.captured[i] for table, name, i in r.filled)
-            and all(table[name] is tensor for table, name, tensor, _ in r.fixed)
-            and all(c.is_leaf and not c._backward_hooks for c in self.captured)  # hooks run on the whole gradient, once
+            all([table[name] is self.captured[i] for table, name, i in r.filled])
+            and all([table[name] is tensor for table, name, tensor, _ in r.fixed])
+            and all([c.is_leaf and not c._backward_hooks for c in self.captured])  # they see the whole gradient, once
         )
 
     def _are_conditions(self) -> bool:
         """Rules 4 and 6: nothing has to be restored."""
         r = self.recording
-        same = r.autocast == autocast_state() and r.threads == torch.get_num_threads()
-        return same and r.random is None and not r.pins
-
-    def _again(self, captured: Sequence[Tensor], given: Wire) -> AbstractContextManager[None]:
-        return _NOTHING if self._same else self._restored(captured, leaves(given))
+        if r.random is not None or r.pins or r.threads != torch.get_num_threads():
+            return False
+        return r.autocast == autocast_state()
 
     @contextmanager
     def _restored(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
@@ -903,8 +932,8 @@ class Replay(VJP):
             if r.threads != torch.get_num_threads():
                 stack.enter_context(threads(r.threads))
             if r.pins:
-                token = _PINNING.set(_replayed([(name, fetch(value, self.kept)) for name, value in r.pins]))
-                stack.callback(_PINNING.reset, token)
+                token = _RUNNING.set(_Pinned([(name, fetch(value, self.kept)) for name, value in r.pins]))
+                stack.callback(_RUNNING.reset, token)
             if not self.direct:
                 stack.enter_context(self._replaced(captured, given))
             yield

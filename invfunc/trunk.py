@@ -71,9 +71,15 @@ def begin(x: Wire, opened: Callable[[], str] = within) -> State:
 
 def values(state: State) -> Wire:
     """The wire that a state stands for."""
-    if isinstance(state, tuple):
-        return tuple([values(part) for part in state])
-    return state.value if isinstance(state, Strand) else state
+    return taken(state, [])
+
+
+def taken(state: State, found: list[Strand]) -> Wire:
+    """`values`; collects the strands of the state as well, left to right."""
+    if isinstance(state, Strand):
+        found.append(state)
+        return state.value
+    return tuple([taken(part, found) for part in state]) if isinstance(state, tuple) else state
 
 
 def strands(state: State) -> list[Strand]:
@@ -185,12 +191,19 @@ STRAND = _Strand()
 
 def spec_of(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
     """The structure of a wire; collects its differentiable tensors, and the others to be kept."""
-    if isinstance(wire, tuple):
-        return tuple([spec_of(part, on_strands, kept) for part in wire])
     if is_differentiable(wire):
         on_strands.append(wire)
         return STRAND
+    if isinstance(wire, tuple):
+        return tuple([spec_of(part, on_strands, kept) for part in wire])
     return None if kept is None else keep(wire, kept)
+
+
+def outline(state: State) -> Wire:
+    """The spec of the wire that a state stands for, without its other leaves."""
+    if isinstance(state, tuple):
+        return tuple([outline(part) for part in state])
+    return STRAND if isinstance(state, Strand) else None
 
 
 def residue_spec_of(residue: Residue, lost: list[Tensor], kept: list[Tensor]) -> Residue:

@@ -89,7 +89,7 @@ def _check_arity(fn: Callable[..., Any], wire: tuple[Wire, ...]) -> None:
 
 def is_differentiable(leaf: Any) -> bool:
     """Whether a leaf can have a gradient: a floating-point or complex tensor."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    return isinstance(leaf, Tensor) and ((dtype := leaf.dtype).is_floating_point or dtype.is_complex)
 
 
 def describe(wire: Wire) -> str:

@@ -723,7 +723,7 @@ def test_a_function_that_calls_itself() -> None:
 
 def state() -> tuple[Any, ...]:
     return (
-        replay._PINNING.get(),
+        replay._RUNNING.get(),
         replay._STAND_INS.get(),
         len(torch.nn.modules.module._global_forward_pre_hooks),
         torch.overrides._get_current_function_mode_stack(),
