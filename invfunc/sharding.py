@@ -18,19 +18,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
-
 from torch import nn
 
 from .errors import ReplayError
 
-_PRETENDING: WeakSet[nn.Module] = WeakSet()
+_PRETENDING: set[nn.Module] = set()
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module is a unit of FSDP2, or plays one; free where nobody has imported it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return (fsdp is not None and isinstance(module, fsdp.FSDPModule)) or module in _PRETENDING
+
+
+def _any_sharded() -> bool:
+    """Whether there can be a sharded module at all: ``fully_shard`` makes a class for each class that it shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return bool(_PRETENDING or (fsdp is not None and fsdp.FSDPModule.__subclasses__()))
 
 
 @contextmanager
@@ -52,7 +56,7 @@ def check_callee(module: nn.Module, is_called: bool = True) -> None:
         module: What a stage calls.
         is_called: Not so where the stage calls another method of the module, which gathers nothing.
     """
-    if "torch.distributed.fsdp" not in sys.modules:
+    if not _any_sharded():
         return
     for path, part in module.named_modules():
         if is_sharded(part) and (path or is_called):

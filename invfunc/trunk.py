@@ -117,10 +117,9 @@ _CARRIERS: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}  # vi
 
 def carrier(value: Tensor) -> Tensor:
     """A one-element stand-in of the shape of a value."""
-    if type(value) is not Tensor or torch.compiler.is_compiling() or transforms.active():
+    if type(value) is not Tensor or transforms.active() or torch.compiler.is_compiling():
         return value.new_zeros(()).expand(value.shape)
-    key = value.shape, value.dtype, value.device
-    made = _CARRIERS.get(key)
+    made = _CARRIERS.get(key := (value.shape, value.dtype, value.device))
     if made is None:
         if len(_CARRIERS) > 1000:  # of as many shapes: they come from somewhere that has ever new ones
             _CARRIERS.clear()
