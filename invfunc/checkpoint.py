@@ -437,7 +437,7 @@ def checkpoint(
     *,
     mode: str = "invert",
     segments: int | Sequence[int] = 1,
-    anchors: int | Sequence[int] = (),
+    anchors: int | Sequence[int] | str = (),
     drift: Drift = "warn",
     donate: bool | Sequence[int] = False,
     preserve_rng_state: bool = True,
@@ -455,7 +455,8 @@ def checkpoint(
         segments: Into how many trunks to cut the chain, or before which of its parts. Each cut stores one activation;
             it shortens what rounding accumulates over, and in mode ``"recompute"`` the region that is run again.
         anchors: The same cuts, by what they are for: how many activations to store on the way, or before which parts,
-            so that what is rebuilt starts again from exact values. `invfunc.calibrate` finds the fewest.
+            so that what is rebuilt starts again from exact values. ``"auto"`` takes the fewest, as the last
+            `invfunc.calibrate` of this op has found them.
         drift: What to do when the input of a trunk is rebuilt too far from what it was, estimated from 64 of its
             values: ``"warn"`` (a `DriftWarning`), ``"raise"`` (a `DriftError`) or ``"off"``; from a relative error of
             1e-6 on in float64, 1e-3 in float32, 3e-2 in half precision. A number warns from that on.
@@ -495,7 +496,7 @@ def checkpoint(
     Source:
         Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); Gomez et al., RevNet (2017).
     """
-    cuts = _cuts(segments, anchors)
+    cuts = _cuts(segments, _calibrated(f) if anchors == "auto" else anchors)
     given = donate if isinstance(donate, bool) else tuple(donate)
     options = Options(_checked_mode(mode), cuts, given, preserve_rng_state, checked_drift(drift))
     if given and mode != "invert":
@@ -511,14 +512,27 @@ def checkpoint(
     return _checkpoint(f, inverse, options)
 
 
+def remember_anchors(op: Invertible, cuts: tuple[int, ...]) -> None:
+    """What ``anchors="auto"`` takes for this op from now on; see `invfunc.calibrate`."""
+    object.__setattr__(op, "_anchors", cuts)  # a value is frozen; this is what was measured of it
+
+
+def _calibrated(op: Any) -> tuple[int, ...]:
+    if isinstance(op, Checkpointed):
+        return _calibrated(op.op)
+    if "_anchors" not in getattr(op, "__dict__", ()):
+        raise OptionError(
+            f"checkpoint: anchors='auto' of {repr(op) if isinstance(op, Invertible) else name_of(op)}",
+            expected="an op that has been calibrated",
+            cure="which anchors are needed is measured on data: inv.calibrate(op, x, tolerance)",
+        )
+    return op._anchors
+
+
 def _cuts(segments: int | Sequence[int], anchors: int | Sequence[int] | str) -> int | tuple[int, ...]:
     """Segments and anchors are two names of the same cuts: k anchors make k + 1 segments."""
     if isinstance(anchors, str):
-        raise OptionError(
-            f"checkpoint: anchors={anchors!r}",
-            expected="a number, or before which parts",
-            cure="which are needed is measured on data: anchors=inv.calibrate(op, x, tolerance)",
-        )
+        raise OptionError(f"checkpoint: anchors={anchors!r}", expected="a number, before which parts, or 'auto'")
     stored = anchors + 1 if isinstance(anchors, int) else tuple(anchors) or 1
     if stored == 1:
         return segments if isinstance(segments, int) else tuple(segments)

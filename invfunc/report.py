@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpointed, CheckpointedFunction, checkpoint
+from .checkpoint import Checkpointed, CheckpointedFunction, checkpoint, remember_anchors
 from .diagnosis import (
     Gradient,
     Outcome,
@@ -473,7 +473,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
-    """The fewest activations to store so that what is rebuilt stays close: ``checkpoint(op, anchors=calibrate(...))``.
+    """The fewest activations to store so that what is rebuilt stays close; ``checkpoint(op, anchors="auto")`` does so.
 
     From the end of the chain, inverses go down as far as the tolerance lets them; there, a value is stored, and they
     start again from it. Each trunk is as long as it can be, so there are no more than needed.
@@ -485,6 +485,7 @@ def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
 
     Returns:
         Before which parts to store, increasing, as ``checkpoint(anchors=...)`` takes them; empty where none is needed.
+        The op remembers them, for ``anchors="auto"``; the next calibration replaces them.
 
     Cost:
         One evaluation of each part and one or two of its inverse. Every value of the chain is kept meanwhile.
@@ -501,13 +502,16 @@ def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
         >>> import torch, invfunc as inv
         >>> op = inv.chain(*[inv.pair(lambda x: x / 3, lambda y: y * 3)] * 8)
         >>> cuts = inv.calibrate(op, torch.ones(4), 1e-3)
-        >>> fast = inv.checkpoint(op, anchors=cuts)
+        >>> inv.checkpoint(op, anchors="auto") == inv.checkpoint(op, anchors=cuts)
+        True
     """
     plain = unlowered(lift(_op_of(op)))
     require_finite("calibrate", x)
     resolvable("calibrate: tolerance", tolerance, dtype_of(x))
     with untouched(plain):
-        return tuple(sorted(_anchors(Run(stages_of(plain), _copied(x)), tolerance)))
+        cuts = tuple(sorted(_anchors(Run(stages_of(plain), _copied(x)), tolerance)))
+    remember_anchors(plain, cuts)
+    return cuts
 
 
 def _anchors(run: Run, tolerance: float) -> Iterator[int]:

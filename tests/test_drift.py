@@ -404,7 +404,8 @@ def test_anchors_bound_the_drift(float32: None, estimates: list[float]) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"anchors": "auto"}, "anchors='auto', .*; which are needed is measured on data: anchors=inv.calibrate"),
+        ({"anchors": "auto"}, "anchors='auto' of .*; which anchors are needed is measured on data: inv.calibrate"),
+        ({"anchors": "all"}, "anchors='all', expected a number, before which parts, or 'auto'"),
         ({"anchors": 2, "segments": 2}, "anchors=2 with segments=2, expected one: both are the cuts"),
         ({"anchors": 99}, "segments=100 of an op with 4 parts"),
         ({"anchors": -1}, "segments=0 of an op with 4 parts"),
@@ -419,3 +420,5 @@ def test_anchors_that_do_not_fit_are_named(options: dict[str, Any], text: str) -
 def test_anchors_need_an_inverse() -> None:
     with pytest.raises(NotInvertibleError, match="tanh has no inverse"):
         inv.checkpoint(torch.tanh, anchors=2)
+    with pytest.raises(OptionError, match="anchors='auto' of tanh, expected an op that has been calibrated"):
+        inv.checkpoint(torch.tanh, anchors="auto")

@@ -1,5 +1,6 @@
 """`check` measures what is true, finds what is wrong and names it, and leaves no trace; `calibrate` stores the fewest."""
 
+import copy
 import json
 import math
 import re
@@ -452,6 +453,20 @@ def test_calibrate_keeps_the_round_trip_under_the_tolerance() -> None:
         assert len(inv.calibrate(op, x, tolerance / 2)) >= len(anchors)
     assert inv.calibrate(op, x, 2 * free) == ()
     assert inv.calibrate(inv.checkpoint(op), x, free / 3) == inv.calibrate(op, x, free / 3)
+
+
+def test_auto_takes_the_anchors_of_the_last_calibration() -> None:
+    op, x = additive(24, 3.0), rows()
+    free = max(true_drift(op, x))
+    for tolerance in free / 3, free / 30, 2 * free:
+        anchors = inv.calibrate(op, x, tolerance)
+        auto = inv.checkpoint(op, anchors="auto")
+        assert auto == inv.checkpoint(op, anchors=anchors) == inv.checkpoint(inv.checkpoint(op), anchors="auto")
+        stored = inv.measure(auto, x.requires_grad_()).held_bytes - inv.measure(inv.checkpoint(op), x).held_bytes
+        assert stored == len(anchors) * x.nbytes
+    assert copy.deepcopy(op) is not op and inv.checkpoint(copy.deepcopy(op), anchors="auto").options == auto.options
+    with pytest.raises(OptionError, match="expected an op that has been calibrated"):
+        inv.checkpoint(~op, anchors="auto")
 
 
 def test_calibrate_stores_the_fewest() -> None:
