@@ -345,10 +345,12 @@ def concat(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = 
 
 
 def _add(t: Tensor, x: Tensor) -> Tensor:
+    _check_meets("additive(t): t", t, x)
     return x + t
 
 
 def _subtract(t: Tensor, y: Tensor) -> Tensor:
+    _check_meets("additive(t): t", t, y)
     return y - t
 
 
@@ -363,6 +365,12 @@ def match(gradient: Tensor, t: Tensor) -> Tensor:
     if gradient.shape != t.shape:
         gradient = gradient.sum_to_size(t.shape)
     return gradient if gradient.dtype == t.dtype else gradient.to(t.dtype)
+
+
+def _check_meets(subject: str, t: Tensor, x: Tensor) -> None:
+    """A law does not change a shape; in a coupling, `Half` has looked at it before."""
+    if t.shape != x.shape and not _broadcasts(t.shape, x.shape):
+        raise WireError(f"{subject} is {describe(t)}", expected=f"{describe(x)}, or what broadcasts to it")
 
 
 def _no_log_det(*wires: Wire) -> Tensor:
@@ -389,6 +397,12 @@ def additive(t: Tensor) -> Invertible:
     Cost:
         The inverse is one subtraction. Lowered, nothing is kept.
 
+    Domain:
+        Everything; the range, too.
+
+    Raises:
+        WireError: When t does not broadcast to x.
+
     Example:
         >>> import torch
         >>> additive(torch.tensor(1.0))(torch.tensor([1.0, 2.0]))
@@ -402,11 +416,15 @@ def additive(t: Tensor) -> Invertible:
 
 
 def _scale_shift(s: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    _check_meets("affine(s, t): s", s, x)
+    _check_meets("affine(s, t): t", t, x)
     require("affine's scale", s, torch.ne, "a scale that is nowhere 0", "bound it: exp_scale, tanh_scale", 0)
     return x * s + t
 
 
 def _unshift_unscale(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    _check_meets("affine(s, t): s", s, y)
+    _check_meets("affine(s, t): t", t, y)
     require("affine's scale", s, torch.ne, "a scale that is nowhere 0", "bound it: exp_scale, tanh_scale", 0)
     return (y - t) / s
 
@@ -436,7 +454,11 @@ def affine(s: Tensor, t: Tensor) -> Invertible:
         The inverse is one subtraction and one division. Lowered, nothing is kept beside s and t, and in a coupling
         not those.
 
+    Domain:
+        Everything; the range, too.
+
     Raises:
+        WireError: When s or t does not broadcast to x.
         DomainError: Under ``inv.debug(True)``, when a scale is 0.
 
     Limits:

@@ -14,7 +14,7 @@ NOTE [Compiling] What is different while a graph is being traced:
 4.  No node is made where nothing needs a gradient: Dynamo shifts the arguments of ``forward(*args)`` then.
 5.  Dynamo refuses a node that is given one tensor twice: what passes an op untouched is given as a view.
 6.  Random numbers can not be drawn again in a graph. The masks of dropout are kept; a function that draws other numbers
-    raises, and says what to do instead. (Dynamo shows nobody ``torch.rand_like`` and its kin: do not use them.)
+    raises, and says what to do instead. Dynamo hides a few of these from function modes, and is told not to.
 7.  Below a `torch.func` transform Dynamo can not trace a backward that is a transform itself: the pipeline runs
     plainly, and keeps what plain autograd keeps.
 8.  A whole model is one graph, and takes as long to compile as it is deep. `compile_stages` runs the same nodes outside
@@ -281,6 +281,10 @@ def _in_training(x: Any, p: float = 0.5, training: bool = True, *args: Any, **kw
     return training and p > 0
 
 
+def _in_leaks(x: Any, low: float = 0.0, high: float = 0.0, training: bool = False, *args: Any, **kwargs: Any) -> bool:
+    return training
+
+
 def _in_attention(q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any) -> bool:
     return dropout_p > 0
 
@@ -296,15 +300,25 @@ def _in_recurrent(x: Any, h: Any, weights: Any, biases: Any, layers: Any, dropou
 _DRAWS: dict[Any, Callable[..., bool]] = {
     **dict.fromkeys([F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout], _in_training),
     **dict.fromkeys([torch.dropout, torch.alpha_dropout, torch.feature_dropout], _in_training),
+    **dict.fromkeys([F.rrelu, torch.rrelu, torch.rrelu_], _in_leaks),
     F.scaled_dot_product_attention: _in_attention,
     F.multi_head_attention_forward: _in_heads,
     **dict.fromkeys([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu], _in_recurrent),
     **dict.fromkeys([F.gumbel_softmax, F.fractional_max_pool2d, F.fractional_max_pool3d], _always),
     **dict.fromkeys([torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal], _always),
-    **dict.fromkeys([torch.bernoulli, torch.multinomial, torch.poisson], _always),
+    **dict.fromkeys([torch.rand_like, torch.randn_like, torch.randint_like], _always),
+    **dict.fromkeys([torch.bernoulli, torch.multinomial, torch.poisson, torch.binomial], _always),
+    **dict.fromkeys([Tensor.bernoulli, Tensor.multinomial, torch._standard_gamma], _always),
     **dict.fromkeys([Tensor.bernoulli_, Tensor.normal_, Tensor.uniform_, Tensor.random_], _always),
     **dict.fromkeys([Tensor.exponential_, Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_], _always),
 }
+
+
+def _show_draws() -> None:
+    transforms.shown_to_modes(_DRAWS)
+
+
+setattr(_show_draws, "_dynamo_marked_constant", True)  # noqa: B010 - as `_refuse_closure`
 
 
 def _refuse_random(name: str) -> None:
@@ -487,6 +501,7 @@ def traced(
 
 def _run_forward(op: Invertible, x: Wire) -> tuple[Wire, Residue, list[Tensor]]:
     masks: list[Tensor] = []
+    _show_draws()
     with torch.no_grad(), Dice(masks, True):
         y, residue = op.forward_with_residue(x)
     return y, residue, masks

@@ -268,7 +268,7 @@ class Pair(Invertible):
     label: str | None = None
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
-        out = spread(self.forward_fn, x)
+        out = spread(self.forward_fn, x, self.label)
         if not self.residue:
             return out, None
         if not (isinstance(out, tuple) and len(out) == 2):
@@ -279,7 +279,7 @@ class Pair(Invertible):
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
         if not self.residue:
-            return spread(self.inverse_fn, y)
+            return spread(self.inverse_fn, y, self.label)
         if residue is None:
             raise NotInvertibleError(
                 f"{self!r} needs its residue for the inverse",

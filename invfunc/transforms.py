@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,6 +104,12 @@ def with_gradients(enabled: bool, fn: Callable[..., T], *args: Any) -> T:
         return fn(*args)
     finally:
         torch._C._set_grad_enabled(before)
+
+
+def shown_to_modes(functions: Iterable[Callable[..., Any]]) -> None:
+    """Let function modes see functions under Dynamo, as they do outside of it: it forgets those without overrides."""
+    get_overridable_functions = importlib.import_module("torch._dynamo.variables.torch").get_overridable_functions
+    get_overridable_functions().update(functions)  # it caches the set
 
 
 def outside_modes() -> AbstractContextManager[Any]:

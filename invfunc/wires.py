@@ -59,32 +59,39 @@ def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:
     return tuple([map_wire(fn, *parts) for parts in zip(wire, *others, strict=True)])
 
 
-def spread(fn: Callable[..., Any], wire: Wire) -> Any:
-    """Call a user's function: a tuple wire becomes its positional arguments."""
+def spread(fn: Callable[..., Any], wire: Wire, label: str | None = None) -> Any:
+    """Call a user's function: a tuple wire becomes its positional arguments; ``label`` names it in errors."""
     if not isinstance(wire, tuple):
         return fn(wire)
     try:
         return fn(*wire)
-    except TypeError:
-        _check_arity(fn, wire)
+    except TypeError as error:
+        _check_arity(fn, wire, label, error)
         raise
 
 
-def _check_arity(fn: Callable[..., Any], wire: tuple[Wire, ...]) -> None:
+def _check_arity(fn: Callable[..., Any], wire: tuple[Wire, ...], label: str | None, error: TypeError) -> None:
     """Raise a named error where a function does not take as many components as it got."""
+    signature = _signature(fn)
     try:
-        signature = inspect.signature(getattr(fn, "forward", fn))  # a module's own, not that of its __call__
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(*wire)
-    except TypeError as error:
-        name = getattr(fn, "__name__", None) or type(fn).__name__
+        refused = "positional argument" in str(error) if signature is None else not signature.bind(*wire)
+    except TypeError:
+        refused = True
+    if refused:
         raise WireError(
-            f"{name} received {len(wire)} components {describe(wire)}",
-            expected=f"as many as {name}{signature} takes",
+            f"{label or getattr(fn, '__name__', None) or type(fn).__name__} received {len(wire)} components "
+            f"{describe(wire)}",
+            expected=str(error) if signature is None else f"what it takes, {signature}",
             cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all",
         ) from error
+
+
+def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
+    """A function's, or that of a module's own forward; a builtin may have none."""
+    try:
+        return inspect.signature(getattr(fn, "forward", fn))
+    except (TypeError, ValueError):
+        return None
 
 
 def is_differentiable(leaf: Any) -> bool:

@@ -269,12 +269,28 @@ def test_dropout_draws_the_same_mask_in_backward() -> None:
     "draw",
     [
         lambda x: x + torch.rand(x.shape),
+        lambda x: x + torch.rand_like(x),
+        lambda x: x + torch.randn_like(x),
+        lambda x: x + torch.randint_like(x, 3),
+        lambda x: x + torch.normal(0.0, 1.0, x.shape),
+        lambda x: nn.functional.rrelu(x, training=True),
         lambda x: nn.functional.gumbel_softmax(x),
         lambda x: torch.bernoulli(x.sigmoid()),
         lambda x: nn.functional.dropout1d(x[None])[0],
         lambda x: nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
     ],
-    ids=["rand", "gumbel", "bernoulli", "dropout1d", "attention"],
+    ids=[
+        "rand",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "normal",
+        "rrelu",
+        "gumbel",
+        "bernoulli",
+        "dropout1d",
+        "attention",
+    ],
 )
 def test_other_random_numbers_are_refused(draw: Callable[[Tensor], Tensor]) -> None:
     op = inv.checkpoint(between(inv.couple(draw)))
