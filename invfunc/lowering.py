@@ -205,7 +205,7 @@ def stage(op: Invertible, state: State, options: Options) -> State:
         return compiling.stage(op, state, options.step)
     xs: list[Strand] = []
     x = taken(state, xs)
-    needs = [needs_gradient(s.value) for s in xs]
+    needs = [s.value.requires_grad or needs_gradient(s.value) for s in xs]
     partly = op.taped or not (all(needs) or op.implicit or isinstance(op, (Half, Rearrangement)))
     (y, residue), recording = recorded(op.forward_with_residue, x, owners_of(op), options.preserve_rng_state, partly)
     carried = any([s.carrier is not None for s in xs])

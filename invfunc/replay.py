@@ -588,7 +588,7 @@ def recorded(
         scope.note(tensor)
     given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
     before = Streams(cuda_devices(given)) if randomness else None
-    versions = [version(leaf) for leaf in given]
+    versions = [(leaf, leaf._version) for leaf in given if not leaf.is_inference()]
     running = _RUNNING.set(scope)
     try:
         out = _graphed(fn, x, found, scope) if graph and not scope.wrapping else _quiet(fn, x, found, scope)
@@ -598,7 +598,7 @@ def recorded(
         raise
     finally:
         _RUNNING.reset(running)
-    if versions != [version(leaf) for leaf in given]:
+    if any([leaf._version != was for leaf, was in versions]):
         raise _changed(fn)
     return out, scope.leave(before if before is not None and before.moved() else None)
 

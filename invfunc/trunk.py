@@ -117,7 +117,7 @@ _CARRIERS: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}  # vi
 
 def carrier(value: Tensor) -> Tensor:
     """A one-element stand-in of the shape of a value."""
-    if type(value) is not Tensor or transforms.active() or torch.compiler.is_compiling():
+    if type(value) is not Tensor or transforms.active():
         return value.new_zeros(()).expand(value.shape)
     made = _CARRIERS.get(key := (value.shape, value.dtype, value.device))
     if made is None:
