@@ -23,7 +23,6 @@ from .errors import ReplayError, place_error
 from .invertible import ByKind, Chain, Invertible, OneWay, Rearrangement, Residue
 from .replay import Kind, Owners, Recording, Replay, check_kinds, kinds, owners, recorded, slots
 from .trunk import (
-    STRAND,
     State,
     Strand,
     apply_node,
@@ -33,8 +32,10 @@ from .trunk import (
     close,
     fill,
     filled,
+    is_flat,
     keep,
     needs_gradient,
+    on_strands,
     outline,
     residue_spec_of,
     spec_of,
@@ -369,8 +370,7 @@ class _Root(torch.autograd.Function):
 
 def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``(gys, ys) -> (gxs, xs, gkept)``: the backward of a stage."""
-    count, grads = len(call.y_kinds), transforms.alive(grads)
-    saved = transforms.alive(ctx.saved_tensors)
+    count, grads, saved = len(call.y_kinds), _alive(call, grads), _alive(call, ctx.saved_tensors)
     kept, lost = saved[: call.count_kept], iter(saved[call.count_kept :])
     y, gy = filled(call.y_spec, grads[count : 2 * count], kept), filled(call.y_spec, grads[:count], None)
     residue = None if call.residue_spec is None else fill(call.residue_spec, lost, kept)
@@ -389,9 +389,16 @@ def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor 
     return _arranged(call, None, x, replay.gradients)
 
 
+def _alive(call: Call, tensors: Sequence[Tensor | None]) -> Sequence[Any]:
+    """Tensors without the wrappers of transforms that have ended since forward."""
+    return transforms.alive(tensors) if call.recording.wrapping or transforms.active() else tensors
+
+
 def _rebuilt(call: Call, x: Wire) -> list[Tensor]:
     """The tensors that have been rebuilt, if they are of the kinds that they were of."""
-    found = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+    found = leaves(x)
+    if not is_flat(call.x_spec):
+        found = [leaf for leaf in found if is_differentiable(leaf)]
     check_kinds(lambda: f"the inverse of {call.op!r}", found, call.x_kinds)
     return found
 
@@ -399,7 +406,7 @@ def _rebuilt(call: Call, x: Wire) -> list[Tensor]:
 def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``gys -> (gxs, gkept)``: the backward of a recomputed op."""
     count = len(call.x_kinds)
-    saved, gys = transforms.alive(ctx.saved_tensors), transforms.alive(gys)
+    saved, gys = _alive(call, ctx.saved_tensors), _alive(call, gys)
     xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
     y, pull = replay(_on_wire(call), (filled(call.x_spec, xs, kept),), (needs,))
@@ -454,24 +461,25 @@ def _replay(ctx: Any, call: Call, kept: Sequence[Tensor]) -> tuple[Replay, Wire]
     """The replay of a node's call, and which of the gradients of x are wanted."""
     needed, count = ctx.needs_input_grad[1:], len(call.x_kinds)
     captured = kept[: len(call.recording.captured)]
-    wants = needed[count * (1 + call.carried) :]
+    wanted, functional = needed[count * (1 + call.carried) :][: len(captured)], _functional()
+    if functional:  # under vmap, every input is said to need a gradient
+        wanted = [want and is_differentiable(c) for want, c in zip(wanted, captured, strict=True)]
     replay = Replay(
         call.recording,
         captured,
-        [want and is_differentiable(c) for want, c in zip(wants, captured, strict=False)],
+        wanted,
         kept,
         rebuilds=call.carried,
-        functional=_functional(),
+        functional=functional,
         inverse=(call.op.inverse_with_residue, call.x_kinds),
     )
-    left = iter(needed[:count])
-    return replay, map_wire(lambda leaf: leaf is STRAND and next(left), call.x_spec)
+    return replay, filled(call.x_spec, needed[:count], None)
 
 
 def _arranged(call: Call, gx: Wire, x: Wire, gcaptured: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of apply's arguments, in order."""
     count = len(call.x_kinds)
-    gxs = _on_strands(call, gx) if gx is not None else [None] * count
+    gxs = on_strands(call.x_spec, gx) if gx is not None else [None] * count
     xs = _rebuilt(call, x) if call.carried else []
     rest = [None] * (call.count_kept - len(gcaptured) + call.count_lost)
     if transforms.in_compiled_backward():
@@ -490,7 +498,3 @@ def _without_holes(
     gxs = [zero if g is None else g for g, zero in zip(gxs, zeros, strict=False)]
     gcaptured = [zero if g is None else g for g, zero in zip(gcaptured, zeros[count:], strict=False)]
     return (None, *gxs, *xs, *gcaptured, *rest, *zeros[len(zeros) - len(call.y_kinds) :])
-
-
-def _on_strands(call: Call, wire: Wire) -> list[Any]:
-    return [leaf for leaf, spec in zip(leaves(wire), leaves(call.x_spec), strict=True) if spec is STRAND]

@@ -181,6 +181,7 @@ class Recording:
     random: Streams | None
     autocast: tuple[Any, ...]
     threads: int
+    wrapping: bool  # whether a transform was running
 
 
 class Scope:
@@ -285,6 +286,7 @@ class Scope:
             random,
             autocast_state(),
             torch.get_num_threads(),
+            self.wrapping,
         )
 
     def _settle(self) -> tuple[list[tuple[dict[str, Any], str, Tensor]], list[tuple[Tensor, Tensor]]]:
@@ -997,12 +999,14 @@ def _swapped(contents: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator
 
 
 def _leaf(leaf: Any, need: bool) -> Any:
-    return leaf.detach().requires_grad_(need) if is_differentiable(leaf) else leaf
+    if need:
+        return leaf.detach().requires_grad_()
+    return leaf.detach() if is_differentiable(leaf) else leaf
 
 
 def _not_leaf(leaf: Any, need: bool) -> Any:
     """Hooks of modules on their inputs do not run on leaves under `torch.autograd.grad`."""
-    return leaf.view_as(leaf) if need and is_differentiable(leaf) else leaf
+    return leaf.view_as(leaf) if need else leaf
 
 
 def _has_graph(leaf: Any) -> bool:

@@ -32,7 +32,7 @@ from torch import Tensor
 from . import transforms
 from .invertible import Residue
 from .replay import Kept, fetch
-from .wires import Wire, is_differentiable
+from .wires import Wire, is_differentiable, leaves
 
 # ---- what flows along a trunk --------------------------------------------------------------------------------------
 
@@ -223,9 +223,21 @@ def keep(leaf: Any, kept: list[Tensor]) -> Any:
     return Kept(len(kept) - 1)
 
 
+def is_flat(spec: Wire) -> bool:
+    """Whether a spec is that of a tuple of tensors: the ordinary case, in which there is nothing to walk over."""
+    return isinstance(spec, tuple) and spec.count(STRAND) == len(spec)
+
+
 def filled(spec: Wire, found: Sequence[Any], kept: Sequence[Tensor] | None) -> Wire:
     """A wire from its spec; without kept tensors, None stands where no strand is."""
-    return fill(spec, iter(found), kept)
+    return tuple(found) if is_flat(spec) else fill(spec, iter(found), kept)
+
+
+def on_strands(spec: Wire, wire: Wire) -> Sequence[Any]:
+    """What a wire has where its spec has tensors; the inverse of `filled`."""
+    if is_flat(spec):
+        return wire
+    return [leaf for leaf, place in zip(leaves(wire), leaves(spec), strict=True) if place is STRAND]
 
 
 def fill(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire:
