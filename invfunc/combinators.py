@@ -345,12 +345,12 @@ def concat(sizes: int | Sequence[int] = 2, dim: int = 1, *, interleaved: bool = 
 
 
 def _add(t: Tensor, x: Tensor) -> Tensor:
-    _check_meets("additive(t): t", t, x)
+    check_meets("additive(t): t", t, x)
     return x + t
 
 
 def _subtract(t: Tensor, y: Tensor) -> Tensor:
-    _check_meets("additive(t): t", t, y)
+    check_meets("additive(t): t", t, y)
     return y - t
 
 
@@ -367,10 +367,11 @@ def match(gradient: Tensor, t: Tensor) -> Tensor:
     return gradient if gradient.dtype == t.dtype else gradient.to(t.dtype)
 
 
-def _check_meets(subject: str, t: Tensor, x: Tensor) -> None:
-    """A law does not change a shape; in a coupling, `Half` has looked at it before."""
+def check_meets(subject: str, t: Tensor, x: Tensor) -> None:
+    """Raise unless t broadcasts to the shape of x."""
     if t.shape != x.shape and not _broadcasts(t.shape, x.shape):
-        raise WireError(f"{subject} is {describe(t)}", expected=f"{describe(x)}, or what broadcasts to it")
+        expected = f"{describe(x)} like the input, or what broadcasts to it"
+        raise WireError(f"{subject} is {describe(t)}", expected=expected)
 
 
 def _no_log_det(*wires: Wire) -> Tensor:
@@ -416,15 +417,15 @@ def additive(t: Tensor) -> Invertible:
 
 
 def _scale_shift(s: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    _check_meets("affine(s, t): s", s, x)
-    _check_meets("affine(s, t): t", t, x)
+    check_meets("affine(s, t): s", s, x)
+    check_meets("affine(s, t): t", t, x)
     require("affine's scale", s, torch.ne, "a scale that is nowhere 0", "bound it: exp_scale, tanh_scale", 0)
     return x * s + t
 
 
 def _unshift_unscale(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    _check_meets("affine(s, t): s", s, y)
-    _check_meets("affine(s, t): t", t, y)
+    check_meets("affine(s, t): s", s, y)
+    check_meets("affine(s, t): t", t, y)
     require("affine's scale", s, torch.ne, "a scale that is nowhere 0", "bound it: exp_scale, tanh_scale", 0)
     return (y - t) / s
 

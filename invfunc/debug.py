@@ -77,9 +77,10 @@ def require(subject: str, wire: Wire, holds: Callable[..., Any], expected: str, 
     for tensor in filter(is_differentiable, leaves(wire)):
         leaf = transforms.unwrapped(tensor).detach()  # under vmap, all samples: a condition of one is no Python bool
         if not holds(leaf, *options).all():
+            what, sizes = ("magnitudes", leaf.abs()) if leaf.is_complex() else ("values", leaf)
             raise DomainError(
                 f"{subject} received values outside of its domain",
                 expected=expected,
-                got=f"values from {leaf.min().item():.6g} to {leaf.max().item():.6g}",
+                got=f"{what} from {sizes.min().item():.6g} to {sizes.max().item():.6g}",
                 cure=cure,
             )

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .checkpoint import Checkpointed, CompiledStages, Marked, Wrapper
 from .combinators import Half, InverseLaw, Parallel, additive, affine, original_law
@@ -31,8 +30,8 @@ from .planning import report
 from .planning.costs import show_bytes
 from .planning.executor import Planned
 from .planning.inputs import faked, realised
-from .planning.trials import LOOKS_AT_VALUES
 from .replay import recorded
+from .transforms import LOOKS_AT_VALUES, FakeTensorMode
 from .trunk import State, values
 from .wires import Wire, describe, is_differentiable, leaves, map_wire
 

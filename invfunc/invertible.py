@@ -522,7 +522,8 @@ def pair(
 
     Limits:
         Nothing proves that ``inverse`` undoes ``forward``, and a wrong one gives wrong gradients when lowered. Test
-        yours with `invfunc.testing.check_laws`.
+        yours with `invfunc.testing.check_laws`. A map into a larger space has an inverse that loses what lies off its
+        range: lower that one as ``store(~op)``, or rebuild would put something else in its place.
 
     Example:
         >>> import torch

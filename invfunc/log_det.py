@@ -28,10 +28,11 @@ from .combinators import (
     parallel,
     sum_per_sample,
 )
-from .debug import require
+from .debug import checking, require
 from .errors import NotDifferentiableError, NotInvertibleError, OptionError, WireError, place_error
 from .invertible import (
     VJP,
+    ByKind,
     Chain,
     Inverse,
     Invertible,
@@ -105,6 +106,9 @@ def log_det(op: Invertible, x: Wire, *, exact: str | None = None) -> tuple[Wire,
     Returns:
         ``(y, log_det)``, the second of shape (N,) and the dtype of x.
 
+    Cost:
+        That of op, and one evaluation of each rule.
+
     Raises:
         NotDifferentiableError: When a primitive has no rule.
 
@@ -134,55 +138,40 @@ def _first_leaf(x: Wire) -> Tensor:
 # ---- the walk ----------------------------------------------------------------------------------------------------
 
 
-Lift: TypeAlias = Callable[[Any, str | None], Invertible]
-
-_LIFTS: dict[type[Invertible], Lift] = {}
-
-
+@ByKind
 def lifted(op: Invertible, exact: str | None) -> Invertible:
-    """An op on ``(x, total)``, by its kind; ``functools.singledispatch`` can not be compiled."""
-    for kind in type(op).__mro__:
-        if kind in _LIFTS:
-            return _LIFTS[kind](op, exact)
+    """An op on ``(x, total)``."""
     return Counting(op, _autodiff(op, exact))
 
 
-def lifts(*kinds: type[Invertible]) -> Callable[[Lift], Lift]:
-    """Register how ops of some kinds are lifted."""
-
-    def register(lift: Lift) -> Lift:
-        _LIFTS.update(dict.fromkeys(kinds, lift))
-        return lift
-
-    return register
-
-
-@lifts(Pair)
+@lifted.register
 def _(op: Pair, exact: str | None) -> Invertible:
     return Counting(op, op.log_det_fn or _autodiff(op, exact))
 
 
-@lifts(Inverse)
+@lifted.register
 def _(op: Inverse, exact: str | None) -> Invertible:
     return invert(lifted(op.op, exact))
 
 
-@lifts(OneWay)
+@lifted.register
 def _(op: OneWay, exact: str | None) -> Invertible:
     return one_way(partial(_counted, op, _autodiff(op, exact)))
 
 
-@lifts(Rearrangement, Plumbing)
-def _(op: Invertible, exact: str | None) -> Invertible:
+def _beside_total(op: Invertible, exact: str | None) -> Invertible:
     return _shown_as(op, parallel(op, identity()))
 
 
-@lifts(Chain)
+lifted.cases |= dict.fromkeys((Rearrangement, Plumbing), _beside_total)
+
+
+@lifted.register
 def _(op: Chain, exact: str | None) -> Invertible:
     return Chain(tuple(_placed(op, i, exact) for i in range(len(op.parts))), op.labels)
 
 
-@lifts(Parallel)
+@lifted.register
 def _(op: Parallel, exact: str | None) -> Invertible:
     alone = [identity()] * len(op.parts)
     steps = [
@@ -193,12 +182,12 @@ def _(op: Parallel, exact: str | None) -> Invertible:
     return _shown_as(op, *steps)
 
 
-@lifts(Half)
+@lifted.register
 def _(op: Half, exact: str | None) -> Invertible:
     return _shown_as(op, *_beside(op.target, replace(op, law=lift_law(op.law, exact))))
 
 
-@lifts(Wrapper)
+@lifted.register
 def _(op: Wrapper, exact: str | None) -> Invertible:
     return replace(op, op=lifted(op.op, exact))
 
@@ -365,7 +354,12 @@ def autodiff_log_det(op: Invertible, x: Wire, y: Wire) -> Tensor:
 
     blocks = torch.func.jacrev(summed, tuple(range(len(own))))(*own)  # each (outputs, batch, *shape of one input)
     jacobian = torch.cat([block.flatten(2) if block.dim() > 2 else block.unsqueeze(2) for block in blocks], 2)
-    return torch.linalg.slogdet(_square(op, jacobian.movedim(1, 0)))[1]
+    return log_abs_det(_square(op, jacobian.movedim(1, 0)))
+
+
+def log_abs_det(matrices: Tensor) -> Tensor:
+    """``log|det|`` of (a batch of) matrices, in at least float32: LAPACK knows no half precision."""
+    return torch.linalg.slogdet(matrices.to(torch.promote_types(matrices.dtype, torch.float32)))[1]
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -447,8 +441,15 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
         one z, ``sample((5, 3, 8, 8))`` where it is ``Normal(0, 1)``. Each takes a ``condition`` for an op on
         ``(x, condition)`` that passes it through, such as ``inv.ops.given(op)``.
 
+    Shapes:
+        ``log_prob``: ``(N, ...) -> (N,)``. ``sample`` and ``rsample``: the shape of x, as above.
+
     Cost:
         ``log_prob`` evaluates op once, ``sample`` and ``rsample`` its inverse.
+
+    Limits:
+        One dim is batch. For sample shapes of several dims, and base distributions with a batch of their own, put
+        ``as_transform(invert(op))`` into a ``torch.distributions.TransformedDistribution``.
 
     Raises:
         NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
@@ -547,15 +548,20 @@ class OpTransform(Transform):
 
 
 def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
-    """An op as a ``torch.distributions.Transform``, for ``TransformedDistribution`` and libraries built on it.
+    r"""An op as a ``torch.distributions.Transform``, for ``TransformedDistribution`` and libraries built on it.
+
+    .. math:: transform(x) = op(x), \qquad transform^{-1}(y) = op^{-1}(y)
 
     Args:
         op: The op, from a tensor to a tensor of the same shape.
         event_dim: How many dims, from the right, are one event; the others are batch, however many. 0 for an op that
-            acts on each number alone.
+            acts on each number alone, and alike: with a parameter for each place of the last dim, that dim is event.
 
     Shapes:
         ``(*batch, *event) -> (*batch, *event)``; ``log_abs_det_jacobian`` has the shape ``batch``.
+
+    Cost:
+        That of the op, and one more evaluation for each log-determinant.
 
     Limits:
         Domain and codomain are declared real; the op itself says what it takes under ``inv.debug(True)``.
@@ -578,7 +584,8 @@ def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
 
 
 def _through(transform: Transform, x: Tensor) -> Tensor:
-    require(repr(transform), x, transform.domain.check, f"its domain, {transform.domain}")
+    if checking():
+        require(repr(transform), x, transform.domain.check, f"its domain, {transform.domain}")
     y: Any = transform(x)
     return y
 
@@ -595,6 +602,9 @@ def from_transform(transform: Transform) -> Invertible:
     Args:
         transform: A bijective transform; tensors in it get their gradients. Its cache is left out: a cached value may
             have been computed without gradients.
+
+    Shapes:
+        Those of the transform, whose dim 0 is the batch where log-determinants are wanted.
 
     Cost:
         That of the transform: forward, inverse and log-determinant are its own methods.
@@ -616,5 +626,5 @@ def from_transform(transform: Transform) -> Invertible:
         raise NotInvertibleError(f"from_transform: {transform!r} is not bijective")
     pure = transform if transform._cache_size == 0 else transform.with_cache(0)
     forward, inverse = partial(_through, pure), partial(_through, pure.inv)
-    name = f"from_transform({transform!r})"
+    name = f"from_transform({' '.join(repr(transform).split())})"  # a composition shows itself over several lines
     return pair(forward, inverse, log_det=partial(_transform_log_det, pure), name=name)

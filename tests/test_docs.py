@@ -6,7 +6,7 @@ The rule:
 2.  Everything but errors and laws has an example that runs (pytest runs them all) and, if it takes arguments, says
     what they are. An error is shown by what raises it; the docstring of a law is the law.
 3.  What raises an error of ours says so.
-4.  What makes an op has an equation and a cost; one of the catalogue has shapes too.
+4.  What makes an op has an equation and a cost; one of the catalogue has shapes too, and one of its own rooms a domain.
 5.  What the catalogue has beside ops (estimators, masks, initialisers, adapters) has an equation or shapes.
 """
 
@@ -112,6 +112,11 @@ def test_a_constructor_has_an_equation_and_a_cost(path: str) -> None:
 @pytest.mark.parametrize("path", CATALOGUE)
 def test_an_op_of_the_catalogue_has_shapes(path: str) -> None:
     assert "Shapes" in sections(path)
+
+
+@pytest.mark.parametrize("path", [p for p in CATALOGUE if ENTRIES[p].value.__module__.startswith(ops.__name__)])
+def test_an_op_of_the_catalogue_has_a_domain(path: str) -> None:
+    assert "Domain" in sections(path)
 
 
 @pytest.mark.parametrize("path", HELPERS)

@@ -62,10 +62,12 @@ WIRES: dict[str, Call] = {
     "wire becomes positional arguments: concat it first, or let the function take them all": lambda: inv.ops.exp()(
         zeros(2), zeros(2)
     ),
-    "additive(t): t is (5, 2), expected (2,), or what broadcasts to it": lambda: inv.additive(zeros(5, 2))(zeros(2)),
-    "affine(s, t): s is (5, 2), expected (2,), or what broadcasts to it": lambda: inv.affine(zeros(5, 2), zeros(2))(
-        zeros(2)
-    ),
+    "additive(t): t is (5, 2), expected (2,) like the input, or what broadcasts to it": lambda: inv.additive(
+        zeros(5, 2)
+    )(zeros(2)),
+    "affine(s, t): s is (5, 2), expected (2,) like the input, or what broadcasts to it": lambda: inv.affine(
+        zeros(5, 2), zeros(2)
+    )(zeros(2)),
     "parallel of 2 ops received the wrong number of components, expected a tuple of 2, got 3 components "
     "((1,), (1,), (1,)); pass a tuple of 2, or put split(2) before it": lambda: inv.parallel(exp, exp)(
         zeros(1), zeros(1), zeros(1)

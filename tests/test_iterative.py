@@ -355,6 +355,14 @@ def test_the_exact_log_determinant() -> None:
     assert_close(back, -expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_log_determinant_in_half_precision(dtype: torch.dtype) -> None:
+    op, x = ops.residual_flow(lambda x: torch.tanh(x) / 2), torch.randn(4, 3)
+    _, found = inv.log_det(op, x.to(dtype))
+    assert found.dtype == dtype
+    assert_close(found.double(), inv.log_det(op, x)[1], 8 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_log_determinant_lowered(backwards: bool) -> None:
     f = Plain()

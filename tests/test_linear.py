@@ -244,6 +244,7 @@ def test_a_singular_weight_has_an_error_of_ours(op):
         (ops.orthogonal(torch.tensor([[1.0, 0.0], [0.0, 2.0]])), "orthogonal received .* expected Q with Q"),
         (ops.mix_channels(torch.tensor([[1.0, 0.0], [0.0, 2.0]])), "mix_channels received .* expected Q with Q"),
         (ops.householder(torch.tensor([[0.0, 0.0]])), "householder received .* vectors that are not zero"),
+        (ops.linear(torch.full((2, 2), torch.nan)), "linear received .* expected a weight of finite numbers"),
     ],
 )
 def test_debug_finds_weights_without_an_inverse(op, subject):
@@ -252,10 +253,36 @@ def test_debug_finds_weights_without_an_inverse(op, subject):
         op.inverse(y)
 
 
+@pytest.mark.parametrize(
+    "op, message",
+    [
+        (ops.linear(SINGULAR), "linear received .* expected a weight of full rank"),
+        (ops.conv1x1(SINGULAR), "conv1x1 received .* expected a weight of full rank"),
+        (ops.triangular(torch.tensor([[1.0, 0.0], [3.0, 0.0]])), "triangular received .* a diagonal without 0"),
+        (ops.lu(torch.tensor([[1.0, 0.0], [3.0, 0.0]])), "triangular received .* a diagonal without 0"),
+        (ops.diagonal(torch.tensor([1.0, 0.0])), "diagonal received .* a scale that is nowhere 0"),
+        (ops.orthogonal(SINGULAR), "orthogonal received .* expected Q with Q"),
+        (ops.mix_channels(SINGULAR), "mix_channels received .* expected Q with Q"),
+    ],
+)
+def test_debug_finds_weights_without_a_log_determinant(op, message):
+    x = torch.ones(1, 2)
+    inv.log_det(op, x)
+    with inv.debug(True), pytest.raises(DomainError, match=message):
+        inv.log_det(op, x)
+
+
+@pytest.mark.parametrize("op", [ops.linear(SINGULAR + 0j), ops.diagonal(torch.zeros(2) + 0j)])
+def test_debug_tells_the_magnitudes_of_complex_weights(op):
+    with inv.debug(True), pytest.raises(DomainError, match=r"got magnitudes from [01] to [01]"):
+        op.inverse(torch.ones(1, 2) + 0j)
+
+
 def test_debug_passes_what_is_right():
     with inv.debug(True):
         for op in ops.linear(regular(4, 4)), ops.orthogonal(rotation(4)), ops.householder(weight(3, 4)):
             torch.testing.assert_close(op.inverse(op(X)), X)
+            inv.log_det(op, X)
         torch.func.vmap(ops.linear(regular(4, 4)).inverse)(X)
 
 
@@ -278,6 +305,8 @@ def test_debug_passes_what_is_right():
         ),
         (lambda: ops.diagonal(weight(4), weight(3)), "diagonal: scale and bias, expected vectors (n,) of one size"),
         (lambda: ops.dct(()), "dct: no dims, expected one or more"),
+        (lambda: ops.fft(()), "fft: no dims, expected one or more"),
+        (lambda: ops.rfft(()), "rfft: no dims, expected one or more"),
     ],
 )
 def test_constructors_say_what_they_take(make, message):
@@ -309,6 +338,7 @@ def test_constructors_say_what_they_take(make, message):
             "rfft: the input, expected a real tensor, got torch.complex128; fft takes complex",
         ),
         (lambda: ops.dct()(X + 0j), "dct: the input, expected a real tensor"),
+        (lambda: ops.fft((1, -2))(X + 0j), "fft: dims [1, -2], expected each at most once, got (2, 3, 4)"),
         (lambda: ops.rfft(size=5)(X), "rfft: the input, expected size 5 along dim -1, got (2, 3, 4)"),
         (
             lambda: inv.log_det(ops.linear(weight(4, 4)), X[0, 0]),

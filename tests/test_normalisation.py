@@ -291,6 +291,11 @@ def test_constructors_say_what_they_take(make, message):
             "batch_norm: the input, expected two values or more in each chann",
         ),
         (lambda: ops.actnorm_init(torch.ones(3)), "actnorm_init: the input, expected a tensor of at least 2 dims"),
+        (lambda: ops.actnorm_init(torch.ones(3, 2), dim=2), "actnorm_init: the input, expected a tensor of at least 3"),
+        (
+            lambda: ops.actnorm_init(torch.ones(0, 2)),
+            "actnorm_init: the batch, expected a value or more in each channe",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(call, message):
@@ -304,10 +309,23 @@ def test_an_op_that_trains_needs_its_residue():
         ops.batch_norm(training=True).inverse(torch.randn(5, 4))
 
 
-def test_debug_finds_a_weight_of_zero():
-    op = ops.batch_norm(torch.zeros(4), None, torch.zeros(4), torch.ones(4))
-    with (
-        inv.debug(True),
-        pytest.raises(DomainError, match="batch_norm received .* expected a weight that is nowhere 0"),
-    ):
-        op.inverse(torch.randn(5, 4))
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda op, x: op.inverse(x),
+            "batch_norm received .* expected a weight that is nowhere 0, got values from 0 to 0; clamp its magnitude",
+        ),
+        (lambda op, x: inv.log_det(op, x), "batch_norm received .* expected a weight that is nowhere 0"),
+        (
+            lambda op, x: ops.batch_norm(running_mean=torch.zeros(4), running_var=-torch.ones(4))(x),
+            "batch_norm received .* expected a running_var that is nowhere negative",
+        ),
+        (lambda op, x: ops.actnorm_init(x / 0), "actnorm_init received .* expected finite numbers"),
+    ],
+)
+def test_debug_finds_what_can_not_be_undone(call, message):
+    op, x = ops.batch_norm(torch.zeros(4), None, torch.zeros(4), torch.ones(4)), torch.randn(5, 4)
+    call(op, x)
+    with inv.debug(True), pytest.raises(DomainError, match=message):
+        call(op, x)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import invfunc as inv
 from invfunc import ops
-from invfunc.errors import NotInvertibleError, OptionError, WireError
+from invfunc.errors import DomainError, NotInvertibleError, OptionError, WireError
 from invfunc.memory import measure
 
 SCHEMES = "couple", "momentum", "midpoint", "leapfrog"
@@ -256,6 +256,21 @@ def test_a_convolutional_block() -> None:
             r"hyperbolic: weight is \(3,\), expected \(hidden, channels, \*kernel\)",
         ),
         (
+            lambda: ops.hyperbolic(torch.zeros(5, 4), torch.zeros(4)),
+            OptionError,
+            r"hyperbolic: the bias, expected \(5,\), got \(4,\)",
+        ),
+        (
+            lambda: ops.hyperbolic(torch.zeros(5, 3))(*streams()),
+            WireError,
+            r"hyperbolic: the input, expected size 3 along dim -1, got \(3, 4\)",
+        ),
+        (
+            lambda: ops.hyperbolic(torch.zeros(5, 3, 3))(*streams(2, 4, 5)),
+            WireError,
+            r"hyperbolic: the input, expected size 3 along dim 1, got \(2, 4, 5\)",
+        ),
+        (
             lambda: ops.reversible_residual(torch.sin, "euler"),
             OptionError,
             "reversible_residual: scheme is 'euler', expected one of 'couple', 'momentum', 'midpoint', 'leapfrog', or",
@@ -288,3 +303,11 @@ def test_a_convolutional_block() -> None:
 def test_errors(make: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("call", [inv.Invertible.forward, inv.Invertible.inverse, inv.log_det])
+def test_debug_finds_a_gamma_of_zero(call: Callable[..., object]) -> None:
+    op, state = ops.momentum(torch.sin, torch.tensor([0.5, 0.0])), streams(3, 2)
+    call(op, state)
+    with inv.debug(True), pytest.raises(DomainError, match="momentum's gamma received .* a gamma that is nowhere 0"):
+        call(op, state)

@@ -219,6 +219,7 @@ def test_constructors_say_what_they_take(make, message):
             lambda: ops.flip(4)((X, X)),
             "flip([4]): the input, expected a tensor of at least 5 dims, got ((2, 3, 4, 6), (",
         ),
+        (lambda: ops.flip([1, -3])(X), "flip([1, -3]): dims [1, -3], expected each at most once, got (2, 3, 4, 6)"),
         (lambda: ops.roll(1, 4)(X), "roll([1], [4]): the input, expected a tensor of at least 5 dims"),
         (lambda: ops.permute_channels([1, 0])(X), "permute_channels: the input, expected size 2 along dim 1"),
         (lambda: ops.reshape([5], [5])(X), "reshape([5], [5]): the input, expected (..., *[5]), got (2, 3, 4, 6)"),

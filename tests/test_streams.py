@@ -109,6 +109,21 @@ def test_errors_of_streams_say_where() -> None:
         net(*streams(3))
 
 
+def test_components_that_are_added_or_joined_fit_each_other() -> None:
+    x = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 1)
+    added, joined = (ops.couple_streams([torch.sin, None, None], reads=reads) for reads in ("sum", "concat"))
+    with pytest.raises(
+        WireError, match=r"reads='sum' of components \(\(2, 3\), \(2, 1\)\), expected one shape; reads='ea"
+    ):
+        added(*x)
+    with pytest.raises(
+        WireError, match=r"reads='concat' of components .* expected shapes that differ along dim 1 alone"
+    ):
+        joined(x[0], x[1], torch.ones(1, 3))
+    with pytest.raises(WireError, match=r"reads='concat': the input, expected a tensor of at least 2 dims, got \(3,\)"):
+        joined(*(torch.ones(3),) * 3)
+
+
 @pytest.mark.parametrize(
     ("make", "components", "couplings"),
     [
@@ -180,6 +195,18 @@ def test_given_goes_through_compositions() -> None:
     back = ops.given(inv.invert(op))((left, right), c)
     for a, b in zip(inv.wires.leaves(back), (x1, x2, x3, x4, c), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_given_goes_through_marks() -> None:
+    f, (x1, x2, c) = Product(4), streams(3)
+    block = inv.couple(f, f)
+    marked = inv.chain(inv.recompute(block), inv.store(block), inv.reconstruct(block))
+    plain, lowered = (
+        torch.autograd.grad(run((x1, x2), c)[0][0].sin().sum(), [x1, x2, c, *f.parameters()])
+        for run in (ops.given(inv.chain(block, block, block)), inv.checkpoint(ops.given(marked)))
+    )
+    for a, b in zip(plain, lowered, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-11)
 
 
 def test_given_works_with_every_coupling() -> None:
@@ -298,6 +325,10 @@ def test_errors_of_masks() -> None:
         WireError, match=r"Sequential returned \(2, 3\), expected \(2, 4\) like the tensor that is masked"
     ):
         op(torch.zeros(2, 4))
+    with pytest.raises(
+        WireError, match=r"merge_mask received \(\(2, 2\), \(2, 1\)\), expected .* 1\) and \(batch, \.\.\., 2\)"
+    ):
+        ops.split_mask(torch.arange(3) > 1).inverse((torch.zeros(2, 2), torch.zeros(2, 1)))
     with pytest.raises(OptionError, match="mask is None, expected a bool tensor with at least one dimension"):
         ops.split_mask(None)  # type: ignore[arg-type]
 

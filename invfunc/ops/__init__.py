@@ -1,4 +1,24 @@
-"""The catalogue: invertible ops, one constructor each, one family a file."""
+"""The catalogue: invertible ops, one constructor each, one family a file.
+
+What flow libraries call by other names; `inv` is the package, the rest is here:
+
+- `inv.chain`, `inv.invert`: nflows ``CompositeTransform``, ``InverseTransform``; zuko ``ComposedTransform``.
+- `inv.couple`: FrEIA ``NICECouplingBlock``; with ``law=inv.affine`` its ``RNVPCouplingBlock`` and
+  ``GLOWCouplingBlock``, nflows ``AffineCouplingTransform``, normflows ``AffineCouplingBlock``.
+- `given`: FrEIA ``dims_c``, nflows ``context``, zuko ``context``.
+- `masked_couple`: normflows ``MaskedAffineFlow``, zuko ``CouplingTransform``.
+- `spline_couple`: nflows ``PiecewiseRationalQuadraticCouplingTransform``, normflows
+  ``CoupledRationalQuadraticSpline``.
+- `autoregressive`: nflows ``MaskedAffineAutoregressiveTransform``, zuko ``AutoregressiveTransform``.
+- `residual_flow`: FrEIA ``IResNetLayer``, normflows ``Residual``.
+- `lu`, `orthogonal`: nflows ``LULinear``, zuko ``LULinearTransform`` and ``RotationTransform``.
+- `conv1x1`: FrEIA ``Fixed1x1Conv``, nflows ``OneByOneConvolution``, normflows ``Invertible1x1Conv``.
+- `permute_channels`: FrEIA ``PermuteRandom``, nflows ``RandomPermutation``, zuko ``PermutationTransform``.
+- `pixel_unshuffle`, `haar`: FrEIA ``IRevNetDownsampling``, ``HaarDownsampling``, nflows ``SqueezeTransform``.
+- `inv.split` and `inv.parallel`: nflows ``MultiscaleCompositeTransform``, FrEIA and normflows ``Split``.
+
+zuko's transforms are those of `torch.distributions`, with more of them: `inv.from_transform` takes each as it is.
+"""
 
 from ..combinators import additive, affine
 from .conv import conv1d, conv1x1, conv2d, conv3d, mix_channels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,8 +15,12 @@ from ..combinators import match
 from ..errors import OptionError, WireError
 from ..invertible import Invertible, chain, named, pair
 from ..wires import describe
-from .linear import check_matrix, check_orthonormal, exactly, left_inverse, log_abs_det, widened
-from .shape import check_dims, check_size, meeting, no_log_det, pad_to_fit, per_position, sum_but
+from .embedding import embedding
+from .linear import check_matrix, check_orthonormal, exactly, left_inverse, regular_log_det, rotation_log_det, widened
+from .shape import check_dims, check_size, meeting, pad_to_fit, per_position, sum_but
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing since Python 3.11
 
 # ---- 1x1: one matrix at every position --------------------------------------------------------------------------
 
@@ -84,7 +88,7 @@ def bias_gradient(bias: Tensor | None, gy: Tensor) -> list[tuple[Tensor, Tensor]
 
 
 def _log_det_conv1x1(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return per_position(log_abs_det(_as_matrix(weight)), x, 1)
+    return per_position(regular_log_det("conv1x1", _as_matrix(weight)), x, 1)
 
 
 def _conv1x1_op(
@@ -139,7 +143,8 @@ def conv1x1(weight: Tensor, bias: Tensor | None = None) -> Invertible:
     Raises:
         OptionError: When the weight is not square, or the bias does not fit it.
         WireError: When dim 1 has another size.
-        DomainError: By the inverse, when W is singular; under ``inv.debug(True)``, when it is nearly so.
+        DomainError: By the inverse, when W is singular; under ``inv.debug(True)``, by the log-determinant too, and when
+            it is nearly so.
 
     Example:
         >>> import torch
@@ -157,6 +162,10 @@ def conv1x1(weight: Tensor, bias: Tensor | None = None) -> Invertible:
 def _adjoint(label: str, q: Tensor) -> Tensor:
     check_orthonormal(label, q)
     return q.mH
+
+
+def _mixing_log_det(q: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return rotation_log_det("mix_channels", _as_matrix(q), x, y)
 
 
 def mix_channels(q: Tensor, bias: Tensor | None = None) -> Invertible:
@@ -183,7 +192,7 @@ def mix_channels(q: Tensor, bias: Tensor | None = None) -> Invertible:
     Raises:
         OptionError: When Q is not square, or the bias does not fit it.
         WireError: When dim 1 has another size.
-        DomainError: By the inverse, under ``inv.debug(True)``, when Q is not orthogonal.
+        DomainError: Under ``inv.debug(True)``, by the inverse and the log-determinant, when Q is not orthogonal.
 
     Example:
         >>> import torch
@@ -191,8 +200,12 @@ def mix_channels(q: Tensor, bias: Tensor | None = None) -> Invertible:
         >>> op, x = mix_channels(net.weight), torch.ones(1, 3, 2, 2)
         >>> torch.allclose(op.inverse(op(x)), x, atol=1e-5)
         True
+
+    Source:
+        Kingma and Dhariwal, Glow (2018). After `pixel_unshuffle` it is the learned orthogonal downsampling of Etmann et
+        al., iUNets (2020).
     """
-    return _conv1x1_op("mix_channels", q, bias, _adjoint, no_log_det)
+    return _conv1x1_op("mix_channels", q, bias, _adjoint, partial(_mixing_log_det, q))
 
 
 # ---- patches: a tall matrix at every patch -----------------------------------------------------------------------
@@ -275,19 +288,29 @@ def _weight_gradient(geometry: Geometry, shape: torch.Size, gy: Tensor, x: Tenso
 
 
 def _log_det_conv(geometry: Geometry, weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    of_patch = log_abs_det(_matrices(geometry, weight)).sum()
+    of_patch = regular_log_det(geometry.label, _matrices(geometry, weight)).sum()
     return (of_patch * y.shape[2:].numel()).expand(x.shape[:1])
 
 
+class Options(TypedDict, total=False):
+    """How a convolution goes over its input; see `conv2d`."""
+
+    stride: int | Sequence[int] | None
+    padding: int | Sequence[int]
+    groups: int
+    ceil_mode: bool
+    patchwise: bool
+
+
 def _conv(
+    dims: int,
     weight: Tensor,
     bias: Tensor | None,
-    dims: int,
-    stride: int | Sequence[int] | None,
-    padding: int | Sequence[int],
-    groups: int,
-    ceil_mode: bool,
-    patchwise: bool,
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    ceil_mode: bool = False,
+    patchwise: bool = True,
 ) -> Invertible:
     label = f"conv{dims}d"
     _check_weight(label, weight, dims, groups)
@@ -298,11 +321,11 @@ def _conv(
     _check_patches(geometry, patchwise)
     static = geometry, weight, bias
     square = weight.shape[0] == weight.shape[1:].numel() * groups and steps == kernel and not any(geometry.padding)
-    op = pair(
+    build = partial(pair, log_det=partial(_log_det_conv, geometry, weight)) if square else embedding
+    op = build(
         partial(_convolve, *static),
         partial(_deconvolve, *static),
         pullback=partial(_pull_conv, *static),
-        log_det=partial(_log_det_conv, geometry, weight) if square else None,
         name=f"{label}(weight{', bias' * (bias is not None)})",
     )
     if not ceil_mode:
@@ -345,16 +368,7 @@ def _check_patches(geometry: Geometry, patchwise: bool) -> None:
         )
 
 
-def conv1d(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    ceil_mode: bool = False,
-    patchwise: bool = True,
-) -> Invertible:
+def conv1d(weight: Tensor, bias: Tensor | None = None, **options: Unpack[Options]) -> Invertible:
     r"""A convolution of sequences that can be undone; all of `conv2d` holds in one dimension.
 
     .. math:: y_{n, o, w} = b_o + \sum_{i, a} W_{o, i, a} \, x_{n, i, stride \cdot w + a}
@@ -362,14 +376,13 @@ def conv1d(
     Args:
         weight: (out, in / groups, k), with out / groups >= in / groups * k.
         bias: (out,).
-        stride: See `conv2d`.
-        padding: See `conv2d`.
-        groups: See `conv2d`.
-        ceil_mode: See `conv2d`.
-        patchwise: See `conv2d`.
+        options: Those of `conv2d`.
 
     Shapes:
-        ``(N, in, W) -> (N, out, W / stride)``.
+        ``(N, in, W) -> (N, out, W / stride)``, floating-point.
+
+    Domain:
+        That of `conv2d`.
 
     Cost:
         That of `conv2d`.
@@ -379,20 +392,14 @@ def conv1d(
         >>> op, x = conv1d(torch.randn(6, 3, 2, dtype=torch.float64)), torch.randn(1, 3, 8, dtype=torch.float64)
         >>> torch.allclose(op.inverse(op(x)), x)
         True
+
+    Source:
+        InvTorch's ``Conv1d``.
     """
-    return _conv(weight, bias, 1, stride, padding, groups, ceil_mode, patchwise)
+    return _conv(1, weight, bias, **options)
 
 
-def conv2d(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    ceil_mode: bool = False,
-    patchwise: bool = True,
-) -> Invertible:
+def conv2d(weight: Tensor, bias: Tensor | None = None, **options: Unpack[Options]) -> Invertible:
     r"""A convolution of images that can be undone, because its patches cover the input and none loses anything.
 
     .. math:: y_p = W \, patch_p(x) + b, \qquad patch_p(x) = W^+ (y_p - b)
@@ -405,16 +412,18 @@ def conv2d(
         weight: (out, in / groups, k, k), with out / groups >= in / groups * k * k and of full rank as a matrix of this
             many columns.
         bias: (out,).
-        stride: At most the kernel; the kernel itself by default, so that patches tile.
-        padding: Zeros around the input, as in `torch.nn.functional.conv2d`.
-        groups: Groups of channels that do not meet.
-        ceil_mode: Pad inputs that patches do not cover, half before and the rest after, and crop in the inverse.
-            Otherwise they raise.
-        patchwise: Insist on patches that tile. With False they may overlap, which costs more and has no
-            log-determinant.
+        options: Keyword arguments.
+
+            - ``stride``: At most the kernel; the kernel itself by default, so that patches tile.
+            - ``padding``: Zeros around the input, as in `torch.nn.functional.conv2d`; none by default.
+            - ``groups``: Groups of channels that do not meet; one by default.
+            - ``ceil_mode``: With True, pad inputs that patches do not cover, half before and the rest after, and crop
+              in the inverse. Otherwise they raise.
+            - ``patchwise``: Insist on patches that tile, the default. With False they may overlap, which costs more and
+              has no log-determinant.
 
     Shapes:
-        ``(N, in, H, W) -> (N, out, (H + 2 padding - k) / stride + 1, ...)``.
+        ``(N, in, H, W) -> (N, out, (H + 2 padding - k) / stride + 1, ...)``, floating-point.
 
     Domain:
         All of it. The log-determinant exists where out = in k k, the patches tile and nothing is padded:
@@ -422,7 +431,8 @@ def conv2d(
 
     Cost:
         The inverse takes a QR of W, and one transposed convolution (two, where patches overlap: the second counts).
-        Lowered, nothing is kept but, with ``ceil_mode``, how much was padded: a few integers.
+        Lowered, nothing is kept but, with ``ceil_mode``, how much was padded: a few integers. Unless it is onto, the
+        inverse is a stage that is stored, since it does not tell what was off the range.
 
     Limits:
         Rounding grows with the condition number of W. Autocast is left out: half precision would lose what the inverse
@@ -432,7 +442,8 @@ def conv2d(
     Raises:
         OptionError: When there are too few output channels, or the stride leaves gaps.
         WireError: When patches do not cover the input, or it has other channels.
-        DomainError: By the inverse, when a square W is singular; under ``inv.debug(True)``, when any W nearly is.
+        DomainError: By the inverse, when a square W is singular; under ``inv.debug(True)``, by the log-determinant
+            too, and when any W nearly is.
 
     Example:
         >>> import torch
@@ -445,19 +456,10 @@ def conv2d(
     Source:
         InvTorch's ``Conv2d``.
     """
-    return _conv(weight, bias, 2, stride, padding, groups, ceil_mode, patchwise)
+    return _conv(2, weight, bias, **options)
 
 
-def conv3d(
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int | Sequence[int] | None = None,
-    padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    ceil_mode: bool = False,
-    patchwise: bool = True,
-) -> Invertible:
+def conv3d(weight: Tensor, bias: Tensor | None = None, **options: Unpack[Options]) -> Invertible:
     r"""A convolution of volumes that can be undone; all of `conv2d` holds in three dimensions.
 
     .. math:: y_{n, o, p} = b_o + \sum_{i, a} W_{o, i, a} \, x_{n, i, stride \cdot p + a}
@@ -465,14 +467,13 @@ def conv3d(
     Args:
         weight: (out, in / groups, k, k, k), with out / groups >= in / groups * k^3.
         bias: (out,).
-        stride: See `conv2d`.
-        padding: See `conv2d`.
-        groups: See `conv2d`.
-        ceil_mode: See `conv2d`.
-        patchwise: See `conv2d`.
+        options: Those of `conv2d`.
 
     Shapes:
-        ``(N, in, D, H, W) -> (N, out, ...)``.
+        ``(N, in, D, H, W) -> (N, out, ...)``, floating-point.
+
+    Domain:
+        That of `conv2d`.
 
     Cost:
         That of `conv2d`.
@@ -481,5 +482,8 @@ def conv3d(
         >>> import torch
         >>> conv3d(torch.randn(8, 1, 2, 2, 2))(torch.randn(1, 1, 4, 4, 4)).shape
         torch.Size([1, 8, 2, 2, 2])
+
+    Source:
+        InvTorch's ``Conv3d``.
     """
-    return _conv(weight, bias, 3, stride, padding, groups, ceil_mode, patchwise)
+    return _conv(3, weight, bias, **options)

@@ -19,8 +19,10 @@ from ..combinators import match
 from ..debug import require
 from ..errors import DomainError, OptionError, WireError
 from ..invertible import Invertible, chain, named, pair
+from ..log_det import log_abs_det
 from ..wires import describe
-from .shape import check_size, no_log_det, per_position, permute_channels
+from .embedding import embedding
+from .shape import check_nonzero, check_size, no_log_det, per_position, permute_channels
 
 # ---- y = x A^T + b, for any matrix A that is made of a weight ----------------------------------------------------
 
@@ -114,11 +116,11 @@ def _linear_op(
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise OptionError(f"{label}: the bias", expected=f"({weight.shape[0]},)", got=str(tuple(bias.shape)))
     static = label, weight, bias
-    return pair(
+    build = embedding if log_det is None else partial(pair, log_det=log_det)
+    return build(
         partial(_multiply, make, *static),
         partial(_solve, solver, *static),
         pullback=partial(_pull, make, part, solver, *static),
-        log_det=log_det,
         name=f"{label}(weight{', bias' * (bias is not None)})",
     )
 
@@ -161,16 +163,19 @@ def _solve_dense(label: str, weight: Tensor, y: Tensor) -> Tensor:
 
 def check_regular(label: str, weight: Tensor) -> None:
     """While checking, raise where rounding would be all that is left of an inverse."""
+    require(label, weight, torch.isfinite, "a weight of finite numbers")
     require(label, weight, _is_regular, "a weight of full rank, with a condition number below 1 / eps", REGULAR)
 
 
 def _is_regular(weight: Tensor) -> Tensor:
-    return torch.linalg.cond(weight) < 1 / torch.finfo(weight.dtype).eps
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return torch.linalg.cond(wide) < 1 / torch.finfo(wide.dtype).eps
 
 
-def log_abs_det(matrix: Tensor) -> Tensor:
-    """``log|det|`` of (a batch of) matrices, in at least float32."""
-    return torch.linalg.slogdet(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))[1]
+def regular_log_det(label: str, matrix: Tensor) -> Tensor:
+    """``log|det|`` of (a batch of) matrices of full rank."""
+    check_regular(label, matrix)
+    return log_abs_det(matrix)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Invertible:
@@ -199,7 +204,8 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Invertible:
     Raises:
         OptionError: When the weight is not square, or the bias does not fit it.
         WireError: When the last dimension has another size.
-        DomainError: By the inverse, when W is singular; under ``inv.debug(True)``, when it is nearly so.
+        DomainError: By the inverse, when W is singular; under ``inv.debug(True)``, by the log-determinant too, and when
+            it is nearly so.
 
     Example:
         >>> import torch
@@ -208,9 +214,12 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> Invertible:
         tensor([[7., 8.]])
         >>> op.inverse(torch.tensor([[7.0, 8.0]]))
         tensor([[3., 4.]])
+
+    Source:
+        In flows: Oliva et al., Transformation Autoregressive Networks (2018).
     """
     check_matrix("linear", weight)
-    log_det = partial(_log_det_of, log_abs_det, weight)
+    log_det = partial(_log_det_of, partial(regular_log_det, "linear"), weight)
     return _linear_op("linear", weight, bias, solver=_solve_dense, log_det=log_det)
 
 
@@ -246,8 +255,12 @@ def tall_linear(weight: Tensor, bias: Tensor | None = None) -> Invertible:
     Shapes:
         ``(..., in) -> (..., out)``, floating-point or complex.
 
+    Domain:
+        All of it; the range is a space of as many dimensions as the input has.
+
     Cost:
-        The inverse takes a QR of W, once for all positions. Lowered, nothing is kept.
+        The inverse takes a QR of W, once for all positions. Lowered, nothing is kept; but the inverse is a
+        stage that is stored, since it does not tell what was off the range.
 
     Limits:
         No log-determinant: that of a map between dimensions, ``torch.linalg.qr(W).R.diagonal().abs().log().sum()``,
@@ -286,6 +299,12 @@ def check_orthonormal(label: str, q: Tensor) -> None:
     require(label, q, _is_orthonormal, "Q with Q^T Q = I", "make it with torch.nn.utils.parametrizations.orthogonal")
 
 
+def rotation_log_det(label: str, q: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The log-determinant of a rotation."""
+    check_orthonormal(label, q)
+    return no_log_det(x, y)
+
+
 def _is_orthonormal(q: Tensor) -> Tensor:
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     return (q.mH @ q - eye).abs() < q.shape[-1] * torch.finfo(q.dtype).eps ** 0.75
@@ -308,7 +327,8 @@ def orthogonal(q: Tensor, bias: Tensor | None = None) -> Invertible:
         All of it, onto all of it when Q is square. A tall Q is undone on its range only, and has no log-determinant.
 
     Cost:
-        Both directions are one product. Rounding does not grow. Lowered, nothing is kept.
+        Both directions are one product. Rounding does not grow. Lowered, nothing is kept; but the inverse of a tall Q
+        is a stage that is stored, since it does not tell what was off the range.
 
     Limits:
         Q is taken at its word: an inverse of a matrix that is not orthogonal is wrong. ``inv.debug(True)`` checks.
@@ -316,7 +336,7 @@ def orthogonal(q: Tensor, bias: Tensor | None = None) -> Invertible:
     Raises:
         OptionError: When there are fewer outputs than inputs, or the bias does not fit.
         WireError: When the last dimension has another size.
-        DomainError: By the inverse, under ``inv.debug(True)``, when Q is not orthogonal.
+        DomainError: Under ``inv.debug(True)``, by the inverse and the log-determinant, when Q is not orthogonal.
 
     Example:
         >>> import torch
@@ -325,16 +345,23 @@ def orthogonal(q: Tensor, bias: Tensor | None = None) -> Invertible:
         tensor([[0., 1.]])
         >>> quarter_turn.inverse(torch.tensor([[0.0, 1.0]]))
         tensor([[1., 0.]])
+
+    Source:
+        Lezcano-Casado and Martinez-Rubio, Cheap orthogonal constraints in neural networks (2019).
     """
     check_matrix("orthogonal", q, tall=True)
-    log_det = no_log_det if q.shape[0] == q.shape[1] else None
+    log_det = partial(rotation_log_det, "orthogonal", q) if q.shape[0] == q.shape[1] else None
     return _linear_op("orthogonal", q, bias, solver=_solve_orthogonal, log_det=log_det)
 
 
 def _reflect(backwards: bool, vectors: Tensor, x: Tensor) -> Tensor:
     check_size("householder", x, -1, vectors.shape[1])
-    require("householder", vectors.norm(dim=1), torch.gt, "vectors that are not zero", "give them any direction", 0)
+    require("householder", vectors, _have_lengths, "vectors that are not zero", "give them any direction")
     return exactly(partial(_reflected, backwards), x, vectors, least=torch.float32)
+
+
+def _have_lengths(vectors: Tensor) -> Tensor:
+    return vectors.norm(dim=-1) > 0
 
 
 def _reflected(backwards: bool, x: Tensor, vectors: Tensor) -> Tensor:
@@ -357,6 +384,9 @@ def householder(vectors: Tensor) -> Invertible:
 
     Shapes:
         ``(..., n) -> (..., n)``.
+
+    Domain:
+        All of it, onto all of it.
 
     Cost:
         Both directions: two thin products with V and a triangular system of size k, all reflections at once. Lowered,
@@ -397,13 +427,18 @@ def _triangular(upper: bool, unit: bool, weight: Tensor) -> Tensor:
 
 def _solve_triangular(upper: bool, unit: bool, label: str, weight: Tensor, y: Tensor) -> Tensor:
     if not unit:
-        require(label, weight.diagonal(dim1=-2, dim2=-1), torch.ne, "a diagonal without 0", REGULAR, 0)
+        _check_diagonal(label, weight)
     rows, matrix = y.reshape(-1, y.shape[-1]), _triangular(upper, unit, weight)
     solved = torch.linalg.solve_triangular(matrix.mT, rows, upper=not upper, left=False, unitriangular=unit)
     return solved.reshape(y.shape)
 
 
+def _check_diagonal(label: str, weight: Tensor) -> None:
+    check_nonzero(label, weight.diagonal(dim1=-2, dim2=-1), "a diagonal without 0", REGULAR)
+
+
 def _log_abs_diagonal(weight: Tensor) -> Tensor:
+    _check_diagonal("triangular", weight)
     return weight.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
 
 
@@ -433,13 +468,16 @@ def triangular(weight: Tensor, bias: Tensor | None = None, *, upper: bool = Fals
     Raises:
         OptionError: When the weight is not square, or the bias does not fit.
         WireError: When the last dimension has another size.
-        DomainError: By the inverse, under ``inv.debug(True)``, when a number on the diagonal is 0.
+        DomainError: Under ``inv.debug(True)``, by the inverse and the log-determinant, when the diagonal has a 0.
 
     Example:
         >>> import torch
         >>> op = triangular(torch.tensor([[2.0, 9.0], [1.0, 1.0]]))
         >>> op(torch.tensor([[1.0, 1.0]]))
         tensor([[2., 2.]])
+
+    Source:
+        In flows: Oliva et al., Transformation Autoregressive Networks (2018).
     """
     check_matrix("triangular", weight)
     return _linear_op(
@@ -492,6 +530,7 @@ def lu(
     Raises:
         OptionError: When a factor is not square, or P is not a permutation.
         WireError: When the last dimension has another size.
+        DomainError: Under ``inv.debug(True)``, by the inverse and the log-determinant, when U's diagonal has a 0.
 
     Example:
         >>> import torch
@@ -519,7 +558,7 @@ def _scale(scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 def _unscale(scale: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     check_size("the inverse of diagonal", y, -1, len(scale))
-    require("diagonal", scale, torch.ne, "a scale that is nowhere 0", REGULAR, 0)
+    _check_scale(scale)
     return ((y if bias is None else y - bias) / scale).to(y.dtype)
 
 
@@ -529,7 +568,12 @@ def _pull_scale(scale: Tensor, bias: Tensor | None, y: Tensor, gy: Tensor) -> An
     return x, (gy * scale.conj()).to(gy.dtype), closed
 
 
+def _check_scale(scale: Tensor) -> None:
+    check_nonzero("diagonal", scale, "a scale that is nowhere 0", REGULAR)
+
+
 def _log_abs_sum(scale: Tensor) -> Tensor:
+    _check_scale(scale)
     return scale.abs().log().sum()
 
 
@@ -554,12 +598,15 @@ def diagonal(scale: Tensor, bias: Tensor | None = None) -> Invertible:
     Raises:
         OptionError: When the scale is not a vector, or the bias does not fit it.
         WireError: When the last dimension has another size.
-        DomainError: By the inverse, under ``inv.debug(True)``, when a scale is 0.
+        DomainError: Under ``inv.debug(True)``, by the inverse and the log-determinant, when a scale is 0.
 
     Example:
         >>> import torch
         >>> diagonal(torch.tensor([2.0, 4.0]))(torch.tensor([[1.0, 1.0]]))
         tensor([[2., 4.]])
+
+    Source:
+        The scaling layer of Dinh et al., NICE (2015).
     """
     if not isinstance(scale, Tensor) or scale.dim() != 1 or (bias is not None and bias.shape != scale.shape):
         raise OptionError("diagonal: scale and bias", expected="vectors (n,) of one size", got=describe((scale, bias)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..combinators import sum_per_sample
+from ..debug import require
 from ..errors import OptionError, WireError
 from ..invertible import Invertible, chain, named, pair
 from ..wires import describe
@@ -61,6 +62,15 @@ def _log_slope(mixture: Logistics, x: Tensor) -> Tensor:
     return density - below.logsumexp(-1) - (mixture.log_weights + above).logsumexp(-1)
 
 
+def _check(mixture: Logistics, x: Tensor) -> None:
+    check_parameters(_NAME, x, mixture)
+    require(f"{_NAME}'s log_scales", mixture.log_scales, _can_be_scales, "logarithms of numbers that the dtype has")
+
+
+def _can_be_scales(log_scales: Tensor) -> Tensor:
+    return log_scales.abs() < -math.log(torch.finfo(log_scales.dtype).tiny)
+
+
 def bisected(fn: Callable[[Tensor], Tensor], target: Tensor, low: Tensor, high: Tensor, steps: int) -> Tensor:
     """Where an increasing function reaches a target between two points, to ``(high - low) / 2**steps``; no gradient.
 
@@ -79,7 +89,7 @@ def _forward(
     tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, x: Tensor
 ) -> Tensor:
     mixture = _logistics(logits, means, log_scales)
-    check_parameters(_NAME, x, mixture)
+    _check(mixture, x)
     return _log_odds(mixture, x)
 
 
@@ -87,7 +97,7 @@ def _inverse(
     tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, y: Tensor
 ) -> Tensor:
     mixture = _logistics(logits, means, log_scales)
-    check_parameters(_NAME, y, mixture)
+    _check(mixture, y)
     x = _root(tolerance or torch.finfo(y.dtype).eps, Logistics(*(part.detach() for part in mixture)), y.detach())
     for _ in range(2):  # each step of Newton's method doubles how many derivatives are right: 0, 1, 3
         x = x - (_log_odds(mixture, x) - y) * (-_log_slope(mixture, x)).exp()
@@ -139,6 +149,7 @@ def mixture_logit(
     Raises:
         WireError: When the numbers of parameters do not fit each other, or their shapes do not fit x.
         OptionError: When the tolerance is not between 0 and 1.
+        DomainError: Under ``inv.debug(True)``, when a parameter is not finite, or the dtype does not have a scale.
 
     Example:
         >>> op = mixture_logit(torch.zeros(2), torch.tensor([-1.0, 1.0]), torch.zeros(2))

@@ -13,7 +13,7 @@ from ..debug import require
 from ..errors import OptionError, WireError
 from ..invertible import Invertible, pair
 from ..wires import describe
-from .shape import check_size, check_tensor, meeting, per_position, sum_but
+from .shape import check_nonzero, check_size, check_tensor, meeting, per_position, reach, sum_but
 
 
 def _check_vectors(subject: str, **vectors: Tensor | None) -> None:
@@ -105,10 +105,11 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
         eps: Added to the standard deviation, for channels that are constant.
 
     Shapes:
-        ``(N, C, ...) -> (C,), (C,)``, without gradients: wrap them in parameters.
+        ``(N, C, ...) -> (C,), (C,)``, floating-point, without gradients: wrap them in parameters.
 
     Raises:
-        WireError: When x lacks the dimension.
+        WireError: When x lacks the dimension, or is empty.
+        DomainError: Under ``inv.debug(True)``, when a value of x is not finite.
 
     Example:
         >>> import torch
@@ -119,7 +120,10 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
     Source:
         Salimans and Kingma, data-dependent initialisation (2016); Glow (2018).
     """
-    check_tensor("actnorm_init", x, 2)
+    check_tensor("actnorm_init", x, max(2, reach(dim)))
+    if not x.numel():
+        raise WireError("actnorm_init: the batch", expected="a value or more in each channel", got=describe(x))
+    require("actnorm_init", x, torch.isfinite, "finite numbers")
     with torch.no_grad():
         variance, mean = torch.var_mean(x.detach().movedim(dim, 0).flatten(1), 1, correction=0)
         log_scale = -(variance.sqrt() + eps).log()
@@ -185,10 +189,14 @@ def _denormalise(affine: Affine, kept: tuple[Tensor, Tensor], y: Tensor) -> Tens
     check_size("the inverse of batch_norm", y, 1, len(mean))
     factor = 1 / inverse_deviation
     if affine.weight is not None:
-        require("batch_norm", affine.weight, torch.ne, "a weight that is nowhere 0", "clamp its magnitude", 0)
+        _check_weight(affine.weight)
         factor = factor / affine.weight
     shifted = y if affine.bias is None else y - meeting(affine.bias, y)
     return (shifted * meeting(factor, y) + meeting(mean, y)).to(y.dtype)
+
+
+def _check_weight(weight: Tensor) -> None:
+    check_nonzero("batch_norm", weight, "a weight that is nowhere 0", "clamp its magnitude")
 
 
 def _pull_normalise(affine: Affine, eps: float, kept: tuple[Tensor, Tensor], y: Tensor, gy: Tensor) -> Any:
@@ -207,6 +215,7 @@ def _log_det_normalise(affine: Affine, eps: float, x: Tensor, y: Tensor) -> Tens
 def _log_det_affine(affine: Affine, inverse_deviation: Tensor, x: Tensor) -> Tensor:
     log_scale = inverse_deviation.log()
     if affine.weight is not None:
+        _check_weight(affine.weight)
         log_scale = log_scale + affine.weight.abs().log()
     return per_position(log_scale.sum(), x, 1)
 
@@ -214,10 +223,16 @@ def _log_det_affine(affine: Affine, inverse_deviation: Tensor, x: Tensor) -> Ten
 def _apply(statistics: Statistics, affine: Affine, eps: float, x: Tensor) -> Tensor:
     """By the running statistics: elementwise."""
     _check_batch(x, statistics, affine)
+    _check_variance(statistics.variance)
     return torch.batch_norm(x, *affine, statistics.mean, statistics.variance, False, 0.0, eps, False)
 
 
+def _check_variance(variance: Tensor) -> None:
+    require("batch_norm", variance, torch.ge, "a running_var that is nowhere negative", "", 0)
+
+
 def _fixed(statistics: Statistics, eps: float) -> tuple[Tensor, Tensor]:
+    _check_variance(statistics.variance)
     mean, variance = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (statistics.mean, statistics.variance))
     return mean, (variance + eps).rsqrt()
 
@@ -276,7 +291,8 @@ def batch_norm(
         OptionError: When the vectors are of different sizes, or only one of the running statistics is given.
         WireError: When the input has other channels, or one value in each.
         NotInvertibleError: When an inverse without the residue is asked of an op that trains.
-        DomainError: By the inverse, under ``inv.debug(True)``, when a weight is 0.
+        DomainError: Under ``inv.debug(True)``, when a weight is 0 (by the inverse and the log-determinant), or a
+            running variance is negative.
 
     Example:
         >>> import torch

@@ -15,15 +15,24 @@ from ..combinators import Half, additive, couple, match, sum_per_sample, swap
 from ..errors import OptionError, WireError
 from ..invertible import Invertible, chain, name_of, named, one_way, pair
 from ..wires import describe
+from .embedding import embedding
+from .shape import check_nonzero, check_size, no_log_det
 
 # ---- laws ----------------------------------------------------------------------------------------------------------
 
 
+def _check_gamma(gamma: float | Tensor) -> None:
+    if isinstance(gamma, Tensor):
+        check_nonzero("momentum's gamma", gamma, "a gamma that is nowhere 0", "train its logit: gamma = raw.sigmoid()")
+
+
 def _to_blend(gamma: float | Tensor, t: Tensor, v: Tensor) -> Tensor:
+    _check_gamma(gamma)
     return gamma * v + (1 - gamma) * t
 
 
 def _unblend(gamma: float | Tensor, t: Tensor, y: Tensor) -> Tensor:
+    _check_gamma(gamma)
     return (y - (1 - gamma) * t) / gamma
 
 
@@ -56,10 +65,6 @@ def overwrite(t: Tensor) -> Invertible:
     return pair(partial(_to_overwrite, t), _restore, residue=True, name="overwrite(t)")
 
 
-def _no_log_det(x: Tensor, y: Tensor) -> Tensor:
-    return x.new_zeros(x.shape[:1])
-
-
 def _to_reflect(t: Tensor, x: Tensor) -> Tensor:
     return t - x
 
@@ -71,7 +76,7 @@ def _pull_reflect(t: Tensor, y: Tensor, gy: Tensor) -> Any:
 def reflect(t: Tensor) -> Invertible:
     """The law ``x -> t - x``, its own inverse."""
     op = partial(_to_reflect, t)
-    return pair(op, op, pullback=partial(_pull_reflect, t), log_det=_no_log_det, name="reflect(t)")
+    return pair(op, op, pullback=partial(_pull_reflect, t), log_det=no_log_det, name="reflect(t)")
 
 
 def _number(value: float | Tensor) -> str:
@@ -99,6 +104,9 @@ def momentum(fn: Callable[..., Any], gamma: float | Tensor = 0.9) -> Invertible:
     Shapes:
         ``((N, ...), (N, ...))``, both of one shape, unchanged; floating dtypes.
 
+    Domain:
+        All of it, onto all of it. For ``gamma=0``, with its residue.
+
     Cost:
         The inverse evaluates f once. Lowered: nothing is kept but what f closes over; f is evaluated exactly twice in a
         training step. With ``gamma=0`` the incoming velocity is kept, one activation for each step, and
@@ -109,6 +117,7 @@ def momentum(fn: Callable[..., Any], gamma: float | Tensor = 0.9) -> Invertible:
 
     Raises:
         OptionError: When a number gamma is not between 0 and 1.
+        DomainError: Under ``inv.debug(True)``, when a gamma in a tensor is 0.
 
     Limits:
         Every inverse step divides by gamma: rounding in v grows as :math:`\gamma^{-depth}`, by 2e4 in 100 steps at 0.9.
@@ -169,6 +178,9 @@ def midpoint(fn: Callable[..., Any], step: float = 1.0) -> Invertible:
     Shapes:
         ``((N, ...), (N, ...))``, both of one shape, unchanged; floating dtypes.
 
+    Domain:
+        All of it, onto all of it.
+
     Cost:
         The inverse, :math:`x_{-} = x_{+} - 2 h f(x)`, evaluates f once and amplifies nothing. Lowered: nothing is kept
         but what f closes over; f is evaluated exactly twice in a training step.
@@ -227,6 +239,9 @@ def leapfrog(fn: Callable[..., Any], step: float = 1.0) -> Invertible:
     Shapes:
         ``((N, ...), (N, ...))``, both of one shape, unchanged; floating dtypes.
 
+    Domain:
+        All of it, onto all of it.
+
     Cost:
         The inverse is the same formula with :math:`x_{-}` and :math:`x_{+}` exchanged: f once, nothing amplified.
         Lowered: nothing is kept but what f closes over; f is evaluated exactly twice in a training step.
@@ -264,6 +279,7 @@ class Symmetric:
 
     def __call__(self, x: Tensor) -> Tensor:
         dims = self.weight.dim() - 2
+        check_size("hyperbolic", x, 1 if dims else -1, self.weight.shape[1])
         if not dims:
             return -F.linear(self.activation(F.linear(x, self.weight, self.bias)), self.weight.mT)
         padding = [size // 2 for size in self.weight.shape[2:]]
@@ -300,6 +316,9 @@ def hyperbolic(
     Shapes:
         ``((N, features), (N, features))`` or ``((N, channels, ...), (N, channels, ...))``, of the weight's dtype.
 
+    Domain:
+        All of it, onto all of it.
+
     Cost:
         As `leapfrog`: K and its transpose are applied exactly twice each in a training step, and once in the inverse.
 
@@ -307,7 +326,8 @@ def hyperbolic(
         0.
 
     Raises:
-        OptionError: When the weight has another number of dimensions than 2 to 5.
+        OptionError: When the weight has another number of dimensions than 2 to 5, or the bias does not fit it.
+        WireError: When the input has other features or channels.
 
     Example:
         >>> import torch
@@ -322,6 +342,8 @@ def hyperbolic(
     """
     if not isinstance(weight, Tensor) or not 2 <= weight.dim() <= 5:
         raise OptionError(f"hyperbolic: weight is {describe(weight)}", expected="(hidden, channels, *kernel)")
+    if bias is not None and tuple(bias.shape) != (len(weight),):
+        raise OptionError("hyperbolic: the bias", expected=f"({len(weight)},)", got=describe(bias))
     layer = Symmetric(weight, bias, activation)
     return named(leapfrog(layer, step), f"hyperbolic({tuple(weight.shape)}, step={step:g})")
 
@@ -400,14 +422,10 @@ def reversible_residual(
 
     .. math:: f(x) = block(x) - x, \qquad op = scheme(f)
 
-    ============  =================  =====================================================================
-    scheme        state              :math:`f(x) = block(x) - x`
-    ============  =================  =====================================================================
-    ``couple``    two streams        :math:`(x_1, x_2) \mapsto (x_2, x_1 + f(x_2))`; for two blocks `couple` itself
-    ``midpoint``  ``(previous, x)``  :math:`x_{+} = x_{-} + 2 f(x)`
-    ``leapfrog``  ``(previous, x)``  :math:`x_{+} = 2 x - x_{-} + f(x)`
-    ``momentum``  ``(x, velocity)``  :math:`v' = 0.9 v + 0.1 f(x),\; x' = x + v'`
-    ============  =================  =====================================================================
+    - ``couple``, on two streams: :math:`(x_1, x_2) \mapsto (x_2, x_1 + f(x_2))`; for two blocks `couple` itself
+    - ``midpoint``, on ``(previous, x)``: :math:`x_{+} = x_{-} + 2 f(x)`
+    - ``leapfrog``, on ``(previous, x)``: :math:`x_{+} = 2 x - x_{-} + f(x)`
+    - ``momentum``, on ``(x, velocity)``: :math:`v' = 0.9 v + 0.1 f(x),\; x' = x + v'`
 
     Is the network still the original one? A residual network on one stream is not injective in general, so no scheme of
     fixed memory can reproduce it. Put between `enter_streams` and `leave_streams`, the schemes equal it
@@ -425,6 +443,9 @@ def reversible_residual(
 
     Shapes:
         ``((N, ...), (N, ...))``, both of one shape, unchanged; floating dtypes.
+
+    Domain:
+        All of it, onto all of it.
 
     Cost:
         The inverse evaluates the block once. Lowered: nothing is kept; the block is evaluated exactly twice in a
@@ -498,8 +519,11 @@ def enter_streams(scheme: str = "midpoint") -> Invertible:
     Shapes:
         ``(N, ...) -> ((N, ...), (N, ...))``; floating dtypes.
 
+    Domain:
+        All of it; the range is the pairs of equal streams, or of those at rest. Of other pairs the inverse loses one.
+
     Cost:
-        Nothing is kept.
+        Nothing is kept. Lowered, the inverse is a stage that is stored, since it does not tell the other stream.
 
     Limits:
         Its inverse returns the first stream, and is a left inverse: ``inverse(forward(x)) = x``, but not conversely.
@@ -512,10 +536,13 @@ def enter_streams(scheme: str = "midpoint") -> Invertible:
         >>> import torch
         >>> enter_streams("momentum")(torch.ones(2))
         (tensor([1., 1.]), tensor([0., 0.]))
+
+    Source:
+        Gomez et al., RevNet (2017), for equal streams; Sander et al. (2021), for those at rest.
     """
     if _known("enter_streams", scheme) == "momentum":
-        return pair(_at_rest, _first, pullback=_pull_at_rest, name="enter_streams('momentum')")
-    return pair(_duplicate, _first, pullback=_pull_duplicate, name=f"enter_streams({scheme!r})")
+        return embedding(_at_rest, _first, pullback=_pull_at_rest, name="enter_streams('momentum')")
+    return embedding(_duplicate, _first, pullback=_pull_duplicate, name=f"enter_streams({scheme!r})")
 
 
 def leave_streams(scheme: str = "midpoint") -> Invertible:
@@ -527,7 +554,10 @@ def leave_streams(scheme: str = "midpoint") -> Invertible:
         scheme: As in `reversible_residual`.
 
     Shapes:
-        ``((N, ...), (N, ...)) -> (N, ...)``.
+        ``((N, ...), (N, ...)) -> (N, ...)``, dtype any.
+
+    Domain:
+        All pairs; the range is all of it.
 
     Cost:
         It has no inverse, so it closes the trunk: lowered, both streams are kept.
@@ -540,6 +570,9 @@ def leave_streams(scheme: str = "midpoint") -> Invertible:
         >>> import torch
         >>> leave_streams()(torch.zeros(1), torch.ones(1))
         tensor([1.])
+
+    Source:
+        Gomez et al., RevNet (2017); Sander et al. (2021).
     """
     return one_way(_first if _known("leave_streams", scheme) == "momentum" else _second)
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..debug import require
 from ..errors import OptionError, WireError
 from ..invertible import Invertible, Rearrangement, chain, named, pair
 from ..wires import describe
+from .embedding import embedding
 
 # ---- what the families of this catalogue share ----------------------------------------------------------------------
 
@@ -35,6 +37,22 @@ def check_size(subject: str, x: Any, dim: int, size: int) -> None:
     check_tensor(subject, x, dim + 1 if dim >= 0 else -dim)
     if x.shape[dim] != size:
         raise WireError(f"{subject}: the input", expected=f"size {size} along dim {dim}", got=describe(x))
+
+
+def check_distinct(subject: str, x: Any, dims: Sequence[int]) -> None:
+    """Raise unless x is one tensor that has these dimensions, and none of them is named twice."""
+    check_tensor(subject, x, reach(*dims))
+    if len({dim % x.dim() for dim in dims}) < len(dims):
+        raise WireError(f"{subject}: dims {list(dims)}", expected="each at most once", got=describe(x))
+
+
+def check_nonzero(subject: str, values: Tensor, expected: str, cure: str = "") -> None:
+    """While checking, raise where a number is 0 or NaN."""
+    require(subject, values, _is_nonzero, expected, cure)
+
+
+def _is_nonzero(values: Tensor) -> Tensor:
+    return values.abs() > 0
 
 
 def no_log_det(x: Tensor, y: Tensor) -> Tensor:
@@ -96,6 +114,9 @@ def permute(dims: Sequence[int]) -> Invertible:
     Shapes:
         Any, dtype any; the inverse is the inverse permutation.
 
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
+
     Cost:
         Both directions return views; nothing is kept.
 
@@ -138,6 +159,9 @@ def transpose(dim0: int, dim1: int) -> Invertible:
     Shapes:
         Any, dtype any.
 
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
+
     Cost:
         Both directions return views; nothing is kept.
 
@@ -170,6 +194,9 @@ def movedim(source: int, destination: int) -> Invertible:
     Shapes:
         Any, dtype any; the inverse is ``movedim(destination, source)``.
 
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
+
     Cost:
         Both directions return views; nothing is kept.
 
@@ -195,7 +222,10 @@ def along(op: Invertible, dim: int = 1) -> Invertible:
         dim: The dimension that it shall act on; the channels by default.
 
     Shapes:
-        ``(N, C, ...) -> (N, C', ...)`` for an op ``(..., C) -> (..., C')``.
+        ``(N, C, ...) -> (N, C', ...)`` for an op ``(..., C) -> (..., C')``, of its dtypes.
+
+    Domain:
+        That of ``op``.
 
     Cost:
         That of ``op``: the dimensions are moved as views, and the log-determinant is that of ``op``.
@@ -215,7 +245,7 @@ def along(op: Invertible, dim: int = 1) -> Invertible:
 
 
 def _flip(dims: tuple[int, ...], x: Tensor) -> Tensor:
-    check_tensor(f"flip({list(dims)})", x, reach(*dims))
+    check_distinct(f"flip({list(dims)})", x, dims)
     return x.flip(dims)
 
 
@@ -229,6 +259,9 @@ def flip(dims: int | Sequence[int]) -> Invertible:
 
     Shapes:
         Any, unchanged; dtype any.
+
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
 
     Cost:
         One copy in each direction; nothing is kept.
@@ -264,6 +297,9 @@ def roll(shifts: int | Sequence[int], dims: int | Sequence[int]) -> Invertible:
 
     Shapes:
         Any, unchanged; dtype any.
+
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
 
     Cost:
         One copy in each direction; nothing is kept.
@@ -305,6 +341,9 @@ def permute_channels(order: Sequence[int] | Tensor, dim: int = 1) -> Invertible:
 
     Shapes:
         ``(N, C, ...)``, unchanged; dtype any.
+
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
 
     Cost:
         One copy in each direction; nothing is kept. Put ``order`` on the device of the input to save a small copy.
@@ -353,6 +392,9 @@ def reshape(sizes: Sequence[int], new_sizes: Sequence[int]) -> Invertible:
 
     Shapes:
         ``(..., *sizes) -> (..., *new_sizes)``, dtype any.
+
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
 
     Cost:
         Views where the strides allow it; nothing is kept.
@@ -419,6 +461,9 @@ def flatten(start: int = 1, end: int = -1, sizes: Sequence[int] | None = None) -
     Shapes:
         ``(N, *sizes) -> (N, prod(sizes))`` by default, dtype any.
 
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
+
     Cost:
         A view where the strides allow it. Without ``sizes``, a few integers are kept.
 
@@ -435,6 +480,9 @@ def flatten(start: int = 1, end: int = -1, sizes: Sequence[int] | None = None) -
         torch.Size([2, 3, 4])
         >>> flatten(sizes=[3, 4]).inverse(y).shape
         torch.Size([2, 3, 4])
+
+    Source:
+        InvTorch's ``Flatten``.
     """
     label = f"flatten({start}, {end}{'' if sizes is None else f', {list(sizes)}'})"
     if sizes is None:
@@ -516,6 +564,9 @@ def pixel_unshuffle(factor: int | Sequence[int], channels_first: bool = True) ->
     Shapes:
         As above, dtype any; several factors allow any number of dimensions before the channels.
 
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
+
     Cost:
         One copy in each direction; nothing is kept. For channels-last layouts, put `movedim` around it.
 
@@ -557,6 +608,9 @@ def pixel_shuffle(factor: int | Sequence[int], channels_first: bool = True) -> I
     Shapes:
         ``(N, C r_1 ... r_d, S_1, ...) -> (N, C, S_1 r_1, ...)``, dtype any.
 
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
+
     Cost:
         One copy in each direction; nothing is kept.
 
@@ -567,6 +621,9 @@ def pixel_shuffle(factor: int | Sequence[int], channels_first: bool = True) -> I
         >>> import torch
         >>> pixel_shuffle(2)(torch.zeros(1, 12, 2, 3)).shape
         torch.Size([1, 3, 4, 6])
+
+    Source:
+        Shi et al., sub-pixel convolution (2016).
     """
     return pixel_unshuffle(factor, channels_first).inverted()
 
@@ -600,7 +657,11 @@ def haar(channels_first: bool = True) -> Invertible:
             then the first C channels are the averages, and ``split([C, (2**d - 1) * C])`` takes them off.
 
     Shapes:
-        ``(N, C, S1, ...) -> (N, 2^d C, S1/2, ...)`` for d = 1 to 3 dimensions of even size.
+        ``(N, C, S1, ...) -> (N, 2^d C, S1/2, ...)`` for d = 1 to 3 dimensions of even size, floating-point or
+        complex.
+
+    Domain:
+        All of it, onto all of it.
 
     Cost:
         One copy and d sums and differences in each direction; nothing is kept, and the gradient takes the same way as
@@ -676,6 +737,9 @@ def checkerboard(dims: int = 2) -> Invertible:
 
     Shapes:
         ``(..., H, W) -> 2 x (..., H, W/2)``, dtype any; W is even. Square (i, j) of a half lies at column 2j or 2j + 1.
+
+    Domain:
+        All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
 
     Cost:
         Two copies in each direction; nothing is kept.
@@ -759,10 +823,14 @@ def pad(amounts: Sequence[int], mode: str = "constant", value: float = 0.0) -> I
         value: What a constant is padded with.
 
     Shapes:
-        ``(..., W) -> (..., before + W + after)``.
+        ``(..., W) -> (..., before + W + after)``, dtype any.
+
+    Domain:
+        All of it; the range is what is padded so. Of another tensor the inverse loses what it crops.
 
     Cost:
-        One copy; the inverse is a view. Nothing is kept.
+        One copy; the inverse is a view. Lowered, nothing is kept; but the inverse is a stage that is stored, since it
+        does not tell what it cropped.
 
     Raises:
         OptionError: When ``amounts`` is not a list of pairs of numbers that are not negative.
@@ -774,6 +842,9 @@ def pad(amounts: Sequence[int], mode: str = "constant", value: float = 0.0) -> I
         tensor([0., 1., 1., 1., 0., 0.])
         >>> pad([1, 2]).inverse(torch.arange(6))
         tensor([1, 2, 3])
+
+    Source:
+        InvTorch's ``Pad``.
     """
     amounts = tuple(amounts)
     if len(amounts) % 2 or min(amounts, default=0) < 0:
@@ -783,7 +854,7 @@ def pad(amounts: Sequence[int], mode: str = "constant", value: float = 0.0) -> I
             cure="a negative one would lose elements",
         )
     _check_mode("pad", mode)
-    return pair(
+    return embedding(
         partial(_pad, amounts, mode, value),
         partial(_crop, amounts),
         pullback=partial(_pull_crop, amounts) if mode == "constant" else None,
@@ -820,7 +891,7 @@ def _each(part: int | tuple[int, ...], x: Tensor) -> tuple[int, ...]:
 def pad_to_fit(windows: Windows, mode: str, value: float, label: str) -> Invertible:
     """Pad the last dimensions so that windows ``(kernel, stride, padding)`` cover them; the amounts are the residue."""
     to, pull = partial(_pad_to_fit, windows, mode, value), _pull_crop if mode == "constant" else None
-    return pair(to, _crop, pullback=pull, residue=True, name=label)
+    return embedding(to, _crop, pullback=pull, residue=True, name=label)
 
 
 def pad_to_multiple(
@@ -842,10 +913,13 @@ def pad_to_multiple(
             much it added.
 
     Shapes:
-        ``(N, C, S, ...) -> (N, C, ceil(S / m) m, ...)``. Not a bijection, so there is no log-determinant.
+        ``(N, C, S, ...) -> (N, C, ceil(S / m) m, ...)``, dtype any. Not a bijection, so there is no log-determinant.
+
+    Domain:
+        All of it; the range is what is padded so. Of another tensor the inverse loses what it crops.
 
     Cost:
-        One copy; the inverse is a view. Without ``sizes``, a few integers are kept.
+        As `pad`. Without ``sizes``, a few integers are kept.
 
     Raises:
         OptionError: When a multiple is not positive.

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..errors import OptionError, WireError
 from ..invertible import Invertible, pair
 from ..wires import describe
-from .shape import as_tuple, check_size, check_tensor, no_log_det, reach, show
+from .embedding import embedding
+from .shape import as_tuple, check_distinct, check_size, no_log_det, show
 
 
 def _unitary(to: Callable[[Tensor], Tensor], fro: Callable[[Tensor], Tensor], label: str) -> Invertible:
@@ -23,6 +24,13 @@ def _unitary(to: Callable[[Tensor], Tensor], fro: Callable[[Tensor], Tensor], la
 
 def _pull_unitary(fro: Callable[[Tensor], Tensor], y: Tensor, gy: Tensor) -> Any:
     return fro(y), fro(gy), []
+
+
+def _some(label: str, dims: int | Sequence[int]) -> tuple[int, ...]:
+    found = as_tuple(dims)
+    if not found:
+        raise OptionError(f"{label}: no dims", expected="one or more")
+    return found
 
 
 # ---- Fourier ---------------------------------------------------------------------------------------------------
@@ -39,7 +47,7 @@ def _ifft(dims: tuple[int, ...], y: Tensor) -> Tensor:
 
 
 def _check_complex(subject: str, cure: str, dims: tuple[int, ...], x: Any) -> None:
-    check_tensor(subject, x, reach(*dims))
+    check_distinct(subject, x, dims)
     if not x.is_complex():
         raise WireError(f"{subject}: the input", expected="a complex tensor", got=str(x.dtype), cure=cure)
 
@@ -63,19 +71,23 @@ def fft(dims: int | Sequence[int] = -1) -> Invertible:
         gradient back.
 
     Raises:
-        WireError: When the input is real; `rfft` takes those.
+        OptionError: When there are no dims.
+        WireError: When the input is real (`rfft` takes those), or lacks a dimension.
 
     Example:
         >>> import torch
         >>> fft()(torch.ones(4, dtype=torch.complex64))
         tensor([2.+0.j, 0.+0.j, 0.+0.j, 0.+0.j])
+
+    Source:
+        Cooley and Tukey (1965).
     """
-    static = as_tuple(dims)
+    static = _some("fft", dims)
     return _unitary(partial(_fft, static), partial(_ifft, static), f"fft({show(dims)})")
 
 
 def _rfft(dims: tuple[int, ...], x: Tensor) -> Tensor:
-    check_tensor("rfft", x, reach(*dims))
+    check_distinct("rfft", x, dims)
     if not x.is_floating_point():
         raise WireError("rfft: the input", expected="a real tensor", got=str(x.dtype), cure="fft takes complex ones")
     return torch.fft.rfftn(x, dim=dims, norm="ortho")
@@ -117,11 +129,16 @@ def rfft(dims: int | Sequence[int] = -1, size: int | None = None) -> Invertible:
         ``(..., n) -> (..., n // 2 + 1)``, real to complex. Not between tensors of one size, so there is no
         log-determinant.
 
+    Domain:
+        All of it; the range is the spectra of real tensors.
+
     Cost:
-        One transform in each direction, n log n. Without ``size``, one integer is kept.
+        One transform in each direction, n log n. Without ``size``, one integer is kept. Lowered,
+        the inverse is a stage that is stored, since it does not tell what it dropped.
 
     Raises:
-        WireError: When the input is complex, or of another size.
+        OptionError: When there are no dims.
+        WireError: When the input is complex, of another size, or lacks a dimension.
         NotInvertibleError: When an inverse without the kept size is asked of an op without ``size``.
 
     Example:
@@ -131,11 +148,16 @@ def rfft(dims: int | Sequence[int] = -1, size: int | None = None) -> Invertible:
         tensor([2.+0.j, 0.+0.j, 0.+0.j])
         >>> rfft(size=4).inverse(y)
         tensor([1., 1., 1., 1.])
+
+    Source:
+        Cooley and Tukey (1965).
     """
-    static = as_tuple(dims)
+    static = _some("rfft", dims)
     if size is None:
-        return pair(partial(_rfft_kept, static), partial(_irfft_kept, static), residue=True, name=f"rfft({show(dims)})")
-    return pair(partial(_rfft_sized, static, size), partial(_irfft, static, size), name=f"rfft({show(dims)}, {size})")
+        to, fro = partial(_rfft_kept, static), partial(_irfft_kept, static)
+        return embedding(to, fro, residue=True, name=f"rfft({show(dims)})")
+    to, fro = partial(_rfft_sized, static, size), partial(_irfft, static, size)
+    return embedding(to, fro, name=f"rfft({show(dims)}, {size})")
 
 
 # ---- cosine ----------------------------------------------------------------------------------------------------
@@ -150,7 +172,7 @@ def _idct(dims: tuple[int, ...], y: Tensor) -> Tensor:
 
 
 def _each_dim(subject: str, transform: Callable[[Tensor], Tensor], dims: tuple[int, ...], x: Tensor) -> Tensor:
-    check_tensor(subject, x, reach(*dims))
+    check_distinct(subject, x, dims)
     if not x.is_floating_point():
         raise WireError(f"{subject}: the input", expected="a real tensor", got=describe(x))
     y = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -222,7 +244,5 @@ def dct(dims: int | Sequence[int] = -1) -> Invertible:
     Source:
         Ahmed, Natarajan and Rao (1974); by one Fourier transform: Makhoul (1980).
     """
-    static = as_tuple(dims)
-    if not static:
-        raise OptionError("dct: no dims", expected="one or more")
+    static = _some("dct", dims)
     return _unitary(partial(_dct, static), partial(_idct, static), f"dct({show(dims)})")

@@ -5,7 +5,6 @@ Parameters are unnormalised: any numbers will do, so that a network can return t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..combinators import sum_per_sample
+from ..combinators import _broadcasts, sum_per_sample
 from ..debug import require
 from ..errors import OptionError, WireError
 from ..invertible import Invertible, pair
 from ..wires import describe
+from .shape import check_tensor
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Shape:
         return x.clamp(self.low, self.high)
 
 
-def check_parameters(name: str, x: Tensor, tables: Iterable[Tensor]) -> None:
+def check_parameters(name: str, x: Tensor, tables: tuple[Tensor, ...]) -> None:
     """Raise unless each table, without its last dimension, broadcasts to the shape of x."""
+    check_tensor(name, x)
+    require(f"{name}'s parameters", tables, torch.isfinite, "finite numbers")
     for table in tables:
-        lead = table.shape[:-1]
-        sizes = zip(reversed(lead), reversed(x.shape), strict=False)
-        if len(lead) > x.dim() or not all(a in (1, b) for a, b in sizes):
+        if not _broadcasts(table.shape[:-1], x.shape):
             raise WireError(
                 f"{name} got parameters {describe(table)} for x {describe(x)}",
                 expected=f"({', '.join(map(str, x.shape))}, parameters), or what broadcasts to it",
@@ -224,6 +224,9 @@ def rational_quadratic_spline(
     Shapes:
         x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it.
 
+    Domain:
+        All numbers, and so is the range.
+
     Cost:
         Its inverse solves one quadratic equation. Forward, inverse and log-determinant each look up the bin of every
         number: K comparisons. Lowered, nothing is kept.
@@ -231,7 +234,8 @@ def rational_quadratic_spline(
     Raises:
         WireError: When the numbers of parameters do not fit each other, or their shapes do not fit x.
         OptionError: When an option is not as above, or minimum is too large for K bins.
-        DomainError: Under ``inv.debug(True)`` without tails, when a value lies beyond the interval.
+        DomainError: Under ``inv.debug(True)``, when a parameter is not finite, or a value lies beyond the interval
+            without tails.
 
     Example:
         >>> spline = rational_quadratic_spline(torch.zeros(4), torch.zeros(4), torch.zeros(3))
@@ -316,13 +320,17 @@ def linear_spline(
     Shapes:
         x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it.
 
+    Domain:
+        All numbers, and so is the range.
+
     Cost:
         Its inverse is another linear spline. Lowered, nothing is kept.
 
     Raises:
         WireError: When the numbers of parameters do not fit each other, or their shapes do not fit x.
         OptionError: When an option is not as above, or minimum is too large for K bins.
-        DomainError: Under ``inv.debug(True)`` without tails, when a value lies beyond the interval.
+        DomainError: Under ``inv.debug(True)``, when a parameter is not finite, or a value lies beyond the interval
+            without tails.
 
     Example:
         >>> spline = linear_spline(torch.tensor([0.0, 1.0]), interval=(0.0, 1.0), minimum=0)

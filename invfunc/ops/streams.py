@@ -7,18 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, singledispatch
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpointed
+from ..checkpoint import Checkpointed, Marked
 from ..combinators import Half, Parallel, Plumbing, additive, check_components, couple, parallel, split
 from ..errors import OptionError, WireError
-from ..invertible import Chain, Inverse, Invertible, Rearrangement, chain, identity, invert, lift, name_of, named
+from ..invertible import (
+    ByKind,
+    Chain,
+    Inverse,
+    Invertible,
+    Rearrangement,
+    chain,
+    identity,
+    invert,
+    lift,
+    name_of,
+    named,
+)
 from ..wires import Wire, describe
 from .iterative import Solved, SolvedInverse, with_function
+from .shape import check_tensor
 from .splines import rational_quadratic_spline
 
 # ---- more than two streams -----------------------------------------------------------------------------------------
@@ -63,6 +76,7 @@ def _read_each(others: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
 
 
 def _read_sum(others: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
+    _check_alike("sum", others, [other.shape for other in others])
     total = others[0]
     for other in others[1:]:
         total = total + other
@@ -70,7 +84,19 @@ def _read_sum(others: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
 
 
 def _read_concat(others: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
+    for other in others:
+        check_tensor("couple_streams: reads='concat'", other, 2)
+    _check_alike("concat", others, [(other.shape[0], other.shape[2:]) for other in others])
     return (torch.cat(others, 1),)
+
+
+def _check_alike(reads: str, others: tuple[Tensor, ...], shapes: Sequence[Any]) -> None:
+    if any(shape != shapes[0] for shape in shapes):
+        raise WireError(
+            f"couple_streams: reads={reads!r} of components {describe(others)}",
+            expected="one shape" if reads == "sum" else "shapes that differ along dim 1 alone",
+            cure="reads='each' hands them over one by one",
+        )
 
 
 def _read_previous(others: tuple[Tensor, ...], place: int) -> tuple[Tensor, ...]:
@@ -100,6 +126,9 @@ def couple_streams(
     Shapes:
         A tuple of n components, unchanged; any dtype that the functions and the law take. For ``"sum"`` they have one
         shape.
+
+    Domain:
+        All that the law takes, onto all that it makes: for `additive` and `affine` all of it, onto all of it.
 
     Cost:
         The inverse evaluates each f once. Lowered: nothing is kept but what the functions close over; each f is
@@ -186,6 +215,9 @@ def given(op: Invertible) -> Invertible:
         ``(x, c) -> (y, c)``: x is the wire of ``op``; c is anything, and a tuple becomes several positional arguments.
         Tensors in c get their gradient, summed over the couplings; integer tensors, None and other objects ride along.
 
+    Domain:
+        That of ``op``, at every condition.
+
     Cost:
         That of ``op``. Lowered: c is kept once, at the end of the trunk; every f is evaluated exactly twice in a step.
 
@@ -230,7 +262,7 @@ def _couples(op: Invertible) -> bool:
     return isinstance(op, (Half, Solved)) or any(map(_couples, parts))
 
 
-@singledispatch
+@ByKind
 def _given(op: Invertible) -> Invertible:
     """The op on ``(x, condition)``."""
     if _couples(op):
@@ -254,9 +286,11 @@ def _(op: SolvedInverse) -> Invertible:
     return invert(_given(op.op))
 
 
-@_given.register
-def _(op: Checkpointed) -> Invertible:
+def _given_within(op: Checkpointed | Marked) -> Invertible:
     return replace(op, op=_given(op.op))
+
+
+_given.cases |= dict.fromkeys((Checkpointed, Marked), _given_within)
 
 
 @_given.register
@@ -327,6 +361,7 @@ class Mask:
     def merge(self, y: Wire) -> Tensor:
         """The inverse of `split`."""
         check_components("merge_mask", y, 2)
+        self._check_parts(y)
         flat = torch.cat(y, -1).index_select(-1, self.order.to(y[0].device))
         return flat.unflatten(-1, self.shape)
 
@@ -340,6 +375,14 @@ class Mask:
         """The elements under the mask in their places, zero elsewhere."""
         rest = kept.new_zeros(*kept.shape[:-1], self.places[1].numel())
         return self.merge((kept, rest))
+
+    def _check_parts(self, y: tuple[Tensor, Tensor]) -> None:
+        counts = [side.numel() for side in self.places]
+        if [part.shape[-1] for part in y] != counts or y[0].shape[:-1] != y[1].shape[:-1]:
+            raise WireError(
+                f"merge_mask received {describe(y)}",
+                expected=f"(batch, ..., {counts[0]}) and (batch, ..., {counts[1]})",
+            )
 
     def check(self, x: Wire) -> None:
         """Raise unless the mask covers the last dimensions of x, and not its batch."""
@@ -373,6 +416,9 @@ def split_mask(mask: Tensor) -> Invertible:
     Shapes:
         ``(N, ..., *mask.shape) -> (N, ..., K), (N, ..., M - K)`` where K of the mask's M elements are True; any dtype.
 
+    Domain:
+        All of it, onto all of it.
+
     Cost:
         Two copies of the tensor. Values and gradients are moved, not computed: the inverse is exact, the
         log-determinant 0.
@@ -387,6 +433,9 @@ def split_mask(mask: Tensor) -> Invertible:
         (tensor([[1, 3]]), tensor([[2]]))
         >>> op.inverse(op(torch.tensor([[1, 2, 3]])))
         tensor([[1, 2, 3]])
+
+    Source:
+        The partition of Dinh et al., Real NVP (2017).
     """
     return _split_by(_mask(mask))
 
@@ -440,6 +489,9 @@ def masked_couple(f: Callable[..., Any], mask: Tensor, *, law: Callable[..., Inv
 
     Shapes:
         ``(N, ..., *mask.shape)``, unchanged; any dtype that f and the law take.
+
+    Domain:
+        All that the law takes, onto all that it makes: for `additive` and `affine` all of it, onto all of it.
 
     Cost:
         The inverse evaluates f once. Lowered: nothing is kept but what f closes over; f is evaluated exactly twice in a
@@ -549,6 +601,9 @@ def spline_couple(
     Shapes:
         ``((N, C, ...), (N, C, ...))``, unchanged; floating dtypes.
 
+    Domain:
+        All of it, onto all of it.
+
     Cost:
         As `couple`: f and g are evaluated exactly twice in a training step. The spline's own arithmetic handles ``3 *
         bins`` numbers for each element and runs, beside forward, two times in backward.
@@ -608,6 +663,9 @@ def recursive_couple(
 
     Shapes:
         One tensor, unchanged; any dtype that the functions take.
+
+    Domain:
+        All that the law and the two ops take, onto all that they make.
 
     Cost:
         The inverse evaluates each f once. Lowered: nothing is kept but what the functions close over, each f is
