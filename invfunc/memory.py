@@ -8,10 +8,10 @@ its death, and reports the highest and the last balance.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-from weakref import WeakSet
+from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch._ops import HigherOrderOperator
@@ -83,11 +83,14 @@ def measure(fn: Callable[..., Any], /, *args: Any, timed: bool = False, **kwargs
     return replace(measured, seconds=_seconds(fn, args, kwargs)) if timed else measured
 
 
+Ledger = TypeVar("Ledger", bound="StorageLedger")
+
+
 class StorageLedger(TorchDispatchMode):
     """The storages that operators have touched, from first sight to death.
 
     A storage's Python object lives exactly as long as the storage itself, even while only autograd holds it, so that a
-    set of weak references forgets each storage at the moment its memory is freed.
+    weak reference tells the moment at which its memory is freed. The balance is kept by the changes, never summed anew.
     """
 
     supports_higher_order_operators = True
@@ -96,8 +99,22 @@ class StorageLedger(TorchDispatchMode):
         super().__init__()
         self.flops = 0
         self.peak = 0
-        self._opening = 0
-        self._storages: WeakSet[torch.UntypedStorage] = WeakSet()
+        self.balance = 0
+        self._sizes: dict[ref[torch.UntypedStorage], int] = {}
+
+    def __enter__(self: Ledger) -> Ledger:
+        if not _open_ledgers:
+            torch.UntypedStorage.resize_ = _resize
+        _open_ledgers.append(self)  # once more while a composite operator is looked into
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _open_ledgers.remove(self)
+        if not _open_ledgers:
+            del torch.UntypedStorage.resize_
+        if self not in _open_ledgers:
+            self._sizes.clear()  # their callbacks hold the ledger
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,11 +122,10 @@ class StorageLedger(TorchDispatchMode):
             return NotImplemented  # Let the subclass (a DTensor, say) call the operators on the tensors it wraps.
         if (out := self._decomposed(func, args, kwargs)) is not NotImplemented:
             return out
-        if func not in _TAKES_A_NEW_TENSOR:
-            self._opening += self._enter(args, kwargs)
+        given = list(_storages((args, kwargs)))
+        self._follow(given, older=func not in _TAKES_A_NEW_TENSOR)
         out = func(*args, **kwargs)
-        self._enter(out)
-        self.peak = max(self.peak, self.balance())
+        self._follow([*given, *_storages(out)])
         self.flops += _flops(func, args, kwargs, out)
         return out
 
@@ -120,20 +136,37 @@ class StorageLedger(TorchDispatchMode):
         with self:
             return func.decompose(*args, **kwargs)
 
-    def _enter(self, *tree: Any) -> int:
-        """Follow the storages not yet followed, and return how many bytes they hold."""
-        new = {storage for storage in _storages(tree) if storage not in self._storages}
-        self._storages |= new
-        return sum(map(torch.UntypedStorage.nbytes, new))
+    def _follow(self, storages: Iterable[torch.UntypedStorage], older: bool = False) -> None:
+        """Read the sizes of storages; what is older than the call counts by how it changes."""
+        for storage in storages:
+            if ref(storage) not in self._sizes:
+                self._sizes[ref(storage, self._forget)] = storage.nbytes() * older
+            self.reread(storage)
+        self.peak = max(self.peak, self.balance)
 
-    def balance(self) -> int:
-        # Sizes are read anew each time: a `resize_` of a storage passes no operator.
-        return sum(map(torch.UntypedStorage.nbytes, self._storages)) - self._opening
+    def _forget(self, storage: ref[torch.UntypedStorage]) -> None:
+        self.balance -= self._sizes.pop(storage, 0)
+
+    def reread(self, storage: torch.UntypedStorage) -> None:
+        """Follow a change of size."""
+        if (known := ref(storage)) in self._sizes:
+            self.balance += storage.nbytes() - self._sizes[known]
+            self._sizes[known] = storage.nbytes()
 
     def close(self, flops: int) -> Measurement:
         """Balance the books while the result of the call is still held."""
-        held = self.balance()
-        return Measurement(max(self.peak, held), held, flops)
+        return Measurement(max(self.peak, self.balance), self.balance, flops)
+
+
+_open_ledgers: list[StorageLedger] = []
+
+
+def _resize(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+    """`torch.UntypedStorage.resize_`, which passes no operator, while a ledger is open."""
+    super(torch.UntypedStorage, self).resize_(size)
+    for ledger in _open_ledgers:
+        ledger.reread(self)
+    return self
 
 
 class _Allocator:

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from itertools import product
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from invfunc.errors import OptionError
 from invfunc.memory import measure
 from invfunc.planning import Costs, OpCosts, Plan
 from invfunc.planning.executor import flat_ops
+from invfunc.planning.inputs import as_input
 from invfunc.planning.profiling import mean_square
 from invfunc.planning.schedule import predict
 from invfunc.planning.search import Limits, best, least
@@ -106,11 +108,13 @@ def demo(depth: int, dtype: torch.dtype = torch.float32):
     return network(depth, Setting(dtype=dtype))
 
 
-def given_seconds(op, x, invertible, repeats):
+def given_seconds(op, x, invertible, again):
     """In the place of measured ones, so that plans are the same everywhere."""
     size = 1.0 if "Sequential" in repr(op) else 0.1
-    inverse = (40.0 if "i-ResNet" in repr(op) else 3.2) if invertible else math.inf
-    return {"forward": size, "backward": 2 * size, "inverse": inverse * size, "region": 0.1}
+    given = {"forward": size, "idle": 0.0, "step": 3 * size, "again": 4 * size + 0.1, "idle, carried": 0.0}
+    undone = {"undone": (41.0 if "i-ResNet" in repr(op) else 4.2) * size} if invertible else {}
+    with torch.no_grad():
+        return as_input(op.forward(x)), given | undone
 
 
 def weights_of(op, x):
@@ -185,15 +189,16 @@ SHARES = [1.1, 1.5]  # of the least memory that inverses which may round allow
 
 
 def new_errors(make, shares=SHARES, limits=LIMITS):
-    """``(limit, error)`` for every limit and share that can be met: plans from one batch, gradients of another."""
+    """``((share, limit), error)`` for all that can be met: plans from one batch, gradients of another."""
     torch.manual_seed(0)
     f, seen, new = make(), torch.randn(256, 16).requires_grad_(), torch.randn(256, 16).requires_grad_()
     costs, weights = inv.profile(f, seen, errors=True), weights_of(f, new)
     exact = gradients(f, new, mean_square, weights)
     bound = predict(costs, least(costs)).peak_bytes
-    for asked in [Limits(int(share * bound), None, limit) for share in shares for limit in limits]:
+    for share, limit in product(shares, limits):
+        asked = Limits(int(share * bound), None, limit)
         try:
             plan = verified(Plan(best(costs, asked), costs, asked, f), f, seen, mean_square)
         except OptionError:
             continue  # not in this memory
-        yield asked.max_error, distance(gradients(inv.checkpoint(f, plan=plan), new, mean_square, weights), exact)
+        yield (share, limit), distance(gradients(inv.checkpoint(f, plan=plan), new, mean_square, weights), exact)

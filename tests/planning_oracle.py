@@ -7,6 +7,7 @@ backward by a tape; go backward by the fused inverse; drop a value or a tape. St
 
 import heapq
 import math
+from functools import cache
 
 
 def optimum(ops, budget):
@@ -18,6 +19,7 @@ def optimum(ops, budget):
     count = len(ops)
     size = [0] + [op["a"] for op in ops]
 
+    @cache
     def used(live, tapes):
         held = live
         total = 0

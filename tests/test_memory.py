@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -354,14 +355,25 @@ def test_an_exception_leaves_nothing_behind():
     with pytest.raises(KeyError, match="mine"):
         measure(fails)
     assert _get_current_dispatch_mode() is None
-    assert not memory._open_allocators
+    assert not memory._open_allocators and not memory._open_ledgers
+    assert "resize_" not in vars(torch.UntypedStorage)
     assert taken(vector) == (B, B)
+
+
+def test_the_work_does_not_grow_with_what_is_alive(monkeypatch):
+    def looks(count):
+        seen = []
+        monkeypatch.setattr(memory.StorageLedger, "reread", lambda *_: seen.append(1))
+        measure(lambda: [vector() for _ in range(count)])
+        return len(seen)
+
+    assert looks(100) == 10 * looks(10)
 
 
 def test_nothing_is_kept_alive():
     kept = []
     measure(lambda: kept.append(vector()))
-    storages = memory.WeakSet([kept[0].untyped_storage()])
+    storages = WeakSet([kept[0].untyped_storage()])
     kept.clear()
     assert not storages
 

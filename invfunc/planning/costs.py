@@ -59,13 +59,14 @@ class OpCosts:
         forward: Seconds of a forward without a tape.
         backward: Seconds that a step with a tape takes beyond that.
         inverse: Seconds of the fused inverse and backward; infinite where there is no inverse.
-        exact: Whether the inverse gives the same bits (it moves elements and does not compute).
+        exact: Whether the inverse gives the same bits: it moves elements and does not compute, or is `invfunc.exact`.
         bytes: Bytes of y.
         gradient: Bytes of the gradient of y.
         tape: Bytes that a taped forward leaves behind, without x; with y where the tape holds it.
         holds_input: Bytes that the tape holds of each storage of x.
         holds_output: Bytes that the tape holds of each storage of y.
         residue: Bytes that the inverse needs beside y.
+        recording: Bytes that are kept, beside x, to run the op again as it ran: copies of buffers that it writes.
         parameters: Bytes of the gradients of parameters.
         peak_forward: The most bytes alive in a forward without a tape, beyond x.
         peak_taped: The most in a taped forward, beyond x.
@@ -88,6 +89,7 @@ class OpCosts:
     holds_input: tuple[int, ...] = ()
     holds_output: tuple[int, ...] = ()
     residue: int = 0
+    recording: int = 0
     parameters: int = 0
     peak_forward: int = 0
     peak_taped: int = 0
@@ -196,6 +198,7 @@ class Ledger:
         self.both = [self.n[0], *(sum(map(min, o, n)) for o, n in zip(outs[1:], ins[1:], strict=True))]
         self.w = _sums([op.parameters for op in costs.ops])
         self.q = _sums([op.residue for op in costs.ops])
+        self.notes = _sums([op.recording for op in costs.ops])
 
     def inside(self) -> Ledger:
         """The same for a region that runs again: its end is not the chain's end, wherever it is."""
@@ -230,9 +233,13 @@ class Ledger:
     def _input_kept(self, i: int, r: int) -> int:
         return {FREE: self.n[i], EXACT: self.a[i], HELD: self.n[i] - self.both[i]}[r]
 
+    def region(self, i: int, k: int, r: int) -> int:
+        """Keeps of ops i+1..k as a region: x[i], and what is noted down."""
+        return self.in_hand(i, r) + self.notes[k] - self.notes[i]
+
     def first_pass(self, i: int, k: int, j: int, r: int) -> int:
-        """Needs of ops i+1..k forward, with x[i] kept."""
-        return self.in_hand(i, r) + max(self.beyond(i, q) for q in range(i, k)) - self.output(j)
+        """Needs of ops i+1..k forward, as a region."""
+        return self.region(i, k, r) + max(self.beyond(i, q) for q in range(i, k)) - self.output(j)
 
     def beyond(self, i: int, q: int) -> int:
         """Needs of op q+1 forward, in a pass that began at x[i], beyond that."""
@@ -241,23 +248,24 @@ class Ledger:
     def reserve(self, i: int, k: int, j: int) -> int:
         """Bytes set aside while ops i+1..k run again: the gradient they begin with, and those of all their parameters.
 
-        A region inside another one finds its parameters' gradients set aside already.
+        And what was noted down. A region inside another one finds its parameters' gradients set aside already.
         """
-        return self.ops[k - 1].gradient + (self.w[k] - self.w[i]) * (j == self.L)
+        return self.ops[k - 1].gradient + self.notes[k] - self.notes[i] + (self.w[k] - self.w[i]) * (j == self.L)
 
     def undo(self, i: int, p: int, j: int, r: int) -> tuple[int, int]:
         """(needs forward, needs backward) of op p in a run of inverses that began at i."""
         op, q = self.ops[p - 1], self.q[p] - self.q[i]
-        x = self.in_hand(i, r) if p == i + 1 else self.a[p - 1]
+        kept = self.a[i] * (r == EXACT)  # by somebody who will not take what is rebuilt
+        x = self.in_hand(i, r) if p == i + 1 else self.a[p - 1] + kept
         own = self.a[p] if p == self.L else 0  # the caller's
         forward = q + x + op.peak_forward - self.output(j)
         peak = op.peak_inverse_last if self.ends_region(p, j) else op.peak_inverse
-        return forward, q + peak - own
+        return forward, q + peak + kept - own
 
     def invert(self, i: int, k: int, j: int, r: int) -> tuple[int, int]:
         """(keeps, needs) of a run of inverses over ops i+1..k."""
         needs = [max(self.undo(i, p, j, r)) for p in range(i + 1, k + 1)]
-        return self.q[k] - self.q[i], max(needs)
+        return self.q[k] - self.q[i] + self.a[i] * (r == EXACT), max(needs)
 
     def end(self, j: int) -> int:
         """Needs of the turn from forward to backward."""

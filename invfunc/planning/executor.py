@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ import torch
 from .. import transforms
 from ..checkpoint import Checkpointed, Marked, Wrapper, forced_mode
 from ..combinators import Plumbing
+from ..errors import place_error
+from ..exact import Exact, Gridded
 from ..invertible import Chain, Inverse, Invertible, OneWay, Rearrangement
 from ..lowering import Options, recompute, runs_plainly, walk
 from ..trunk import State, begin, close, values
 from ..wires import Wire, leaves
-from .schedule import Invert, Schedule, Store
+from .schedule import Recompute, Schedule, Store
 
 
 def flat_ops(op: Invertible) -> list[Invertible]:
@@ -42,53 +45,94 @@ def has_inverse(op: Invertible) -> bool:
 
 
 def is_exact(op: Invertible) -> bool:
-    """Whether an op moves elements without arithmetic, so that its inverse gives the same bits."""
-    return isinstance(op, (Rearrangement, Plumbing)) or (bool(op.parts) and all(map(is_exact, op.parts)))
+    """Whether an inverse gives the same bits: of what moves elements without arithmetic, and of `invfunc.exact` ops."""
+    moves = isinstance(op, (Rearrangement, Plumbing))
+    return moves or isinstance(op, (Exact, Gridded)) or (bool(op.parts) and all(map(is_exact, op.parts)))
+
+
+@dataclass(frozen=True, repr=False)
+class Stretch(Chain):
+    """Ops of a longer chain, which are named by their places in that."""
+
+    first: int = 0
+
+    def place(self, index: int) -> str:
+        """As in the longer chain."""
+        return f"chain stage {self.first + index} ({self.parts[index].name})"
+
+    def part(self, first: int, stop: int) -> Stretch:
+        """A stretch of this one."""
+        return Stretch(self.parts[first:stop], first=self.first + first)
+
+    def opens(self) -> str:
+        """What a trunk that begins here is called, when it drifts."""
+        return f"{self.place(0)}: its input"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do on the way through a schedule: with one op, or with a stretch."""
+
+    kind: str  # "store" or "invert" an op, "open" a trunk, or "recompute" a region
+    ops: Stretch
+    region: Region | None = None
+
+    def take(self, handed: list[State], options: Options) -> None:
+        """Take the state in a list further; no frame keeps what is used up."""
+        if self.kind == "open":
+            handed.append(begin(close(handed.pop()), self.ops.opens))
+        elif self.region is not None:
+            handed.append(recompute(self.ops, handed.pop(), options, self.region.again))
+        else:
+            handed.append(walk(self.ops.parts[0], handed.pop(), replace(options, mode=self.kind)))
+
+    @property
+    def place(self) -> str:
+        """Where it happens; a region finds the place by itself."""
+        return "" if self.region else self.ops.place(0)
 
 
 @dataclass(frozen=True)
 class Region:
     """Ops that run again in backward, as a schedule of their own says."""
 
-    op: Chain
+    ops: Stretch
     steps: tuple[Step, ...]
     options: Options
 
     def again(self, handed: list[Wire]) -> Wire:
         """Run from the input in the list, which is taken out as soon as it has been used."""
         if runs_plainly():
-            return self.op.forward(handed.pop())
-        handed[0] = begin(handed[0])
+            return self.ops.forward(handed.pop())
+        handed[0] = begin(handed[0], self.ops.opens)
         follow(self.steps, handed, self.options)
         return close(handed.pop())
 
 
-Step = tuple[str, Any]  # ("store" | "invert", op) or ("recompute", Region), or ("close", None)
-
-
-def steps_of(ops: Sequence[Invertible], schedule: Schedule, options: Options) -> tuple[Step, ...]:
-    """A schedule as the steps that take a state through it."""
+def steps_of(ops: Stretch, starts: Sequence[int], schedule: Schedule, options: Options) -> tuple[Step, ...]:
+    """A schedule as the steps that take a state through it; ``starts`` tells which ops a node's numbers stand for."""
     steps: list[Step] = []
     for node in schedule:
-        if isinstance(node, Store):
-            steps.append(("store", ops[node.first]))
-        elif isinstance(node, Invert):
-            steps += [("invert", op) for op in ops[node.first : node.stop]] + [("close", None)]
+        span = starts[node.first], starts[node.stop]
+        stretch, each = ops.part(*span), [ops.part(i, i + 1) for i in range(*span)]
+        if isinstance(node, Recompute):
+            region = Region(stretch, steps_of(ops, starts, node.inner, options), options)
+            steps.append(Step("recompute", stretch, region))
+        elif isinstance(node, Store):
+            steps += [Step("store", op) for op in each]
         else:
-            region = Region(Chain(tuple(ops[node.first : node.stop])), steps_of(ops, node.inner, options), options)
-            steps.append(("recompute", region))
+            steps += [Step("open", stretch)] * bool(steps) + [Step("invert", op) for op in each]
     return tuple(steps)
 
 
 def follow(steps: Sequence[Step], handed: list[State], options: Options) -> None:
-    """Take the state in a list through steps; no frame keeps what a step has used up."""
-    for kind, what in steps:
-        if kind == "close":
-            handed.append(begin(close(handed.pop())))
-        elif kind == "recompute":
-            handed.append(recompute(what.op, handed.pop(), options, what.again))
-        else:
-            handed.append(walk(what, handed.pop(), replace(options, mode=kind)))
+    """Take the state in a list through steps."""
+    for step in steps:
+        try:
+            step.take(handed, options)
+        except Exception as error:
+            place_error(error, step.place)
+            raise
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,8 +140,8 @@ class Planned(Wrapper):
     """A chain with a plan; built by ``checkpoint(f, plan=plan)``."""
 
     plan: Any
-    ops: tuple[Invertible, ...]
-    steps: dict[bool, tuple[Step, ...]] = field(default_factory=dict, compare=False)
+    ops: tuple[Invertible, ...]  # as the costs count them: with those that only make views joined to a neighbour
+    steps: dict[Any, tuple[Step, ...]] = field(default_factory=dict, compare=False)
     shapes: set[tuple[Any, ...]] = field(default_factory=set, compare=False)  # those that were looked at
 
     def forward(self, x: Wire) -> Wire:
@@ -112,9 +156,11 @@ class Planned(Wrapper):
 
     def steps_for(self, options: Options) -> tuple[Step, ...]:
         """The plan's steps, made once, so that what is known of each op is found once."""
-        key = options.preserve_rng_state
+        key = options.preserve_rng_state, options.drift
         if key not in self.steps:
-            self.steps[key] = steps_of(self.ops, self.plan.schedule, replace(options, segments=1))
+            starts = tuple(accumulate((cost.parts for cost in self.plan.costs.ops), initial=0))
+            whole = Stretch(tuple(flat_ops(self.op)))
+            self.steps[key] = steps_of(whole, starts, self.plan.schedule, replace(options, segments=1))
         return self.steps[key]
 
     def check_shape(self, x: Wire) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ..transforms import FakeTensor, FakeTensorMode
 from ..wires import Wire, is_differentiable, leaves, map_wire
 
 

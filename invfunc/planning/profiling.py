@@ -5,9 +5,11 @@ NOTE [Profile]
 1.  *Bytes* come from fake tensors, which have shapes and storages but no memory: exact, so that one can plan
     what does not fit. Each op runs alone, as in a plan: without a tape, with one, and on a trunk. An op that looks at
     its values (an iterative inverse) can not run on fake tensors; it is measured on real ones.
-2.  *Time* comes from running each kind of op on real values, one op after the other; the least of a few repeats
-    counts, less what a trial of no op takes. Where an op does not fit, a part of the batch is timed and scaled.
-3.  *Kinds.* Ops of the same structure, on inputs of the same layout, are measured once.
+2.  *Time* comes from running each kind of op on real values, in rounds through the chain: the least of a few rounds
+    counts, less what a trial of no op takes. Rounds end early where they would take longer than some plain steps: the
+    least of several matters where an op is short. Where an op does not fit, a part of the batch is timed and scaled.
+3.  *Kinds.* Ops of the same structure, on inputs of the same layout, are run and measured once; and what flows between
+    them is made once. How what comes back to an op lies in memory is a part of its kind where bytes are counted.
 4.  *Views.* An op whose output lies in its input's storages costs nothing to keep: it belongs to the op before it.
 5.  *Errors* come from sweeps: from an exact value and an exact gradient at an anchor, fused inverses go down the chain,
     and each gradient on the way is compared with the exact one. Products of gains would be off by orders of magnitude.
@@ -16,7 +18,8 @@ NOTE [Profile]
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType
@@ -24,15 +27,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..invertible import Chain, Invertible, OneWay, lift, name_of
+from ..transforms import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes
 from ..wires import Wire, is_differentiable, leaves
+from .clock import Seconds, costs_in, timed
 from .costs import Costs, OpCosts, parse_bytes
 from .executor import flat_ops, grouped, is_exact
 from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
+from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
-from .trials import APART, Books, Joined, Loss, Subject, timed, untouched
+from .trials import APART, Loss, Through, rerun, untouched
 
 
 def mean_square(y: Wire) -> Tensor:
@@ -46,7 +51,7 @@ def profile(
     *,
     loss: Loss = mean_square,
     errors: bool = False,
-    repeats: int = 3,
+    repeats: int = 5,
     memory: int | str | None = None,
 ) -> Costs:
     """Measure what each op of a chain costs in bytes and seconds: what a plan is made from.
@@ -57,7 +62,7 @@ def profile(
         loss: What turns the output into a number; it counts for the memory between forward and backward.
         errors: Whether to measure the gradient error of runs of inverses too, which takes several steps more and
             keeps every value and gradient of the chain meanwhile.
-        repeats: How often each kind of op is timed; the least counts.
+        repeats: How often each kind of op is timed, at most; the least counts.
         memory: What timing may take, in bytes or as ``"2GiB"``; what is free now, if not given. Where an op takes more,
             a part of the batch is timed, and `Costs.scaled` says how small a part.
 
@@ -65,9 +70,9 @@ def profile(
         The costs, pure data: save them, load them, edit them, plan from them.
 
     Cost:
-        Each kind of op runs ``repeats`` times forward, forward and backward, again from its input, and back by its
-        inverse: about ``4 * repeats * kinds / ops`` plain steps. Bytes are found without allocating, in the time
-        that Python takes to go through each kind seven times.
+        Each kind of op runs forward, forward and backward, again from its input, and back by its inverse: about
+        ``4 * kinds / ops`` plain steps a round, and rounds are left out that would take more than 4 in all. Bytes are
+        found without allocating, in the time that Python takes to go through each kind some five times (0.1 s each).
 
     Raises:
         OptionError: When ``memory`` is not a size.
@@ -115,8 +120,7 @@ def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
     with untouched(*ops), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         inputs = [faked(x, mode)]
         for op in ops:
-            with torch.no_grad():
-                inputs.append(as_input(op.forward(inputs[-1])))
+            inputs.append(_output(op, inputs[-1])[0])
         loss_bytes = _loss_bytes(mean_square, inputs[-1])
     with untouched(*ops):
         return Costs(tuple(_all_bytes(ops, inputs, mode)), nbytes(inputs[0]), loss_bytes, key_of(ops, x))
@@ -138,12 +142,14 @@ def shape_key(x: Wire) -> str:
 def _units(ops: Sequence[Invertible], x: Wire) -> tuple[list[tuple[Invertible, int]], list[Wire]]:
     """The ops with those that only make views joined to a neighbour, and the wires between them."""
     counts, inputs, pending = [], [x], 0
+    known: dict[Any, tuple[Wire, bool]] = {}
     for op in ops:
-        before = x
-        with torch.no_grad():
-            x = as_input(op.forward(x))
+        kind = _kind(op, x)
+        if kind not in known:
+            known[kind] = _output(op, x)
+        x, is_new = known[kind]
         pending += 1
-        if _makes_storage(before, x):
+        if is_new:
             counts.append(pending)
             inputs.append(x)
             pending = 0
@@ -156,6 +162,19 @@ def _units(ops: Sequence[Invertible], x: Wire) -> tuple[list[tuple[Invertible, i
     return list(zip(grouped(ops, counts), counts, strict=True)), inputs
 
 
+def _output(op: Invertible, x: Wire) -> tuple[Wire, bool]:
+    """What an op gives, as an input, and whether it makes storages; from real values where it looks at them."""
+    try:
+        with torch.no_grad():
+            y = as_input(op.forward(x))
+    except LOOKS_AT_VALUES:
+        mode = fake_mode()
+        assert mode is not None
+        with outside_modes(), torch.no_grad():
+            y = faked(as_input(op.forward(realised(None, x))), mode)
+    return y, _makes_storage(x, y)
+
+
 def _makes_storage(x: Wire, y: Wire) -> bool:
     before, after = ({storage._cdata for storage in storages(wire)} for wire in (x, y))
     return not after <= before
@@ -163,30 +182,54 @@ def _makes_storage(x: Wire, y: Wire) -> bool:
 
 def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTensorMode) -> list[OpCosts]:
     """The bytes of each op, from the last to the first: how what comes back lies in memory is up to the op after."""
-    known: dict[Any, tuple[OpCosts, Joined]] = {}
+    known: dict[Any, Sizes] = {}
     found: list[OpCosts] = []
-    joined = APART
+    layouts = APART
     for op, like in zip(reversed(ops), reversed(inputs[:-1]), strict=True):
-        kind = _kind(op, like), joined
+        kind = _kind(op, like), layouts
         if kind not in known:
-            known[kind] = Subject(op, like, mode, joined).measured()
-        costs, joined = known[kind]
+            known[kind] = Subject(op, like, mode, layouts).measured()
+        costs, layouts = known[kind]
         found.append(costs)
     return found[::-1]
 
 
+PATIENCE = 4.0, 0.25  # how long the rounds may take: in plain steps, and in seconds where those are shorter
+
+
 def _all_seconds(
     ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, found: Sequence[OpCosts], repeats: int
-) -> Iterator[dict[str, float]]:
-    """The seconds of each op, on real values that go through the chain meanwhile."""
-    known: dict[Any, dict[str, float]] = {}
-    for op, like, bytes_ in zip(ops, inputs[:-1], found, strict=True):
-        kind = _kind(op, like)
-        if kind not in known:
-            known[kind] = timed(op, given, math.isfinite(bytes_.inverse), repeats)
-        yield known[kind]
-        with torch.no_grad():
-            given = as_input(op.forward(given))
+) -> list[Seconds]:
+    """The seconds of each op: rule 2 of NOTE [Profile]."""
+    kinds = [_kind(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
+    ways: dict[Any, tuple[bool, Through]] = {}
+    for op, kind, sizes in zip(ops, kinds, found, strict=True):
+        ways.setdefault(kind, (math.isfinite(sizes.inverse), rerun(op)))
+    begin, least = time.perf_counter(), _round(ops, kinds, ways, given)
+    for done in range(1, repeats):
+        costs = [costs_in(least[kind]) for kind in kinds]
+        plain, spent = sum(c["forward"] + c["backward"] for c in costs), time.perf_counter() - begin
+        if spent * (done + 1) / done > max(PATIENCE[0] * plain, PATIENCE[1]):
+            break
+        other = _round(ops, kinds, ways, given)
+        least = {kind: {name: min(value, other[kind][name]) for name, value in least[kind].items()} for kind in least}
+    return [costs_in(least[kind]) for kind in kinds]
+
+
+def _round(
+    ops: Sequence[Invertible], kinds: Sequence[Any], ways: dict[Any, tuple[bool, Through]], x: Wire
+) -> dict[Any, Seconds]:
+    """One trial of each kind of op, on real values that go through the chain until every kind has been met."""
+    found: dict[Any, Seconds] = {}
+    for op, kind in zip(ops, kinds, strict=True):
+        if kind in found:
+            with torch.no_grad():
+                x = as_input(op.forward(x))
+        else:
+            x, found[kind] = timed(op, x, *ways[kind])
+        if len(found) == len(ways):
+            break
+    return found
 
 
 def _part(found: Sequence[OpCosts], inputs: Sequence[Wire], memory: float) -> int:

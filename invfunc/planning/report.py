@@ -73,7 +73,7 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
         i = node.first
         if isinstance(node, Recompute):
             inner = _rows(costs, ledger, node.inner, depth + 1, node.stop, r)
-            kept = ledger.in_hand(i, r)
+            kept = ledger.region(i, node.stop, r)
             first = next(inner)
             yield first._replace(keeps=kept * (depth == 0), extra=first.extra + costs.ops[i].region)
             yield from (row._replace(keeps=0) for row in inner)  # what it keeps, it keeps in backward alone
@@ -257,7 +257,7 @@ class _Clock:
                 back.append(self._by_inverse(ledger, node, kept, j, demand))
                 r = EXACT
             else:
-                keeps, need, r = ledger.in_hand(i, r), ledger.first_pass(i, k, j, r), FREE
+                keeps, need, r = ledger.region(i, k, r), ledger.first_pass(i, k, j, r), FREE
                 back.append(self._again(ledger, node, kept, j, demand))
             yield self._moment(kept, need)
             self.now += sum(op.forward for op in self.ops[i:k])

@@ -89,7 +89,7 @@ def _needs(ledger: Ledger, schedule: Schedule, i: int, j: int, r: int) -> Need:
         return max(Need(own, worst, "inverse"), _needs(ledger, rest, node.stop, j, EXACT).on(kept))
     k = node.stop
     first = Need(ledger.first_pass(i, k, j, r), k - 1, "forward")
-    later = _needs(ledger, rest, k, j, FREE).on(ledger.in_hand(i, r))
+    later = _needs(ledger, rest, k, j, FREE).on(ledger.region(i, k, r))
     return max(first, later, _needs(ledger.inside(), node.inner, i, k, r).on(ledger.reserve(i, k, j)))
 
 

@@ -1,37 +1,23 @@
-"""Trials: one op, run as it will run in a plan, and what that takes in bytes and seconds. See NOTE [Profile]."""
+"""Trials: one op, run as it will run in a plan. See NOTE [Profile]."""
 
 from __future__ import annotations
 
-import math
-import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
-from torch.utils._pytree import tree_map_only
 
-from ..errors import NotInvertibleError
 from ..invertible import Invertible
 from ..lowering import Options, owners_of, rooted, walk
-from ..memory import StorageLedger
-from ..replay import recorded
+from ..replay import Recording, recorded
 from ..trunk import State, Strand, carrier, map_state, strands, values
 from ..wires import Wire, is_differentiable, leaves, map_wire
-from .costs import OpCosts
-from .executor import follow, has_inverse, steps_of
-from .inputs import as_input, copied, nbytes, realised, storages
+from .executor import Stretch, follow, steps_of
 from .schedule import Recompute, Store
 
 Through = Callable[[State], State]
@@ -50,7 +36,7 @@ def undone(op: Invertible) -> Through:
 
 def rerun(op: Invertible) -> Through:
     """Through a region of one op."""
-    steps = steps_of((op,), (Recompute(0, (Store(0),)),), Options())
+    steps = steps_of(Stretch((op,)), (0, 1), (Recompute(0, (Store(0),)),), Options())
 
     def through(state: State) -> State:
         handed = [state]
@@ -65,31 +51,70 @@ def nothing(state: State) -> State:
     return state
 
 
-class Joined(NamedTuple):
-    """Whether gradients lie in one storage, as those of a concatenation's inputs do; and rebuilt values."""
-
-    gradients: bool
-    values: bool
+Layout: TypeAlias = tuple[tuple[int, int], ...]  # of tensors: the number of each one's storage, and its bytes
+Like: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 
 
-APART = Joined(False, False)
+class Layouts(NamedTuple):
+    """How gradients lie in memory, and rebuilt values; nothing where each has a storage of its own, and fills it.
+
+    Those of a concatenation's inputs lie in one storage. One that passes through an op keeps all of the storage alive
+    that it is a part of.
+    """
+
+    gradients: Layout = ()
+    values: Layout = ()
+
+
+def layout_of(tensors: Sequence[Tensor | None]) -> Layout:
+    """How tensors lie in memory, if all are there."""
+    given = [t for t in tensors if t is not None]
+    numbers = {t.untyped_storage()._cdata: i for i, t in reversed(list(enumerate(given)))}
+    found = tuple((numbers[t.untyped_storage()._cdata], t.untyped_storage().nbytes()) for t in given)
+    apart = tuple((i, t.numel() * t.element_size()) for i, t in enumerate(given))
+    return () if found == apart or len(given) < len(tensors) else found
+
+
+def laid_out(likes: Sequence[Like], layout: Layout) -> list[Tensor]:
+    """New tensors that lie in memory like this."""
+    if len(layout) != len(likes):
+        return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in likes]
+    left: dict[tuple[int, torch.dtype], Tensor] = {}
+    made: list[Tensor] = []
+    for (shape, dtype, device), (number, size) in zip(likes, layout, strict=True):
+        count, key = shape.numel(), (number, dtype)
+        if key not in left or left[key].numel() < count:
+            left[key] = torch.empty(max(size // dtype.itemsize, count), dtype=dtype, device=device)
+        made.append(left[key][:count].view(shape))
+        left[key] = left[key][count:]
+    return made
+
+
+APART = Layouts()
 
 
 @dataclass
 class Sent:
-    """What comes back to an op in backward."""
+    """What comes back to an op in backward: values, and gradients, of which it is seen when they are let go."""
 
     values: list[Tensor]
-    joined: Joined
-    keeps: bool = False  # whether the gradients live on, as those at the end of a region do
-    kept: list[Tensor] = field(default_factory=list)
+    layouts: Layouts
+    sizes: dict[ref[torch.UntypedStorage], int] = field(default_factory=dict)
 
-    def prepare(self, keeps: bool) -> None:
-        """Before backward: values that an inverse made can not be freed one by one."""
-        self.keeps = keeps
-        if self.values and self.joined.values:
-            together = _joined([(v.shape, v.dtype, v.device) for v in self.values])
-            self.values = [part.copy_(value) for part, value in zip(together, self.values, strict=True)]
+    def prepare(self) -> None:
+        """Before backward: values lie as an inverse makes them."""
+        if self.layouts.values:
+            made = laid_out([(v.shape, v.dtype, v.device) for v in self.values], self.layouts.values)
+            self.values = [part.copy_(value) for part, value in zip(made, self.values, strict=True)]
+
+    def lend(self, gradients: list[Tensor]) -> None:
+        """In backward: the gradients that it begins with; Python has seen them, so that nothing is added in place."""
+        self.sizes = {ref(g.untyped_storage()): g.untyped_storage().nbytes() for g in gradients}
+
+    @property
+    def gone(self) -> int:
+        """Bytes of gradients that have been let go."""
+        return sum(size for storage, size in self.sizes.items() if storage() is None)
 
 
 class Trial:
@@ -100,11 +125,11 @@ class Trial:
         x: Its input.
         parameters: What it closes over.
         carried: Whether its input comes on a trunk.
-        joined: Which of what comes back to it lie in one storage.
+        layouts: How what comes back to it lies in memory.
     """
 
     def __init__(
-        self, through: Through, x: Wire, parameters: Sequence[Tensor], carried: bool = False, joined: Joined = APART
+        self, through: Through, x: Wire, parameters: Sequence[Tensor], carried: bool = False, layouts: Layouts = APART
     ) -> None:
         anchor, self.gxs = torch.zeros((), requires_grad=True), list[Any]()
         carriers = [carrier(leaf).requires_grad_() for leaf in leaves(x) if carried and is_differentiable(leaf)]
@@ -115,21 +140,15 @@ class Trial:
         state = through(state)
         self.y, ends = values(state), [s.carrier for s in strands(state) if s.carrier is not None]
         roots = [t for t in leaves(self.y) if is_differentiable(t) and t.requires_grad]
-        self.sent = Sent([t.detach() for t in leaves(self.y) if ends and is_differentiable(t)], joined)
-        self.seed = _Emit.apply(self.sent, len(roots), *roots, *ends)
+        self.sent = Sent([t.detach() for t in leaves(self.y) if ends and is_differentiable(t)], layouts)
+        self.seed = _Emit.apply(self.sent, len(roots), *roots, *ends) if roots or ends else anchor.detach()
 
-    def backward(self) -> Joined:
-        """Run back; which of what comes out lie in one storage."""
+    def backward(self) -> Layouts:
+        """Run back; how what comes out lies in memory."""
         if not self.seed.requires_grad:
             return APART
         found = torch.autograd.grad(self.seed, self.inputs, allow_unused=True)
-        return Joined(_share(self.gxs), _share(found[1 : 1 + self.carried]))
-
-
-def _share(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether tensors lie in one storage."""
-    given = [t.untyped_storage()._cdata for t in tensors if t is not None]
-    return len(set(given)) < len(given)
+        return Layouts(layout_of(self.gxs), layout_of(found[1 : 1 + self.carried]))
 
 
 def _on_strand(carriers: Any, leaf: Any) -> Any:
@@ -159,28 +178,27 @@ class _Emit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        gys = [torch.empty(shape, dtype=dtype, device=at) for shape, dtype, at in ctx.kinds if not ctx.sent.joined[0]]
-        gys = gys or _joined(ctx.kinds)
+        gys = laid_out(ctx.kinds, ctx.sent.layouts.gradients)
         for gy in gys:
             gy.fill_(1.0)
         ys, ctx.sent.values = ctx.sent.values, []
-        if ctx.sent.keeps:
-            ctx.sent.kept += gys
+        ctx.sent.lend(gys)
         return (None, None, *gys, *ys)
 
 
-def _joined(kinds: Sequence[tuple[torch.Size, torch.dtype, torch.device]]) -> list[Tensor]:
-    """Tensors that lie in one storage."""
-    _, dtype, device = kinds[0]
-    sizes = [shape.numel() for shape, _, _ in kinds]
-    parts = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
-    return [part.view(shape) for part, (shape, _, _) in zip(parts, kinds, strict=True)]
+def forward_of(op: Invertible, x: Wire) -> tuple[Wire, Recording]:
+    """An op's output, and the record of its forward."""
+    return recorded(op.forward, map_wire(_detached, x), owners_of(op), True)
+
+
+def trained(recording: Recording) -> list[Tensor]:
+    """What a recorded op closes over and gives gradients to."""
+    return [t for t in recording.captured if t.requires_grad]
 
 
 def parameters_of(op: Invertible, x: Wire) -> list[Tensor]:
     """What an op closes over and gives gradients to."""
-    _, recording = recorded(op.forward, map_wire(_detached, x), owners_of(op), True)
-    return [t for t in recording.captured if t.requires_grad]
+    return trained(forward_of(op, x)[1])
 
 
 @contextmanager
@@ -193,187 +211,3 @@ def untouched(*ops: Invertible) -> Iterator[None]:
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-
-
-# ---- bytes -----------------------------------------------------------------------------------------------------------
-
-LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
-
-
-class Books(StorageLedger):
-    """A ledger that takes real tensors among fake ones, such as parameters, for what was there before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # real tensors, and the fake ones that stand for them
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # fake tensors ask for each other's device all the time
-            return func(*args)
-        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        if mode is not None:
-            args, kwargs = tree_map_only(Tensor, partial(self._in_mode, mode), (args, kwargs))
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _in_mode(self, mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor):
-            return tensor
-        if id(tensor) not in self._before:
-            self._before[id(tensor)] = tensor, mode.from_tensor(tensor)
-        return self._before[id(tensor)][1]
-
-    def take_peak(self) -> int:
-        """The peak since it was last taken."""
-        peak, self.peak = max(self.peak, self.balance()), self.balance()
-        return peak
-
-    def backward_peak(self, trial: Trial, keeps: bool) -> tuple[int, Joined]:
-        """The peak while a trial runs back, and what it sends on in one storage."""
-        trial.sent.prepare(keeps)
-        self.take_peak()
-        joins = trial.backward()
-        return self.take_peak(), joins
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An op on fake tensors, to be measured; on real ones where it looks at their values."""
-
-    op: Invertible
-    x: Wire
-    mode: FakeTensorMode
-    joined: Joined  # what comes back to it
-
-    def measured(self) -> tuple[OpCosts, Joined]:
-        """Its bytes, and which of what it sends back lie in one storage."""
-        op, parameters = self.op, self._try(parameters_of)
-        found = self._try(_bytes_plain)
-        found, joins = self._try(_bytes_taped, found, parameters, self.joined)
-        if has_inverse(op):
-            try:
-                found, rebuilt = self._try(_bytes_undone, replace(found, inverse=0.0), parameters, self.joined)
-                return found, Joined(joins.gradients, rebuilt.values)
-            except NotInvertibleError:
-                pass  # its structure does not tell
-        return found, joins
-
-    def _try(self, way: Callable[..., Any], *args: Any) -> Any:
-        try:
-            with self.mode:
-                return way(self.op, self.x, *args)
-        except LOOKS_AT_VALUES:
-            return way(self.op, realised(None, self.x), *args)
-
-
-def _bytes_plain(op: Invertible, x: Wire) -> OpCosts:
-    with Books() as books, torch.no_grad():
-        y = op.forward(x)
-        peak = books.take_peak()
-    gradient = sum(leaf.numel() * leaf.element_size() for leaf in leaves(y) if is_differentiable(leaf))
-    return OpCosts(op.name, 0.0, 0.0, peak_forward=peak, bytes=nbytes(y), gradient=gradient)
-
-
-def _bytes_taped(
-    op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], joined: Joined
-) -> tuple[OpCosts, Joined]:
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    last, _ = _taped_once(op, x, found, parameters, joined, True)
-    found, joins = _taped_once(op, x, replace(found, parameters=weights), parameters, joined, False)
-    return replace(found, peak_backward_last=last.peak_backward - found.gradient), joins
-
-
-def _bytes_undone(
-    op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], joined: Joined
-) -> tuple[OpCosts, Joined]:
-    last, _ = _undone_once(op, x, found, parameters, joined, True)
-    found, joins = _undone_once(op, x, found, parameters, joined, False)
-    return replace(found, peak_inverse_last=last.peak_inverse - found.gradient), joins
-
-
-def _taped_once(
-    op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], joined: Joined, keeps: bool
-) -> tuple[OpCosts, Joined]:
-    with Books() as books:
-        xs = copied(x)
-        inputs, base = _watched(xs), nbytes(xs)
-        books.take_peak()
-        trial = Trial(taped(op), xs, parameters, joined=joined)
-        forward = books.take_peak() - base
-        outputs = _watched(trial.y)
-        trial.y = xs = None
-        held_in, held_out = _alive(inputs), _alive(outputs)
-        tape = books.balance() - sum(held_in)
-        back, joins = books.backward_peak(trial, keeps)
-    found = replace(found, tape=tape, holds_input=held_in, holds_output=held_out)
-    return replace(found, peak_taped=forward, peak_backward=back - sum(held_in)), joins
-
-
-def _undone_once(
-    op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], joined: Joined, keeps: bool
-) -> tuple[OpCosts, Joined]:
-    with Books() as books:
-        xs = copied(x)
-        base = nbytes(xs)
-        books.take_peak()
-        trial = Trial(undone(op), xs, parameters, carried=True, joined=joined)
-        forward = books.take_peak() - base
-        xs = None
-        residue = books.balance() - nbytes(trial.y)
-        trial.y = None
-        back, joins = books.backward_peak(trial, keeps)
-    peaks = {"peak_forward": max(found.peak_forward, forward), "peak_inverse": back - residue}
-    return replace(found, residue=residue, **peaks), joins
-
-
-def _watched(x: Wire) -> list[Callable[[], Any]]:
-    return [weakref.ref(storage) for storage in storages(x)]
-
-
-def _alive(watched: Sequence[Callable[[], Any]]) -> tuple[int, ...]:
-    return tuple(0 if storage() is None else storage().nbytes() for storage in watched)
-
-
-# ---- seconds ---------------------------------------------------------------------------------------------------------
-
-
-def timed(op: Invertible, x: Wire, invertible: bool, repeats: int) -> dict[str, float]:
-    """The seconds of an op: what a trial takes beyond one of no op at all."""
-    parameters = parameters_of(op, x)
-    with torch.no_grad():
-        y = as_input(op.forward(x))
-
-    def seconds(through: Through, at: Wire, carried: bool = False) -> float:
-        return least_seconds(lambda: Trial(through, at, parameters, carried).backward(), repeats, x)
-
-    forward = least_seconds(lambda: recorded(op.forward, x, owners_of(op), True), repeats, x)
-    idle, step, again = seconds(nothing, y), seconds(taped(op), x), seconds(rerun(op), x)
-    inverse = seconds(undone(op), x, True) - seconds(nothing, y, True) - forward if invertible else math.inf
-    found = {
-        "forward": forward,
-        "backward": step - idle - forward,
-        "inverse": inverse,
-        "region": again - step - forward,
-    }
-    return {name: max(value, 0.0) for name, value in found.items()}
-
-
-def least_seconds(run: Callable[[], Any], repeats: int, x: Wire) -> float:
-    """The least of some repeats."""
-    on_cuda = any(isinstance(t, Tensor) and t.is_cuda for t in leaves(x))
-    return min((_cuda_seconds if on_cuda else _cpu_seconds)(run) for _ in range(repeats))
-
-
-def _cpu_seconds(run: Callable[[], Any]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    begin = clock()
-    run()
-    return clock() - begin
-
-
-def _cuda_seconds(run: Callable[[], Any]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3

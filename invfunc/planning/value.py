@@ -20,6 +20,7 @@ from ..invertible import Invertible, lift
 from ..memory import measure
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from . import report
+from .clock import least_seconds
 from .costs import Costs, parse_bytes, show_bytes
 from .executor import Planned, flat_ops, grouped
 from .inputs import is_real
@@ -36,13 +37,16 @@ from .schedule import (
 )
 from .search import Limits, Point, best, curve_of
 from .sweeps import relative
-from .trials import Loss, least_seconds, parameters_of, untouched
+from .trials import Loss, parameters_of, untouched
 
 TRIES = 6  # how often a plan whose gradients are off is made again, at last with bit-exact inverses alone
 
 
 class Verified(NamedTuple):
-    """What a plan did on a batch: the worst tensor's relative gradient error, the peak, and the time over plain."""
+    """What a plan did on a batch: the worst tensor's relative gradient error, the peak, and the time over plain.
+
+    The peak is that of a training step, beside what `Plan.peak_bytes` leaves out.
+    """
 
     error: float
     peak_bytes: int
@@ -139,7 +143,7 @@ class Plan:
         with untouched(op):
             weights = parameters_of(op, x)
             exact, found = (gradients(g, x, loss, weights) for g in (op, fast))
-            peak = measure(gradients, fast, x, loss, weights).peak_bytes
+            peak = peak_of_step(fast, x, loss, weights)
             plain, planned = (least_seconds(partial(gradients, g, x, loss, weights), 3, x) for g in (op, fast))
         return Verified(distance(found, exact), peak, planned / plain)
 
@@ -230,6 +234,24 @@ def gradients(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Ten
     return [t.new_zeros(()) if g is None else g for t, g in zip([*inputs, *weights], found, strict=True)]
 
 
+def peak_of_step(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Tensor]) -> int:
+    """The peak of a step beside every ``grad``: gradients are added to those that are there, and not kept besides."""
+    inputs = [*(t for t in leaves(x) if is_differentiable(t)), *weights]
+    before = [t.grad for t in inputs]
+    for t in inputs:
+        t.grad = torch.zeros_like(t)
+
+    def step() -> None:
+        y = op(x)  # the caller's until backward is through
+        torch.autograd.backward(loss(y), inputs=inputs)
+
+    try:
+        return measure(step).peak_bytes
+    finally:
+        for t, grad in zip(inputs, before, strict=True):
+            t.grad = grad
+
+
 def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max((relative(a, b) for a, b in zip(found, exact, strict=True)), default=0.0)
 
@@ -277,6 +299,10 @@ def plan(
         >>> f = inv.chain(inv.split(2), *[block] * 6, inv.concat(2))
         >>> plan = inv.plan(f, (512, 16), max_time=10.0)
         >>> inv.checkpoint(f, plan=plan)(torch.randn(512, 16)).sum().backward()
+
+    Limits:
+        Bytes and seconds are those of a plan that runs as written. Under ``torch.compile`` values and gradients are the
+        same, but a region that is run again keeps its whole tape meanwhile, whatever the plan has chosen inside.
 
     Source:
         Herrmann et al., Optimal checkpointing for heterogeneous chains (2019), with a third choice, the inverse.
