@@ -496,7 +496,7 @@ def checkpoint(
     Source:
         Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); Gomez et al., RevNet (2017).
     """
-    cuts = _cuts(segments, _calibrated(f) if anchors == "auto" else anchors)
+    cuts = _cuts(segments, _calibrated(f) if isinstance(anchors, str) and anchors == "auto" else anchors)
     given = donate if isinstance(donate, bool) else tuple(donate)
     options = Options(_checked_mode(mode), cuts, given, preserve_rng_state, checked_drift(drift))
     if given and mode != "invert":
@@ -520,13 +520,14 @@ def remember_anchors(op: Invertible, cuts: tuple[int, ...]) -> None:
 def _calibrated(op: Any) -> tuple[int, ...]:
     if isinstance(op, Checkpointed):
         return _calibrated(op.op)
-    if "_anchors" not in getattr(op, "__dict__", ()):
+    if not isinstance(op, Invertible) or "_anchors" not in vars(op):
+        subject = repr(op) if isinstance(op, Invertible) else name_of(op)
         raise OptionError(
-            f"checkpoint: anchors='auto' of {repr(op) if isinstance(op, Invertible) else name_of(op)}",
+            f"checkpoint: anchors='auto' of {subject}",
             expected="an op that has been calibrated",
             cure="which anchors are needed is measured on data: inv.calibrate(op, x, tolerance)",
         )
-    return op._anchors
+    return vars(op)["_anchors"]
 
 
 def _cuts(segments: int | Sequence[int], anchors: int | Sequence[int] | str) -> int | tuple[int, ...]:

@@ -654,7 +654,7 @@ class Half(Invertible):
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """Fused: ``t = fn(x2)`` is evaluated once, and gives both ``x1 = law(t)^-1(y1)`` and its own vjp."""
-        (y1, x2), (gy1, gy2) = self._target_first(y), self._in_place(gy)
+        (y1, x2), (gy1, gy2) = self._target_first(y), self._target_first(gy)
         need1, need2 = (None, None) if needs is None else self._in_place(needs)
         t, pull_fn = vjp(self.fn, x2, need2)
         x1, gx1, gt = self._pull_law(residue, t, y1, gy1, vjp, need1)

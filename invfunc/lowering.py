@@ -21,7 +21,7 @@ from .donation import Donation
 from .drift import Drift, Probe, probe
 from .errors import ReplayError, place_error
 from .invertible import ByKind, Chain, Invertible, OneWay, Rearrangement, Residue
-from .replay import Kind, Owners, Recording, Replay, check_kinds, kinds, owners, recorded, slots
+from .replay import Kind, Owners, Recording, Replay, check_kinds, kinds, owners, recorded, slots, tensor_kinds
 from .trunk import (
     State,
     Strand,
@@ -32,7 +32,6 @@ from .trunk import (
     close,
     fill,
     filled,
-    is_flat,
     keep,
     needs_gradient,
     on_strands,
@@ -206,13 +205,14 @@ def stage(op: Invertible, state: State, options: Options) -> State:
         return compiling.stage(op, state, options.step)
     xs: list[Strand] = []
     x = taken(state, xs)
-    needs = [s.value.requires_grad or needs_gradient(s.value) for s in xs]
+    needs = [needs_gradient(s.value) for s in xs]
     partly = op.taped or not (all(needs) or op.implicit or isinstance(op, (Half, Rearrangement)))
     (y, residue), recording = recorded(op.forward_with_residue, x, owners_of(op), options.preserve_rng_state, partly)
     carried = any([s.carrier is not None for s in xs])
     if not (carried or recording.captured or any(needs)):
         return begin(y, partial(_behind, op))
-    call, kept, ys = _call(op, recording, outline(state), _kinds([s.value for s in xs]), y, residue, carried)
+    kept, x_kinds = list(recording.captured), tensor_kinds([s.value for s in xs])
+    call, ys = _call(op, recording, kept, outline(state), x_kinds, y, residue, carried)
     found = recording.dead if recording.captured or any(needs) else range(len(ys))
     call.dead = _dead(op, x, needs, tuple([i for i in found if i < len(ys)]))  # residues come behind
     if options.drift != "off" and (opened := _opened(xs)):
@@ -245,32 +245,34 @@ def recompute_values(op: Invertible, x: Wire, options: Options, again: Again | N
     if not (recording.captured or _any_gradient(x)):
         return y
     xs: list[Tensor] = []
-    spec_of(x, xs, None)
-    call, kept, ys = _call(op, recording, None, _kinds(xs), y, None, False)
-    call.x_spec = spec_of(x, [], kept)
-    call.count_kept, call.dead, call.again = len(kept), recording.dead, again
+    kept = list(recording.captured)
+    x_spec = spec_of(x, xs, kept)
+    call, ys = _call(op, recording, kept, x_spec, tensor_kinds(xs), y, None, False)
+    call.dead, call.again = recording.dead, again
     out = iter(apply_node(_Recompute, call, *xs, *kept, *ys))
     return map_wire(lambda leaf: next(out) if is_differentiable(leaf) else leaf, y)
 
 
 def _call(
-    op: Invertible, recording: Recording, x_spec: Wire, x_kinds: list[Kind], y: Wire, residue: Residue, carried: bool
-) -> tuple[Call, list[Tensor], list[Tensor]]:
-    """The static part of a node, the tensors that it keeps, and its outputs."""
+    op: Invertible,
+    recording: Recording,
+    kept: list[Tensor],
+    x_spec: Wire,
+    x_kinds: list[Kind],
+    y: Wire,
+    residue: Residue,
+    carried: bool,
+) -> tuple[Call, list[Tensor]]:
+    """The static part of a node, and its outputs; gathers the tensors that it keeps."""
     ys: list[Tensor] = []
     lost: list[Tensor] = []
-    kept = list(recording.captured)
     y_spec = spec_of(y, ys, kept)
     residue_spec = None if residue is None else residue_spec_of(residue, lost, kept)
     if recording.pins:
         recording.pins = tuple([(name, keep(value, kept)) for name, value in recording.pins])
-    call = Call(op, recording, x_spec, y_spec, residue_spec, x_kinds, _kinds(ys), carried, len(kept), (), len(lost))
-    return call, [*kept, *lost], ys
-
-
-def _kinds(tensors: Sequence[Tensor]) -> list[Kind]:
-    """`kinds` of tensors that are known to be differentiable."""
-    return [(t.shape, t.dtype) for t in tensors]
+    y_kinds, count = tensor_kinds(ys), len(kept)
+    kept += lost
+    return Call(op, recording, x_spec, y_spec, residue_spec, x_kinds, y_kinds, carried, count, (), len(lost)), ys
 
 
 def owners_of(op: Invertible) -> Owners:
@@ -397,7 +399,7 @@ def _alive(call: Call, tensors: Sequence[Tensor | None]) -> Sequence[Any]:
 def _rebuilt(call: Call, x: Wire) -> list[Tensor]:
     """The tensors that have been rebuilt, if they are of the kinds that they were of."""
     found = leaves(x)
-    if not is_flat(call.x_spec):
+    if len(found) != len(call.x_kinds):
         found = [leaf for leaf in found if is_differentiable(leaf)]
     check_kinds(lambda: f"the inverse of {call.op!r}", found, call.x_kinds)
     return found

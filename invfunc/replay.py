@@ -25,7 +25,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -203,6 +203,7 @@ class Scope:
         self.seen: set[int] = set()
         self.began: int | None = None  # where the graph of this call begins, when it builds one
         self.wrapping = transforms.active()
+        self.around = _RUNNING.get()  # the call, or the replay, in which this one runs
         self.made: set[int] = set()  # ids of tensors that the call has made, as far as it was watched
         self.owned: set[int] = set()  # ids of the dicts of modules that were known before the call
 
@@ -253,7 +254,7 @@ class Scope:
     def enter(self, module: nn.Module) -> None:
         """Read the slots of a module that the call uses."""
         for owner, table, name, tensor, is_buffer in slots(module, self.seen):
-            if tensor.requires_grad or self.matters(tensor):
+            if self.matters(tensor):
                 self.filled.append((table, name, self.capture(tensor)))
             elif is_buffer and _may_write(owner, name):
                 self.before.append((owner, table, name, tensor, tensor.clone(), version(tensor)))
@@ -262,6 +263,8 @@ class Scope:
 
     def pin(self, name: str, value: T) -> T:
         """Keep a value for when the call runs again; see `record`."""
+        if self.around is not None:
+            value = self.around.pin(name, value)
         self.pins.append((name, value))
         return value
 
@@ -426,7 +429,7 @@ def stand_in(tensor: Tensor) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two states of a generator are the same: ten times faster than as tensors, and seen by no mode."""
+    """Whether two states of a generator are the same: ten times faster than as tensors, and not dispatched."""
     return not memcmp(a.data_ptr(), b.data_ptr(), a.numel())
 
 
@@ -629,6 +632,11 @@ def kinds(items: Iterable[Any]) -> list[Kind]:
     return [(t.shape, t.dtype) for t in items if is_differentiable(t)]
 
 
+def tensor_kinds(tensors: Sequence[Tensor]) -> list[Kind]:
+    """`kinds` of tensors that are known to be differentiable."""
+    return [(t.shape, t.dtype) for t in tensors]
+
+
 def check_kinds(subject: Callable[[], str], items: Iterable[Any], expected: list[Kind]) -> None:
     """Raise where a function returned something else in backward than forward had."""
     found = kinds(items)
@@ -712,7 +720,6 @@ def _watched(fn: Callable[[Wire], T], x: Wire, found: Owners, scope: Scope) -> T
 
 
 _HOLE = object()
-_NOTHING = nullcontext()
 _SLOTS = threading.RLock()  # a slot that is swapped while another thread reads it would corrupt the module
 
 

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from . import transforms
+from .errors import ReplayError
 from .invertible import Residue
 from .replay import Kept, fetch
-from .wires import Wire, is_differentiable, leaves
+from .wires import Wire, describe, is_differentiable, leaves
 
 # ---- what flows along a trunk --------------------------------------------------------------------------------------
 
@@ -188,20 +189,31 @@ class _Strand:
 STRAND = _Strand()
 
 
+class Flat(tuple[Any, ...]):
+    """The spec of a tuple of differentiable tensors: the ordinary case, in which there is nothing to walk over."""
+
+
+def _spec(parts: list[Any]) -> Wire:
+    for part in parts:
+        if part is not STRAND:
+            return tuple(parts)
+    return Flat(parts)
+
+
 def spec_of(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
     """The structure of a wire; collects its differentiable tensors, and the others to be kept."""
     if is_differentiable(wire):
         on_strands.append(wire)
         return STRAND
     if isinstance(wire, tuple):
-        return tuple([spec_of(part, on_strands, kept) for part in wire])
+        return _spec([spec_of(part, on_strands, kept) for part in wire])
     return None if kept is None else keep(wire, kept)
 
 
 def outline(state: State) -> Wire:
     """The spec of the wire that a state stands for, without its other leaves."""
     if isinstance(state, tuple):
-        return tuple([outline(part) for part in state])
+        return _spec([outline(part) for part in state])
     return STRAND if isinstance(state, Strand) else None
 
 
@@ -223,21 +235,23 @@ def keep(leaf: Any, kept: list[Tensor]) -> Any:
     return Kept(len(kept) - 1)
 
 
-def is_flat(spec: Wire) -> bool:
-    """Whether a spec is that of a tuple of tensors: the ordinary case, in which there is nothing to walk over."""
-    return isinstance(spec, tuple) and spec.count(STRAND) == len(spec)
-
-
 def filled(spec: Wire, found: Sequence[Any], kept: Sequence[Tensor] | None) -> Wire:
     """A wire from its spec; without kept tensors, None stands where no strand is."""
-    return tuple(found) if is_flat(spec) else fill(spec, iter(found), kept)
+    return tuple(found) if type(spec) is Flat else fill(spec, iter(found), kept)
 
 
 def on_strands(spec: Wire, wire: Wire) -> Sequence[Any]:
     """What a wire has where its spec has tensors; the inverse of `filled`."""
-    if is_flat(spec):
+    if type(spec) is Flat and isinstance(wire, tuple) and len(wire) == len(spec):
         return wire
-    return [leaf for leaf, place in zip(leaves(wire), leaves(spec), strict=True) if place is STRAND]
+    found, places = leaves(wire), leaves(spec)
+    if len(found) != len(places):
+        raise ReplayError(
+            f"a pullback returned the gradient {describe(wire)}",
+            expected=f"{len(places)} leaves, as the input of its op has",
+            cure="return one gradient, or None, for each component",
+        )
+    return [leaf for leaf, place in zip(found, places, strict=True) if place is STRAND]
 
 
 def fill(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire:

@@ -73,17 +73,14 @@ def spread(fn: Callable[..., Any], wire: Wire, label: str | None = None) -> Any:
 def _check_arity(fn: Callable[..., Any], wire: tuple[Wire, ...], label: str | None, error: TypeError) -> None:
     """Raise a named error where a function does not take as many components as it got."""
     signature = _signature(fn)
-    try:
-        refused = "positional argument" in str(error) if signature is None else not signature.bind(*wire)
-    except TypeError:
-        refused = True
-    if refused:
-        raise WireError(
-            f"{label or getattr(fn, '__name__', None) or type(fn).__name__} received {len(wire)} components "
-            f"{describe(wire)}",
-            expected=str(error) if signature is None else f"what it takes, {signature}",
-            cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all",
-        ) from error
+    if "positional argument" not in str(error) if signature is None else _takes(signature, wire):
+        return
+    name = label or getattr(fn, "__name__", None) or type(fn).__name__
+    raise WireError(
+        f"{name} received {len(wire)} components {describe(wire)}",
+        expected=f"as many as it takes: {signature or error}",
+        cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all",
+    ) from error
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
@@ -92,6 +89,14 @@ def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
         return inspect.signature(getattr(fn, "forward", fn))
     except (TypeError, ValueError):
         return None
+
+
+def _takes(signature: inspect.Signature, wire: tuple[Wire, ...]) -> bool:
+    try:
+        signature.bind(*wire)
+    except TypeError:
+        return False
+    return True
 
 
 def is_differentiable(leaf: Any) -> bool:

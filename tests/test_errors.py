@@ -54,11 +54,11 @@ PAIR = zeros(2, 3), zeros(2, 3)
 # ---- wires -----------------------------------------------------------------------------------------------------------
 
 WIRES: dict[str, Call] = {
-    "linear(weight) received 2 components ((1, 2), (1, 2)), expected what it takes, (x: 'Tensor') -> 'Tensor'; a tuple "
+    "linear(weight) received 2 components ((1, 2), (1, 2)), expected as many as it takes: (x: 'Tensor') -> 'Tensor'; a tuple "
     "wire becomes positional arguments: concat it first, or let the function take them all": lambda: inv.ops.linear(
         torch.eye(2)
     )(zeros(1, 2), zeros(1, 2)),
-    "exp() received 2 components ((2,), (2,)), expected exp() takes 1 positional argument but 2 were given; a tuple "
+    "exp() received 2 components ((2,), (2,)), expected as many as it takes: exp() takes 1 positional argument but 2 were given; a tuple "
     "wire becomes positional arguments: concat it first, or let the function take them all": lambda: inv.ops.exp()(
         zeros(2), zeros(2)
     ),

@@ -13,6 +13,7 @@ from torch import Tensor, func, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import invfunc as inv
+from invfunc.errors import ReplayError, WireError
 from invfunc.memory import measure
 
 TOLERANCE = 1e-9
@@ -350,6 +351,76 @@ def test_other_leaves_ride_along_under_a_transform(mode: str) -> None:
     found = func.grad(lambda x: bowl(inv.checkpoint(op, mode=mode)(x, side)[1]))
     x = torch.randn(3)
     assert_same(found(x), func.grad(lambda x: bowl(x.sinh()))(x))
+
+
+class Generous:
+    """Equal to everything, as `unittest.mock.ANY` is; an array of numpy is not even that."""
+
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+def test_a_leaf_is_not_compared_with_anything() -> None:
+    op, rider = inv.pair(lambda x, r: (2 * x, r), lambda y, r: (y / 2, r)), Generous()
+    x = torch.randn(3, requires_grad=True)
+    y, out = inv.checkpoint(inv.chain(op, op))(x, rider)
+    y.sum().backward()
+    assert out is rider and torch.equal(x.grad, torch.full((3,), 4.0))
+
+
+def sheared(w: Tensor, gx: Callable[..., Any], x: Callable[..., Any] = lambda a, b: (a, b)) -> inv.Invertible:
+    """``(2 a + b w, b)`` with a pullback that wraps the gradient, or the rebuilt input, as it is told."""
+
+    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * a + b @ w, b
+
+    def inverse(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return (a - b @ w) / 2, b
+
+    def pullback(y: tuple[Tensor, Tensor], gy: tuple[Tensor, Tensor]) -> Any:
+        return x(*inverse(*y)), gx(2 * gy[0], gy[1] + gy[0] @ w.T), [(w, y[1].T @ gy[0])]
+
+    return inv.pair(forward, inverse, pullback=pullback)
+
+
+@pytest.mark.parametrize(
+    ("gx", "x"),
+    [
+        (lambda a, b: (a, b), lambda a, b: (a, b)),
+        (lambda a, b: ((a, b),), lambda a, b: (a, b)),
+        (lambda a, b: (a, b), lambda a, b: (a, b, None)),
+    ],
+    ids=["as they are", "nested", "one leaf more in x"],
+)
+def test_a_pullback_may_wrap_what_it_returns(gx: Callable[..., Any], x: Callable[..., Any]) -> None:
+    w, a, b = (torch.randn(3, 3, requires_grad=True) for _ in range(3))
+    found, plain = (chain(*[sheared(w, gx, x)] * 2)(a, b) for chain in (lowered_chain, inv.chain))
+    for mine, theirs in zip(
+        *(torch.autograd.grad(y[0].square().sum(), [a, b, w]) for y in (found, plain)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def lowered_chain(*ops: inv.Invertible) -> inv.Invertible:
+    return inv.checkpoint(inv.chain(*ops))
+
+
+@pytest.mark.parametrize("gx", [lambda a, b: (a, b, None), lambda a, b: torch.stack([a, b])], ids=["None", "stack"])
+def test_a_pullback_with_another_number_of_gradients_is_named(gx: Callable[..., Any]) -> None:
+    w, a, b = (torch.randn(3, 3, requires_grad=True) for _ in range(3))
+    with pytest.raises(ReplayError, match=r"a pullback returned the gradient .*, expected 2 leaves, as the input of"):
+        inv.checkpoint(sheared(w, gx))(a, b)[0].sum().backward()
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_the_pullback_of_a_coupling_takes_a_gradient_for_each_component(target: int) -> None:
+    half = inv.couple(torch.sin, torch.cos).parts[target]
+    y = torch.randn(2, 3), torch.randn(2, 3)
+    for gy in torch.randn(2, 2, 3), (*y, y[0]):
+        with pytest.raises(WireError, match="couple received the wrong number of components, expected a tuple of 2"):
+            half.pullback(y, gy)
 
 
 def test_autograd_outside_of_a_transform_reaches_what_was_captured() -> None:

@@ -439,6 +439,36 @@ def test_pinned_values_of_any_type() -> None:
     assert_close(x.grad, torch.full((3,), 2.0))
 
 
+def pinned_twice(decisions: list[Tensor], w: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A pair whose function calls a lowered op with a pin, and pins something itself; its inverse is off at the tie."""
+
+    def near(a: Tensor) -> Tensor:
+        above = inv.record("inner", a > 0.3)
+        decisions.append(above)
+        return torch.where(above, a @ w * 2, a @ w * 5)
+
+    inner = inv.checkpoint(inv.couple(near))
+
+    def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        p, _ = inner(a, b)
+        return p * inv.record("outer", 2.0), b
+
+    def inverse(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a / 2 - torch.where(b > 0.3, b @ w * 2, b @ w * 5), b + 0.25
+
+    return forward, inverse
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["needs grad", "one leaf without"])
+def test_pins_of_a_lowered_op_inside_of_a_function(grad: bool) -> None:
+    """Without a gradient to compute for one leaf, the stage is taped while it is recorded."""
+    w, decisions = leaf(3, 3), []
+    forward, inverse = pinned_twice(decisions, w)
+    a, b = torch.randn(1, 3, requires_grad=grad), torch.tensor([[0.1, 0.2, 0.5]], requires_grad=True)
+    inv.checkpoint(inv.pair(forward, inverse), drift="off")(a, b)[0].sum().backward()
+    assert len(decisions) > 1 and all(torch.equal(decision, decisions[0]) for decision in decisions)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
