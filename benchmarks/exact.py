@@ -1,8 +1,8 @@
 """What exact inverses cost in time, over the same lowered step that drifts: ``python benchmarks/exact.py [case ...]``.
 
-Processor time on one thread, the median of runs that take turns. Freed memory stays in the process, or what is measured
-would be the kernel clearing pages. The grid of half-precision nets has a stream in float32, twice as wide as the one
-that it is compared with.
+Processor time on one thread, the median of the ratios in each turn. Freed memory stays in the process, or what is
+measured would be the kernel clearing pages. The grid of half-precision nets has a stream in float32, twice as wide as
+the one that it is compared with.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from torch import nn
 
 import invfunc as inv
 
-REPEATS, DEPTH = 9, 8
+REPEATS, DEPTH = 5, 32
 
 
 def mlp(width: int) -> nn.Module:
@@ -69,11 +69,16 @@ def measured(name: str) -> None:
     for _ in range(REPEATS + 1):
         for label, call in calls.items():
             runs[label].append(seconds(call, x))
-    medians = {label: statistics.median(times[1:]) for label, times in runs.items()}
-    print(f"\n{name}: plain {1e3 * medians['plain']:.0f} ms")
+    print(f"\n{name}, {DEPTH} couplings: plain {1e3 * statistics.median(runs['plain'][1:]):.0f} ms", flush=True)
     for label in list(calls)[1:]:
-        ratio = medians[label] / medians["drifting"]
-        print(f"  {label:14} {medians[label] / medians['plain']:.2f} of plain, {ratio:.2f} of drifting")
+        print(
+            f"  {label:14} {ratio(runs, label, 'plain'):.2f} of plain, {ratio(runs, label, 'drifting'):.2f} of drifting"
+        )
+
+
+def ratio(runs: dict[str, list[float]], label: str, base: str) -> float:
+    """The median of the ratios in each turn but the first."""
+    return statistics.median(a / b for a, b in zip(runs[label][1:], runs[base][1:], strict=True))
 
 
 if __name__ == "__main__":
