@@ -271,6 +271,8 @@ def _call(
     if recording.pins:
         recording.pins = tuple([(name, keep(value, kept)) for name, value in recording.pins])
     y_kinds, count = tensor_kinds(ys), len(kept)
+    if y_kinds == x_kinds:
+        y_kinds = x_kinds  # one list less for the garbage collector to visit
     kept += lost
     return Call(op, recording, x_spec, y_spec, residue_spec, x_kinds, y_kinds, carried, count, (), len(lost)), ys
 

@@ -483,9 +483,13 @@ def cuda_devices(tensors: Iterable[Tensor]) -> Sequence[int]:
 
 
 def autocast_state() -> tuple[Any, ...]:
-    """Whether autocast is on, and its dtype, for every device in use."""
+    """Whether autocast is on, and its dtype, for every device in use; one object for all calls under the same."""
     devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
-    return tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices])
+    state = tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices])
+    return _STATES.setdefault(state, state)
+
+
+_STATES: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -197,7 +198,13 @@ def _spec(parts: list[Any]) -> Wire:
     for part in parts:
         if part is not STRAND:
             return tuple(parts)
-    return Flat(parts)
+    return _flat(len(parts))
+
+
+@cache
+def _flat(count: int) -> Flat:
+    """One for all nodes: what every node keeps of its own, the garbage collector visits in every step."""
+    return Flat([STRAND] * count)
 
 
 def spec_of(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
