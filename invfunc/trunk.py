@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -198,13 +197,7 @@ def _spec(parts: list[Any]) -> Wire:
     for part in parts:
         if part is not STRAND:
             return tuple(parts)
-    return _flat(len(parts))
-
-
-@cache
-def _flat(count: int) -> Flat:
-    """One for all nodes: what every node keeps of its own, the garbage collector visits in every step."""
-    return Flat([STRAND] * count)
+    return Flat(parts)
 
 
 def spec_of(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
