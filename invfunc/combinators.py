@@ -412,8 +412,7 @@ def additive(t: Tensor) -> Invertible:
     Source:
         Dinh et al., NICE (2015); Gomez et al., RevNet (2017).
     """
-    add, subtract, pull = partial(_add, t), partial(_subtract, t), partial(_pull_add, t)
-    return pair(add, subtract, pullback=pull, log_det=_no_log_det, name="additive(t)")
+    return Pair(partial(_add, t), partial(_subtract, t), partial(_pull_add, t), _no_log_det, label="additive(t)")
 
 
 def _scale_shift(s: Tensor, t: Tensor, x: Tensor) -> Tensor:
@@ -642,32 +641,39 @@ class Half(Invertible):
     label: str
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
+        return self.changed_by(returned(self.fn, spread(self.fn, self._target_first(x)[1])), x)
+
+    def changed_by(self, t: Wire, x: Wire) -> tuple[Wire, Residue]:
+        """``x -> (y, residue)``, with what the function returned."""
         x1, x2 = self._target_first(x)
-        y1, residue = self._law(returned(self.fn, spread(self.fn, x2)), x1).forward_with_residue(x1)
+        y1, residue = self._law(t, x1).forward_with_residue(x1)
         self._check_shape(x1, y1)
-        return self._in_place((y1, x2)), residue
+        return self.in_place((y1, x2)), residue
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
         y1, x2 = self._target_first(y)
         x1 = self._law(spread(self.fn, x2), y1).inverse_with_residue(residue, y1)
-        return self._in_place((x1, x2))
+        return self.in_place((x1, x2))
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """Fused: ``t = fn(x2)`` is evaluated once, and gives both ``x1 = law(t)^-1(y1)`` and its own vjp."""
         (y1, x2), (gy1, gy2) = self._target_first(y), self._target_first(gy)
-        need1, need2 = (None, None) if needs is None else self._in_place(needs)
+        need1, need2 = (None, None) if needs is None else self.in_place(needs)
         t, pull_fn = vjp(self.fn, x2, need2)
         x1, gx1, gt = self._pull_law(residue, t, y1, gy1, vjp, need1)
         del t
         gx2 = add_wires(gy2, pull_fn(gt))
-        return self._in_place((x1, x2)), self._in_place((gx1, gx2))
+        return self.in_place((x1, x2)), self.in_place((gx1, gx2))
 
     def _pull_law(self, residue: Residue, t: Wire, y1: Wire, gy1: Wire, vjp: VJP, need: Wire | None) -> Any:
         """``(y1, gy1) -> (x1, gx1, gt)``: by the law's own pullback where that speaks of t alone, else by vjp."""
         op = self._law(t, y1)
         if isinstance(op, Pair) and op.pullback_fn and not op.residue and gy1 is not None:
             x1, gx1, *closed = op.pullback_fn(y1, gy1)
-            gradients = {id(tensor): g for tensor, g in (closed[0] if closed else ())}
+            pairs = list(closed[0]) if closed else []
+            if len(pairs) == 1 and pairs[0][0] is t:
+                return x1, gx1, pairs[0][1]
+            gradients = {id(tensor): g for tensor, g in pairs}
             if sorted(gradients) == sorted(map(id, leaves(t))):
                 return x1, gx1, map_wire(lambda leaf: gradients[id(leaf)], t)
         x1 = vjp.run(op.inverse_with_residue, (residue, y1))
@@ -680,22 +686,24 @@ class Half(Invertible):
         return replace(self, law=invert_law(self.law))
 
     def _target_first(self, x: Wire) -> Wire:
-        check_components("couple", x, 2)
-        return self._in_place(x)
+        if type(x) is not tuple or len(x) != 2:
+            check_components("couple", x, 2)
+        return x if self.target == 0 else (x[1], x[0])
 
-    def _in_place(self, x: Wire) -> Wire:
-        return x if self.target == 0 else (x[1], x[0])  # exchanging two components undoes itself
+    def in_place(self, x: Wire) -> Wire:
+        """The target before the other, or the two as they were: exchanging two components undoes itself."""
+        return x if self.target == 0 else (x[1], x[0])
 
     def _law(self, t: Wire, x1: Wire) -> Invertible:
         self._check_given(t, x1)
         op = self.law(*t) if isinstance(t, tuple) else self.law(t)
-        if not isinstance(op, Invertible):
-            raise OptionError(
-                f"law {self._law_name} returned {type(op).__name__}",
-                expected="an invertible op",
-                cure="a law maps what the function returned to an op, as additive and affine do",
-            )
-        return op
+        if type(op) is Pair or isinstance(op, Invertible):
+            return op
+        raise OptionError(
+            f"law {self._law_name} returned {type(op).__name__}",
+            expected="an invertible op",
+            cure="a law maps what the function returned to an op, as additive and affine do",
+        )
 
     @property
     def _law_name(self) -> str:

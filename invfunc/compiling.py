@@ -44,9 +44,7 @@ from .wires import Wire, is_differentiable, leaves, map_wire
 T = TypeVar("T")
 
 
-def is_active() -> bool:
-    """Whether a graph is being traced."""
-    return torch.compiler.is_compiling()
+is_active = torch.compiler.is_compiling
 
 
 def runs_plainly() -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import transforms
 from .errors import DonatedError
 from .packing import pack_bits, unpack_bits
-from .trunk import State, Strand, at_start, carrier, is_tail, map_state
+from .trunk import State, Strand, at_start, carriers, is_tail, map_state
 from .wires import Wire, is_differentiable, leaves
 
 
@@ -199,7 +199,7 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(donation: Donation, nonce: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-        return (*(x.view_as(x) for x in xs), *map(carrier, xs))
+        return (*(x.view_as(x) for x in xs), *carriers(xs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

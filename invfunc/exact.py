@@ -150,7 +150,7 @@ class ExactHalf(Exact, Half):
 
     def forward(self, x: Wire) -> Wire:
         x1, x2 = self._target_first(map_wire(dense, x))
-        return self._in_place((self._law(spread(self.fn, x2), x1).forward(x1), x2))
+        return self.in_place((self._law(spread(self.fn, x2), x1).forward(x1), x2))
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return super().forward_with_residue(map_wire(dense, x))
@@ -162,7 +162,7 @@ class ExactHalf(Exact, Half):
         (t, _), pull_fn = vjp(self._beside_its_input, x2, need2)
         x1, gx1, gt = self._pull_law(residue, t, y1, gy1, vjp, need1)
         del t
-        return self._in_place((x1, x2)), self._in_place((gx1, pull_fn((gt, gy2))))
+        return self.in_place((x1, x2)), self.in_place((gx1, pull_fn((gt, gy2))))
 
     def _beside_its_input(self, *x2: Wire) -> tuple[Wire, Wire]:
         return spread(self.fn, _packed(x2)), _packed(x2)

@@ -10,29 +10,46 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import compiling, transforms
-from .combinators import Half, Parallel, Plumbing
+from .combinators import Half, Parallel, Plumbing, additive, match
 from .donation import Donation
 from .drift import Drift, Probe, probe
 from .errors import ReplayError, place_error
 from .invertible import ByKind, Chain, Invertible, OneWay, Rearrangement, Residue
-from .replay import Kind, Owners, Recording, Replay, check_kinds, kinds, owners, recorded, slots, tensor_kinds
+from .replay import (
+    Kind,
+    Last,
+    Owners,
+    Recording,
+    Replay,
+    check_kinds,
+    kinds,
+    owners,
+    recorded,
+    repeated,
+    slots,
+    taped,
+    tensor_kinds,
+)
 from .trunk import (
+    Flat,
     State,
     Strand,
+    applied,
     apply_node,
     at_start,
     begin,
-    carrier,
+    carriers,
     close,
     fill,
     filled,
     keep,
+    need_gradients,
     needs_gradient,
     on_strands,
     outline,
@@ -101,7 +118,9 @@ def runs_plainly() -> bool:
 @ByKind
 def walk(op: Invertible, state: State, options: Options) -> State:
     """Send a state through an op: a primitive is a stage, or is stored or recomputed if the mode says so."""
-    return {"invert": stage, "store": store, "recompute": recompute}[options.mode](op, state, options)
+    if options.mode == "invert":
+        return stage(op, state, options)
+    return (store if options.mode == "store" else recompute)(op, state, options)
 
 
 @walk.register
@@ -196,29 +215,60 @@ class Call:
     again: Again | None = None  # how a recomputed op runs in backward, where that is not as in forward
     probe: Probe | None = None  # for the drift meter, where a trunk begins
 
+    def is_usual(self) -> bool:
+        """Whether it is an additive half's, of two tensors, and nothing about it is special: rule 1 of NOTE [Again]."""
+        r, op = self.recording, self.op
+        return (
+            type(op) is Half
+            and op.law is additive
+            and type(self.x_spec) is Flat
+            and self.x_kinds == self.y_kinds
+            and self.carried
+            and not (self.dead or self.probe or r.random)
+            and r.world is not None
+            and self.count_kept == len(r.captured)
+            and {*map(type, r.captured)} <= {Tensor, nn.Parameter}
+        )
 
+
+@transforms.unseen_by_dynamo
 def stage(op: Invertible, state: State, options: Options) -> State:
     """Run a primitive, recorded, and put its node on the trunk; without a node where nothing needs a gradient."""
     if compiling.is_active():
         return compiling.stage(op, state)
     if options.step is not None and not (transforms.active() or isinstance(op, Rearrangement)):
         return compiling.stage(op, state, options.step)
+    found = owners_of(op)
+    if (call := found.last.call) is not None and (out := again(op, call, state, options)) is not None:
+        return out
     xs: list[Strand] = []
     x = taken(state, xs)
-    needs = [needs_gradient(s.value) for s in xs]
+    needs = need_gradients([s.value for s in xs])
     partly = op.taped or not (all(needs) or op.implicit or isinstance(op, (Half, Rearrangement)))
-    (y, residue), recording = recorded(op.forward_with_residue, x, owners_of(op), options.preserve_rng_state, partly)
-    carried = any([s.carrier is not None for s in xs])
+    (y, residue), recording = recorded(op.forward_with_residue, x, found, options.preserve_rng_state, partly)
+    return _on_trunk(op, state, y, residue, recording, options)
+
+
+def _on_trunk(op: Invertible, state: State, y: Wire, residue: Residue, recording: Recording, options: Options) -> State:
+    """Put the node of a recorded primitive on the trunk; see `stage`."""
+    xs: list[Strand] = []
+    x = taken(state, xs)
+    needs, carried = need_gradients([s.value for s in xs]), any([s.carrier is not None for s in xs])
     if not (carried or recording.captured or any(needs)):
         return begin(y, partial(_behind, op))
     kept, x_kinds = list(recording.captured), tensor_kinds([s.value for s in xs])
     call, ys = _call(op, recording, kept, outline(state), x_kinds, y, residue, carried)
-    found = recording.dead if recording.captured or any(needs) else range(len(ys))
-    call.dead = _dead(op, x, needs, tuple([i for i in found if i < len(ys)]))  # residues come behind
+    dead = recording.dead if recording.captured or any(needs) else range(len(ys))
+    call.dead = _dead(op, x, needs, tuple([i for i in dead if i < len(ys)]))  # residues come behind
     if options.drift != "off" and (opened := _opened(xs)):
         call.probe = probe(ys if _only_moves(op) else [s.value for s in xs], options.drift, opened)
-    carriers = [s.carrier if s.carrier is not None else carrier(s.value) for s in xs] if carried else []
-    out = apply_node(_Stage, call, *[s.value for s in xs], *carriers, *kept, *ys)
+    if call.is_usual():
+        owners_of(op).last.call = replace(call, op=bare(op))
+    values = [s.value for s in xs]
+    above = [s.carrier for s in xs] if carried else []
+    if any([carrier is None for carrier in above]):
+        above = [made if s.carrier is None else s.carrier for s, made in zip(xs, carriers(values), strict=True)]
+    out = applied(_Stage, call, *values, *above, *kept, *ys)
     return filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
 
 
@@ -285,10 +335,17 @@ def owners_of(op: Invertible) -> Owners:
     return found
 
 
+def bare(op: Invertible) -> Invertible:
+    """The op, without what is remembered of it: what is remembered itself may hold it, and be no cycle."""
+    twin = copy(op)
+    vars(twin).pop("_owners", None)
+    return twin
+
+
 def owning(op: Invertible, **changes: Any) -> Invertible:
     """The op, with something else known of its owners than its structure tells."""
     twin = copy(op)
-    object.__setattr__(twin, "_owners", replace(owners_of(op), **changes))
+    object.__setattr__(twin, "_owners", replace(owners_of(op), last=Last(), **changes))
     return twin
 
 
@@ -299,6 +356,84 @@ def _dead(op: Invertible, x: Wire, needs: Sequence[bool], found: tuple[int, ...]
     first = sum(map(is_differentiable, leaves(x[0])))
     untouched = range(first, len(needs)) if op.target == 0 else range(first)
     return tuple(i for i in untouched if not needs[i])
+
+
+# ---- an additive half, again ----------------------------------------------------------------------------------------
+
+# NOTE [Again] What training does nearly always: an additive half of a coupling runs as it ran a step ago.
+#
+# 1.  The first time, `stage` finds out all that there is to know of it. Where nothing is special (two tensors with
+#     carriers, functions that depend on the slots of modules alone), the static part of its node is remembered.
+# 2.  From then on the few lines here do the same, with the same bits. Between large tensors the processor's caches are
+#     cold, and what Python costs is how much of it there is to fetch: the general way takes four times as long.
+# 3.  What could be different is asked before (the recording *holds*) and after (the function drew no random numbers,
+#     pinned nothing, returned a tensor of its partner's kind). Where it is, `stage` and `_pull` go on from there: no
+#     function is evaluated for nothing. So these lines have no cases.
+
+
+def again(op: Invertible, call: Call, state: State, options: Options) -> State | None:
+    """The stage of an additive half that is called as it was before; None where it is not."""
+    half, recording = cast(Half, call.op), call.recording
+    if not (type(state) is tuple and len(state) == 2 and type(state[0]) is type(state[1]) is Strand):
+        return None
+    a, b = state
+    x = a.value, b.value
+    x1, x2 = half.in_place(x)
+    if not (_is_usual(a) and _is_usual(b) and recording.holds() and recording.is_under_way()):
+        return None
+    t, now = repeated(half.fn, x2, owners_of(op), options.preserve_rng_state)
+    if now is not recording or not _fits(t, x1):
+        y, residue = half.changed_by(t, x)
+        now = now if _fits(t, x1) else replace(now, returned=(half.fn, kinds(leaves(t))))
+        return _on_trunk(op, state, y, residue, now, options)
+    ya, yb, ca, cb = applied(_Sum, call, *x, a.carrier, b.carrier, *recording.captured, t)
+    return Strand(ya, ca), Strand(yb, cb)
+
+
+def _is_usual(x: Strand) -> bool:
+    return x.carrier is not None and x.opened is None and type(x.value) is Tensor and x.value.requires_grad
+
+
+def _fits(t: Any, x: Tensor) -> bool:
+    """Whether the sum is as x is; under autocast, what is added may be of a narrower dtype."""
+    alike = type(t) is Tensor and t.shape == x.shape and t.device == x.device
+    return alike and (t.dtype is x.dtype or torch.promote_types(t.dtype, x.dtype) is x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """``(call, *xs, *carriers, *captured, t) -> (*ys, *carriers)``: the `_Stage` of an additive half, with its sum."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        a, b, above_a, above_b, *captured, t = tensors
+        ctx.call, ctx.dtype = call, t.dtype
+        ctx.save_for_backward(*captured)
+        ctx.set_materialize_grads(False)
+        ys = (a + t, b.detach()) if cast(Half, call.op).target == 0 else (a.detach(), b + t)
+        return *ys, above_a.detach(), above_b.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return transforms.run_backward(_pull_again, ctx, ctx.call, grads)
+
+
+def _pull_again(ctx: Any, call: Call, grads: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """`_pull` of an additive half, where all is as it was in forward."""
+    op, recording, captured = cast(Half, call.op), call.recording, ctx.saved_tensors
+    (g1, g2), (y1, x2) = op.in_place(grads[:2]), op.in_place(grads[2:])
+    if g1 is None or g2 is None or not (type(y1) is type(x2) is Tensor) or torch.is_grad_enabled():
+        return _pulled(ctx, call, captured, grads)
+    if not (recording.holds() and recording.is_alone_with(captured)) or transforms.in_compiled_backward():
+        return _pulled(ctx, call, captured, grads)
+    inner = x2.detach().requires_grad_()
+    t = transforms.with_gradients(True, recording.again, taped, op.fn, inner)
+    if not (_fits(t, y1) and t.dtype is ctx.dtype and t.requires_grad):
+        return _pulled(ctx, call, captured, grads)
+    x1, root, seed = y1 - t.detach(), transforms.gradient_edge(t), match(g1, t)
+    del t
+    gx2, *gcaptured = transforms.gradients([(root, seed)], [inner, *captured])
+    gx2 = g2 if gx2 is None else g2 + gx2
+    return (None, *op.in_place((g1, gx2)), *op.in_place((x1, x2)), *gcaptured, None)
 
 
 # ---- the nodes -------------------------------------------------------------------------------------------------------
@@ -313,7 +448,7 @@ class _Stage(torch.autograd.Function):
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         last = len(tensors) - len(call.y_kinds)
         ys, lost = tensors[last:], tensors[last - call.count_lost : last]
-        return (*[y.detach() for y in ys], *[carrier(y) for y in ys], *[r.detach() for r in lost])
+        return (*[y.detach() for y in ys], *carriers(ys), *[r.detach() for r in lost])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -374,17 +509,22 @@ class _Root(torch.autograd.Function):
 
 def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``(gys, ys) -> (gxs, xs, gkept)``: the backward of a stage."""
-    count, grads, saved = len(call.y_kinds), _alive(call, grads), _alive(call, ctx.saved_tensors)
-    kept, lost = saved[: call.count_kept], iter(saved[call.count_kept :])
+    return _pulled(ctx, call, ctx.saved_tensors, grads)
+
+
+def _pulled(ctx: Any, call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """`_pull`, with what was saved: it may be unpacked once only."""
+    count, (grads, saved) = len(call.y_kinds), _alive(call, grads, saved)
+    kept, lost = saved[: call.count_kept], saved[call.count_kept :]
     y, gy = filled(call.y_spec, grads[count : 2 * count], kept), filled(call.y_spec, grads[:count], None)
-    residue = None if call.residue_spec is None else fill(call.residue_spec, lost, kept)
+    residue = None if call.residue_spec is None else fill(call.residue_spec, iter(lost), kept)
     replay, needs = _replay(ctx, call, kept)
-    if any(g is not None for g in grads[2 * count :]):  # rule 9: a second backward goes through the residue
+    if lost and any([g is not None for g in grads[2 * count :]]):  # rule 9: a second backward goes through the residue
         x = replay.run(call.op.inverse_with_residue, (residue, y))
         _, pull = replay(lambda x: call.op.forward_with_residue(x), (x,), (needs,))
         (gx,) = pull((gy, filled(call.residue_spec, grads[2 * count :], None)))
         return _arranged(call, gx, x, replay.finish())
-    if any(g is not None for g in grads[:count]):
+    if any([g is not None for g in grads[:count]]):
         x, gx = call.op.pull(residue, y, gy, replay, needs)
         if call.probe is not None and not replay.functional:
             call.probe.compare(grads[count : 2 * count] if _only_moves(call.op) else _rebuilt(call, x))
@@ -393,9 +533,9 @@ def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor 
     return _arranged(call, None, x, replay.gradients)
 
 
-def _alive(call: Call, tensors: Sequence[Tensor | None]) -> Sequence[Any]:
+def _alive(call: Call, *groups: Sequence[Tensor | None]) -> Sequence[Sequence[Any]]:
     """Tensors without the wrappers of transforms that have ended since forward."""
-    return transforms.alive(tensors) if call.recording.wrapping or transforms.active() else tensors
+    return list(map(transforms.alive, groups)) if call.recording.wrapping or transforms.active() else groups
 
 
 def _rebuilt(call: Call, x: Wire) -> list[Tensor]:
@@ -410,7 +550,7 @@ def _rebuilt(call: Call, x: Wire) -> list[Tensor]:
 def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """``gys -> (gxs, gkept)``: the backward of a recomputed op."""
     count = len(call.x_kinds)
-    saved, gys = _alive(call, ctx.saved_tensors), _alive(call, gys)
+    saved, gys = _alive(call, ctx.saved_tensors, gys)
     xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
     y, pull = replay(_on_wire(call), (filled(call.x_spec, xs, kept),), (needs,))

@@ -17,6 +17,9 @@ NOTE [Replay] What a function did in forward has to happen again, identically, i
     Batch norm's kernels do not bump the version counter, so the first call of each module compares values.
 6.  *Autocast*, per device, dtype included; the number of *threads*, by which a kernel may divide its sums; and
     *discrete decisions*, pinned by `record`.
+7.  A module in training is called again and again, and sees the same each time: the slots of its parts, with the same
+    tensors in them. A recording is a value; one that still *holds* is used again, in the next forward and to tell
+    backward at a glance that nothing has to be put in place.
 """
 
 from __future__ import annotations
@@ -24,13 +27,16 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,6 +65,7 @@ class Owners:
     nearby: tuple[nn.Module, ...] = ()  # modules that a closure can see: it may read their tensors without calling them
     called: tuple[nn.Module, ...] = ()  # those of ``modules`` that are called, and not only asked for a method
     self_contained: dict[tuple[int, bool], bool] = field(default_factory=dict)  # (module, training) -> as first seen
+    last: Last = field(default_factory=lambda: Last(), compare=False)
 
     def needs_watch(self) -> bool:
         """Whether a call has to be watched: a closure always, a module until it is known to read only its own."""
@@ -149,6 +156,40 @@ def slots(module: nn.Module, seen: set[int]) -> list[tuple[nn.Module, dict[str, 
     return found
 
 
+class World(NamedTuple):
+    """The slots of modules as a call found them: what a module's call depends on, apart from its arguments."""
+
+    tables: tuple[dict[str, Any], ...]  # of parameters, buffers and submodules
+    contents: tuple[Any, ...]  # one after another, and an end
+    attributes: tuple[dict[str, Any], ...]
+    training: list[bool]
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module]) -> World | None:
+        """As it is now; None where there is more to see than slots."""
+        every = {id(part): part.__dict__ for module in modules for part in module.modules()}
+        attributes = tuple(every.values())
+        tables = tuple([a[kind] for a in attributes for kind in ("_parameters", "_buffers", "_modules")])
+        if not all([type(table) in _DICTS for table in tables]) or not all(["training" in a for a in attributes]):
+            return None
+        world = cls(tables, (*_chained(map(_values, tables)), *_END), attributes, list(map(_training, attributes)))
+        return world if world.holds() else None
+
+    def holds(self) -> bool:
+        """Whether it is as it was; without a line of Python for each slot, since every call asks."""
+        return (
+            all(map(is_, chain(_chained(map(_values, self.tables)), _END), self.contents))
+            and list(map(_training, self.attributes)) == self.training
+            and Tensor not in map(type, _chained(map(_values, self.attributes)))
+        )
+
+
+_END = (object(),)
+_DICTS = (dict, OrderedDict)
+_chained, _values = chain.from_iterable, dict.values
+_training, _requires_grad = itemgetter("training"), attrgetter("requires_grad")
+
+
 def _counts(value: Any) -> bool:
     """Whether an attribute that a module has not registered is a tensor of its own that needs a gradient."""
     if type(value) is not Tensor:
@@ -182,13 +223,86 @@ class Recording:
     autocast: tuple[Any, ...]
     threads: int
     wrapping: bool  # whether a transform was running
+    world: World | None = None  # all that the call depended on, if that was the slots of modules and nothing else
+
+    def holds(self) -> bool:
+        """Whether a call would now see the same tensors that this one saw."""
+        return (
+            self.world is not None
+            and not transforms.active()
+            and self.world.holds()
+            and all(map(_requires_grad, self.captured))
+            and not (self.fixed and any([t.requires_grad or version(t) != was for _, _, t, was in self.fixed]))
+        )
+
+    def is_under_way(self) -> bool:
+        """Whether a call would now run under the same conditions."""
+        return self.autocast == autocast_state() and self.threads == torch.get_num_threads()
+
+    def again(self, fn: Callable[..., T], *args: Any) -> T:
+        """``fn(*args)`` under the conditions that it ran under."""
+        if self.is_under_way():
+            return fn(*args)
+        with autocast(self.autocast), threads(self.threads):
+            return fn(*args)
+
+    def is_alone_with(self, captured: Sequence[Tensor]) -> bool:
+        """Whether these are the captured tensors, and nobody else asks for their gradients."""
+        return all(map(is_, captured, self.captured)) and not any([c._backward_hooks for c in captured])
 
 
-class Scope:
-    """Sees what functions use while they run, and makes a `Recording` of it."""
+class Last:
+    """What is known of an op's last call, where the next one may be the same. A copy of the op starts anew."""
+
+    __slots__ = ("call", "recording")
+
+    def __init__(self) -> None:
+        self.recording: Recording | None = None
+        self.call: Any = None  # the static part of its node
+
+    def __reduce__(self) -> Any:
+        return Last, ()
+
+
+class Running:
+    """What functions tell while they run: their pins, and what one of them returned."""
 
     def __init__(self, found: Owners) -> None:
         self.found = found
+        self.pins: list[tuple[str, Any]] = []
+        self.returned: tuple[Any, list[Kind]] | None = None
+        self.around = _RUNNING.get()  # the call, or the replay, in which this one runs
+
+    def pin(self, name: str, value: T) -> T:
+        """Keep a value for when the call runs again; see `record`."""
+        if self.around is not None:
+            value = self.around.pin(name, value)
+        self.pins.append((name, value))
+        return value
+
+
+class Repeat(Running):
+    """A call that will see what the last one saw, and so needs no other `Recording`; rule 7 of NOTE [Replay]."""
+
+    def run(self, fn: Callable[[Wire], T], x: Wire) -> T:
+        return transforms.with_gradients(False, fn, x)
+
+    def leave(self, random: Streams | None) -> Recording:
+        """The last recording, unless the call drew, pinned or returned something else."""
+        last = cast(Recording, self.found.last.recording)
+        if self.returned != last.returned:
+            self.found.last.recording = last = replace(last, returned=self.returned)
+        if self.pins:
+            return replace(last, random=random, pins=tuple(self.pins), world=None)
+        return last if random is None else replace(last, random=random)
+
+
+class Scope(Running):
+    """Sees what functions use while they run, and makes a `Recording` of it."""
+
+    def __init__(self, found: Owners, graph: bool = False) -> None:
+        super().__init__(found)
+        self.graph = graph
         self.captured: list[Tensor] = []
         self.places: dict[int, int] = {}  # id of a captured tensor -> its place
         self.filled: list[tuple[dict[str, Any], str, int]] = []
@@ -197,15 +311,27 @@ class Scope:
         self.noted: dict[int, int] = {}
         self.alive: list[Tensor] = []
         self.expected: set[int] = set()
-        self.pins: list[tuple[str, Any]] = []
-        self.returned: tuple[Any, list[Kind]] | None = None
         self.dead: tuple[int, ...] = ()
         self.seen: set[int] = set()
         self.began: int | None = None  # where the graph of this call begins, when it builds one
         self.wrapping = transforms.active()
-        self.around = _RUNNING.get()  # the call, or the replay, in which this one runs
         self.made: set[int] = set()  # ids of tensors that the call has made, as far as it was watched
         self.owned: set[int] = set()  # ids of the dicts of modules that were known before the call
+        self._begin()
+
+    def _begin(self) -> None:
+        for module in self.found.modules:
+            check_callee(module, module in self.found.called)
+            self.enter(module)
+        if self.found.opaque:
+            self.owned = {id(table) for table, *_ in [*self.filled, *self.fixed]}
+            self.owned |= {id(table) for _, table, *_ in self.before}
+        for tensor in self.found.tensors:
+            self.note(tensor)
+
+    def run(self, fn: Callable[[Wire], Any], x: Wire) -> Any:
+        """``fn(x)`` without gradients."""
+        return (_graphed if self.graph and not self.wrapping else _quiet)(fn, x, self.found, self)
 
     def capture(self, tensor: Tensor) -> int:
         """The place of a tensor among the captured ones."""
@@ -261,19 +387,12 @@ class Scope:
             else:
                 self.fixed.append((table, name, tensor, version(tensor)))
 
-    def pin(self, name: str, value: T) -> T:
-        """Keep a value for when the call runs again; see `record`."""
-        if self.around is not None:
-            value = self.around.pin(name, value)
-        self.pins.append((name, value))
-        return value
-
     def leave(self, random: Streams | None) -> Recording:
         """What was seen."""
         written, copied = self._settle() if self.before else ((), ())
         if self.found.opaque:
             self._take_back()
-        return Recording(
+        seen = Recording(
             tuple(self.captured),
             tuple(self.filled),
             tuple(self.fixed),
@@ -291,6 +410,16 @@ class Scope:
             torch.get_num_threads(),
             self.wrapping,
         )
+        if not (written or copied) and self._is_repeatable():
+            seen.world = World.of(self.found.modules)
+            self.found.last.recording = seen if random is None else replace(seen, random=None)
+        return seen
+
+    def _is_repeatable(self) -> bool:
+        """Whether the call depended on nothing but the slots of modules, apart from what `leave` was told."""
+        found = self.found
+        special = found.opaque or found.tensors or self.wrapping or self.noted or self.pins or self.graph
+        return not special and not found.needs_watch() and all([t.is_leaf for t in self.captured])
 
     def _settle(self) -> tuple[list[tuple[dict[str, Any], str, Tensor]], list[tuple[Tensor, Tensor]]]:
         """Tell the buffers that the call wrote, with a slot or without one, from those that it only read."""
@@ -340,6 +469,10 @@ def _writes(owner: nn.Module, name: str, tensor: Tensor, copy: Tensor, before: i
 def version(tensor: Tensor) -> int:
     """A tensor's version counter; inference tensors have none and can not change under autograd."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 # ---- watching closures ---------------------------------------------------------------------------------------------
@@ -433,6 +566,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return not memcmp(a.data_ptr(), b.data_ptr(), a.numel())
 
 
+_cpu_state = torch.default_generator.get_state
 memcmp = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
 memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 
@@ -443,8 +577,8 @@ class Streams:
     __slots__ = ("cpu", "cuda")
 
     def __init__(self, devices: Sequence[int]) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+        self.cpu = _cpu_state()
+        self.cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices] if devices else ()
 
     @property
     def nbytes(self) -> int:
@@ -453,8 +587,9 @@ class Streams:
 
     def moved(self) -> bool:
         """Whether anything was drawn since."""
-        cpu = _same(self.cpu, torch.get_rng_state())
-        return not (cpu and all([_same(state, torch.cuda.get_rng_state(d)) for d, state in self.cuda]))
+        if not _same(self.cpu, _cpu_state()):
+            return True
+        return bool(self.cuda) and not all([_same(state, torch.cuda.get_rng_state(d)) for d, state in self.cuda])
 
     def put(self) -> None:
         """Set the generators to this state."""
@@ -479,17 +614,21 @@ _DICE = threading.RLock()
 
 def cuda_devices(tensors: Iterable[Tensor]) -> Sequence[int]:
     """The CUDA devices of tensors: a call draws from their generators as well as from the CPU's."""
-    return sorted({t.get_device() for t in tensors if t.is_cuda}) if torch.cuda.is_initialized() else ()
+    found = [t.get_device() for t in tensors if t.is_cuda]
+    return sorted(set(found)) if found and torch.cuda.is_initialized() else ()
 
 
 def autocast_state() -> tuple[Any, ...]:
     """Whether autocast is on, and its dtype, for every device in use; one object for all calls under the same."""
+    if not torch._C._is_any_autocast_enabled():
+        return _OFF
     devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
     state = tuple([(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices])
     return _STATES.setdefault(state, state)
 
 
 _STATES: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_OFF = (("cpu", False, None), ("cuda", False, None))
 
 
 @contextmanager
@@ -512,7 +651,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(now)
 
 
-_RUNNING: ContextVar[Scope | _Pinned | None] = ContextVar("running", default=None)
+_RUNNING: ContextVar[Running | _Pinned | None] = ContextVar("running", default=None)
 
 
 def record(name: str, value: T) -> T:
@@ -571,6 +710,11 @@ def fetch(leaf: Any, kept: Sequence[Tensor]) -> Any:
     return kept[leaf.place] if isinstance(leaf, Kept) else leaf
 
 
+def taped(fn: Callable[[Tensor], T], inner: Tensor) -> T:
+    """A function of a leaf's view: hooks of modules on their inputs do not run on leaves under `autograd.grad`."""
+    return fn(inner.view_as(inner))
+
+
 # ---- record and replay -------------------------------------------------------------------------------------------
 
 
@@ -586,30 +730,42 @@ def recorded(
         randomness: Whether to keep a snapshot of the generators when the call draws from them.
         graph: Find out which outputs depend on anything differentiable, by building a graph and dropping it.
     """
-    scope = Scope(found)
-    for module in found.modules:
-        check_callee(module, module in found.called)
-        scope.enter(module)
-    if found.opaque:
-        scope.owned = {id(table) for table, *_ in [*scope.filled, *scope.fixed]}
-        scope.owned |= {id(table) for _, table, *_ in scope.before}
-    for tensor in found.tensors:
-        scope.note(tensor)
+    last = found.last.recording
+    repeats = last is not None and not graph and last.holds() and last.is_under_way()
+    scope = Repeat(found) if repeats else Scope(found, graph)
     given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
     before = Streams(cuda_devices(given)) if randomness else None
-    versions = [(leaf, leaf._version) for leaf in given if not leaf.is_inference()]
+    versions = _versions(given)
     running = _RUNNING.set(scope)
     try:
-        out = _graphed(fn, x, found, scope) if graph and not scope.wrapping else _quiet(fn, x, found, scope)
+        out = scope.run(fn, x)
     except RuntimeError as error:
         if "is being used in an in-place operation" in str(error):
             raise _changed(fn) from error
         raise
     finally:
         _RUNNING.reset(running)
-    if any([leaf._version != was for leaf, was in versions]):
+    if _versions(given) != versions:
         raise _changed(fn)
     return out, scope.leave(before if before is not None and before.moved() else None)
+
+
+def repeated(fn: Callable[[Tensor], Any], x: Tensor, found: Owners, randomness: bool = True) -> tuple[Any, Recording]:
+    """`recorded` of one function on one tensor, in fewer words: the last recording was asked and *holds*."""
+    before = Streams((x.get_device(),) if x.is_cuda else ()) if randomness else None
+    version, running = x._version, Repeat(found)
+    token = _RUNNING.set(running)
+    try:
+        out = transforms.with_gradients(False, fn, x)
+    finally:
+        _RUNNING.reset(token)
+    if x._version != version:
+        raise _changed(fn)
+    drew = before is not None and before.moved()
+    if not (drew or running.pins):
+        return out, cast(Recording, found.last.recording)
+    running.returned = fn, kinds(leaves(out))
+    return out, running.leave(before if drew else None)
 
 
 def _changed(fn: Callable[..., Any]) -> ReplayError:
@@ -625,15 +781,18 @@ Kind: TypeAlias = tuple[torch.Size, torch.dtype]
 
 def returned(fn: Callable[..., Any], out: T) -> T:
     """Note what a function of an op returned, where nothing else would show that it returns something else later."""
-    scope = None if torch.compiler.is_compiling() else _RUNNING.get()
-    if isinstance(scope, Scope):
-        scope.returned = fn, kinds(leaves(out))
+    if not torch.compiler.is_compiling() and isinstance(running := _RUNNING.get(), Running):
+        running.returned = fn, kinds(leaves(out))
     return out
 
 
 def kinds(items: Iterable[Any]) -> list[Kind]:
     """The shape and dtype of each differentiable tensor."""
-    return [(t.shape, t.dtype) for t in items if is_differentiable(t)]
+    return [(t.shape, t.dtype) for t in items if isinstance(t, Tensor) and t.dtype in _DIFFERENTIABLE]
+
+
+_DTYPES = [dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)]
+_DIFFERENTIABLE = frozenset(dtype for dtype in _DTYPES if dtype.is_floating_point or dtype.is_complex)
 
 
 def tensor_kinds(tensors: Sequence[Tensor]) -> list[Kind]:
@@ -649,7 +808,7 @@ def check_kinds(subject: Callable[[], str], items: Iterable[Any], expected: list
 
 
 def _kinds_of(items: Iterable[Any]) -> list[Kind | None]:
-    return [(t.shape, t.dtype) if is_differentiable(t) else None for t in items]
+    return [(t.shape, t.dtype) if isinstance(t, Tensor) and t.dtype in _DIFFERENTIABLE else None for t in items]
 
 
 def _check_seeds(fn: Callable[..., Any], found: list[Kind | None], seeds: Sequence[Tensor | None]) -> None:
@@ -758,9 +917,12 @@ class Replay(VJP):
         self.places = [i for i, want in enumerate(wanted) if want]
         self.met: set[int] = set()
         self.inside: set[int] = set()
-        self._check()
-        self.in_place = self._is_in_place()
-        self.direct = self.in_place and not (functional or recording.noted or recording.written or recording.copied)
+        if not functional and recording.holds() and recording.is_alone_with(captured):
+            self.in_place = self.direct = True  # at a glance: rule 7 of NOTE [Replay]
+        else:
+            self._check()
+            self.in_place = self._is_in_place()
+            self.direct = self.in_place and not (functional or recording.noted or recording.written or recording.copied)
         self._same = self.direct and self._are_conditions()
 
     # ---- evaluation ----
@@ -775,10 +937,15 @@ class Replay(VJP):
         needs = map_wire(is_differentiable, x) if needs is None else needs
         if not (self.places or any(leaves(needs))):
             return self.run(fn, x), lambda gy: map_wire(lambda leaf: None, x)
-        out, pull = (self._functional if self.functional else self._eager)(fn, x, needs)
-        if self.recording.returned is not None and self.recording.returned[0] is fn:
-            check_kinds(lambda: f"{name_of(fn)} on replay", leaves(out), self.recording.returned[1])
-        return out, pull
+        return (self._functional if self.functional else self._eager)(fn, x, needs)
+
+    def _check_returned(self, fn: Callable[..., Any], outs: Sequence[Any]) -> list[Kind | None]:
+        """The kinds of what a function returned, if they are as in forward where that was noted."""
+        found = _kinds_of(outs)
+        noted = self.recording.returned
+        if noted is not None and noted[0] is fn and found != noted[1]:
+            check_kinds(lambda: f"{name_of(fn)} on replay", outs, noted[1])
+        return found
 
     def _evaluate(self, fn: Callable[..., Any], x: Wire, captured: Sequence[Tensor]) -> Wire:
         """``fn(*x)`` as it ran in forward; what it returns of its closure is replaced as well."""
@@ -794,33 +961,34 @@ class Replay(VJP):
 
     def _eager(self, fn: Callable[..., Any], x: Wire, needs: Wire) -> tuple[Wire, Callable[[Wire], Wire]]:
         """Autograd on detached leaves: leaner than ``torch.func.vjp``, but not differentiable again."""
-        inner = map_wire(_leaf, x, needs)
+        wants = leaves(needs)
+        inner = list(map(_leaf, leaves(x), wants))
         captured = self.captured if self.in_place else list(map(_leaf, self.captured, self.wanted))
-        out = transforms.with_gradients(True, self._taped, fn, inner, needs, captured)
+        out = transforms.with_gradients(True, self._taped, fn, x, inner, wants, captured)
         outs = leaves(out)
+        found = self._check_returned(fn, outs)
         edges = [transforms.gradient_edge(o) if _has_graph(o) else None for o in outs]
-        sources = [leaf for leaf, need in zip(leaves(inner), leaves(needs), strict=True) if need]
+        sources = [leaf for leaf, want in zip(inner, wants, strict=True) if want]
         sources += [captured[i] for i in self.places]
-        found = _kinds_of(outs)
 
         def pull(gout: Wire) -> Wire:
             given = leaves(gout)
             _check_seeds(fn, found, given)
             roots = [(e, g) for e, g in zip(edges, given, strict=True) if e is not None and g is not None]
-            if not roots:
-                return map_wire(lambda need: None, needs)
-            gradients = iter(transforms.gradients(roots, sources))
-            gx = map_wire(lambda need: next(gradients) if need else None, needs)
+            gradients = iter(transforms.gradients(roots, sources) if roots else [None] * len(sources))
+            gx = unflatten(needs, [next(gradients) if want else None for want in wants])
             self._add(gradients)
             return gx
 
         return map_wire(_detached, out), pull
 
-    def _taped(self, fn: Callable[..., Any], inner: Wire, needs: Wire, captured: Sequence[Tensor]) -> Wire:
+    def _taped(
+        self, fn: Callable[..., Any], x: Wire, inner: list[Any], wants: list[bool], captured: Sequence[Tensor]
+    ) -> Wire:
         """Run on leaves, with gradients on; raise where the graph reaches what was not captured."""
-        given = map_wire(_not_leaf, inner, needs)
-        out = self._evaluate(fn, given, captured)
-        known = [*captured, *leaves(inner)] if self.recording.opaque else []
+        given = unflatten(x, [leaf.view_as(leaf) if want else leaf for leaf, want in zip(inner, wants, strict=True)])
+        out = self._evaluate(fn, given, captured)  # views, as in `taped`
+        known = [*captured, *inner] if self.recording.opaque else []
         if self.recording.opaque and self._strangers(out, known):
             with self._standing_in({}, captured, leaves(given)):  # tells which leaves the function has made itself
                 out = self._evaluate(fn, given, captured)
@@ -847,9 +1015,10 @@ class Replay(VJP):
         outs, vjp, *_ = torch.func.vjp(closed, *[flat[i] for i in own], *[self.captured[i] for i in theirs])
         left = iter(outs)
         out = map_wire(lambda leaf: next(left) if leaf is _HOLE else leaf, structure[0])
+        found = self._check_returned(fn, leaves(out))
 
         def pull(gout: Wire) -> Wire:
-            _check_seeds(fn, _kinds_of(leaves(out)), leaves(gout))
+            _check_seeds(fn, found, leaves(gout))
             seeds = [g for g, o in zip(leaves(gout), leaves(out), strict=True) if is_differentiable(o)]
             filled = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(seeds, outs, strict=True))
             gradients = iter(vjp(filled))
@@ -929,10 +1098,7 @@ class Replay(VJP):
 
     def _are_conditions(self) -> bool:
         """Rules 4 and 6: nothing has to be restored."""
-        r = self.recording
-        if r.random is not None or r.pins or r.threads != torch.get_num_threads():
-            return False
-        return r.autocast == autocast_state()
+        return self.recording.random is None and not self.recording.pins and self.recording.is_under_way()
 
     @contextmanager
     def _restored(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
@@ -1013,11 +1179,6 @@ def _leaf(leaf: Any, need: bool) -> Any:
     if need:
         return leaf.detach().requires_grad_()
     return leaf.detach() if is_differentiable(leaf) else leaf
-
-
-def _not_leaf(leaf: Any, need: bool) -> Any:
-    """Hooks of modules on their inputs do not run on leaves under `torch.autograd.grad`."""
-    return leaf.view_as(leaf) if need else leaf
 
 
 def _has_graph(leaf: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch._C._functorch as functorch  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy, set_eval_frame
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -54,6 +54,12 @@ def uncompiled() -> Iterator[None]:
     finally:
         _STANCE.leave()
         set_eval_frame(prior)
+
+
+def unseen_by_dynamo(fn: Callable[..., T]) -> Callable[..., T]:
+    """A function that Dynamo does not look into on its own, where it has given up the frame that calls it."""
+    set_code_exec_strategy(fn.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return fn
 
 
 class _Stance:

@@ -22,7 +22,7 @@ NOTE [Trunk] One node for each primitive, linked by carriers, closed by a tail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,16 @@ def taken(state: State, found: list[Strand]) -> Wire:
     if isinstance(state, Strand):
         found.append(state)
         return state.value
-    return tuple([taken(part, found) for part in state]) if isinstance(state, tuple) else state
+    if not isinstance(state, tuple):
+        return state
+    wire = []
+    for part in state:
+        if type(part) is Strand:  # the ordinary case; a call for each would take as long as all that a stage does here
+            found.append(part)
+            wire.append(part.value)
+        else:
+            wire.append(taken(part, found))
+    return tuple(wire)
 
 
 def strands(state: State) -> list[Strand]:
@@ -116,16 +125,22 @@ _ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 _CARRIERS: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}  # views of a zero: they cost no memory
 
 
-def carrier(value: Tensor) -> Tensor:
-    """A one-element stand-in of the shape of a value."""
-    if type(value) is not Tensor or transforms.active():
-        return value.new_zeros(()).expand(value.shape)
-    made = _CARRIERS.get(key := (value.shape, value.dtype, value.device))
-    if made is None:
-        if len(_CARRIERS) > 1000:  # of as many shapes: they come from somewhere that has ever new ones
-            _CARRIERS.clear()
-        made = _CARRIERS[key] = _zero(value).expand_as(value)
-    return made.detach()  # not a view: FSDP2 warns of those
+def carriers(ys: Iterable[Tensor]) -> list[Tensor]:
+    """A one-element stand-in of the shape of each value."""
+    if transforms.active():
+        return [y.new_zeros(()).expand(y.shape) for y in ys]
+    made = []
+    for y in ys:
+        stand_in = _CARRIERS.get((y.shape, y.dtype, y.device)) if type(y) is Tensor else y.new_zeros(()).expand(y.shape)
+        made.append((_stand_in(y) if stand_in is None else stand_in).detach())  # not a view: FSDP2 warns of those
+    return made
+
+
+def _stand_in(value: Tensor) -> Tensor:
+    if len(_CARRIERS) > 1000:  # of as many shapes: they come from somewhere that has ever new ones
+        _CARRIERS.clear()
+    made = _CARRIERS[value.shape, value.dtype, value.device] = _zero(value).expand_as(value)
+    return made
 
 
 def _zero(like: Tensor) -> Tensor:
@@ -165,10 +180,22 @@ def is_tail(node: Any) -> bool:
 
 
 def apply_node(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """``node.apply``, or what Dynamo knows it by."""
+    return node.apply(*args) if torch.compiler.is_compiling() else applied(node, *args)
+
+
+def applied(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
     """``node.apply``; outside of transforms without binding a signature, which costs more than the node itself."""
-    if transforms.active() or torch.compiler.is_compiling():
+    if transforms.active():
         return node.apply(*args)
     return super(torch.autograd.Function, node).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def need_gradients(tensors: Sequence[Tensor]) -> list[bool]:
+    """`needs_gradient` of each."""
+    if transforms.active():
+        return [tensor.requires_grad or transforms.is_wrapped(tensor) for tensor in tensors]
+    return [tensor.requires_grad for tensor in tensors]
 
 
 def needs_gradient(tensor: Tensor) -> bool:

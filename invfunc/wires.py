@@ -38,11 +38,12 @@ def unflatten(like: Wire, values: Iterable[Any]) -> Wire:
         >>> unflatten((1, (2, 3)), "abc")
         ('a', ('b', 'c'))
     """
-    return _take(like, iter(values))
+    left = iter(values)
+    return _take(like, left) if isinstance(like, tuple) else next(left)
 
 
-def _take(like: Wire, values: Iterator[Any]) -> Wire:
-    return tuple(_take(part, values) for part in like) if isinstance(like, tuple) else next(values)
+def _take(like: tuple[Wire, ...], left: Iterator[Any]) -> Wire:
+    return tuple([_take(part, left) if isinstance(part, tuple) else next(left) for part in like])
 
 
 def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..invertible import Invertible
 from ..lowering import Options, owners_of, rooted, walk
 from ..replay import Recording, recorded
-from ..trunk import State, Strand, carrier, map_state, strands, values
+from ..trunk import State, Strand, carriers, map_state, strands, values
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .executor import Stretch, follow, steps_of
 from .schedule import Recompute, Store
@@ -132,8 +132,8 @@ class Trial:
         self, through: Through, x: Wire, parameters: Sequence[Tensor], carried: bool = False, layouts: Layouts = APART
     ) -> None:
         anchor, self.gxs = torch.zeros((), requires_grad=True), list[Any]()
-        carriers = [carrier(leaf).requires_grad_() for leaf in leaves(x) if carried and is_differentiable(leaf)]
-        self.inputs, self.carried, left = [anchor, *carriers, *parameters], len(carriers), iter(carriers)
+        above = [c.requires_grad_() for c in carriers(filter(is_differentiable, leaves(x)))] if carried else []
+        self.inputs, self.carried, left = [anchor, *above, *parameters], len(above), iter(above)
         root = partial(_on_strand, left)
         state = map_state(root, _rooted(anchor, x, self.gxs))
         del x
