@@ -40,7 +40,7 @@ from .trunk import (
     Flat,
     State,
     Strand,
-    applied,
+    applicable,
     apply_node,
     at_start,
     begin,
@@ -239,7 +239,7 @@ def stage(op: Invertible, state: State, options: Options) -> State:
     if options.step is not None and not (transforms.active() or isinstance(op, Rearrangement)):
         return compiling.stage(op, state, options.step)
     found = owners_of(op)
-    if (call := found.last.call) is not None and (out := again(op, call, state, options)) is not None:
+    if (call := found.last.call) is not None and (out := again(op, found, call, state, options)) is not None:
         return out
     xs: list[Strand] = []
     x = taken(state, xs)
@@ -268,7 +268,7 @@ def _on_trunk(op: Invertible, state: State, y: Wire, residue: Residue, recording
     above = [s.carrier for s in xs] if carried else []
     if any([carrier is None for carrier in above]):
         above = [made if s.carrier is None else s.carrier for s, made in zip(xs, carriers(values), strict=True)]
-    out = applied(_Stage, call, *values, *above, *kept, *ys)
+    out = (_Stage.apply if transforms.active() else _stage)(call, *values, *above, *kept, *ys)
     return filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
 
 
@@ -371,7 +371,7 @@ def _dead(op: Invertible, x: Wire, needs: Sequence[bool], found: tuple[int, ...]
 #     function is evaluated for nothing. So these lines have no cases.
 
 
-def again(op: Invertible, call: Call, state: State, options: Options) -> State | None:
+def again(op: Invertible, found: Owners, call: Call, state: State, options: Options) -> State | None:
     """The stage of an additive half that is called as it was before; None where it is not."""
     half, recording = cast(Half, call.op), call.recording
     if not (type(state) is tuple and len(state) == 2 and type(state[0]) is type(state[1]) is Strand):
@@ -381,12 +381,12 @@ def again(op: Invertible, call: Call, state: State, options: Options) -> State |
     x1, x2 = half.in_place(x)
     if not (_is_usual(a) and _is_usual(b) and recording.holds() and recording.is_under_way()):
         return None
-    t, now = repeated(half.fn, x2, owners_of(op), options.preserve_rng_state)
-    if now is not recording or not _fits(t, x1):
+    t, other = repeated(half.fn, x2, found, options.preserve_rng_state)
+    if other is not None or not _fits(t, x1):
         y, residue = half.changed_by(t, x)
-        now = now if _fits(t, x1) else replace(now, returned=(half.fn, kinds(leaves(t))))
-        return _on_trunk(op, state, y, residue, now, options)
-    ya, yb, ca, cb = applied(_Sum, call, *x, a.carrier, b.carrier, *recording.captured, t)
+        other = replace(other or recording, returned=(half.fn, kinds(leaves(t))))
+        return _on_trunk(op, state, y, residue, other, options)
+    ya, yb, ca, cb = _sum(call, *x, a.carrier, b.carrier, *recording.captured, t)
     return Strand(ya, ca), Strand(yb, cb)
 
 
@@ -396,8 +396,9 @@ def _is_usual(x: Strand) -> bool:
 
 def _fits(t: Any, x: Tensor) -> bool:
     """Whether the sum is as x is; under autocast, what is added may be of a narrower dtype."""
-    alike = type(t) is Tensor and t.shape == x.shape and t.device == x.device
-    return alike and (t.dtype is x.dtype or torch.promote_types(t.dtype, x.dtype) is x.dtype)
+    if type(t) is not Tensor or t.shape != x.shape:
+        return False
+    return t.dtype is x.dtype or torch.promote_types(t.dtype, x.dtype) is x.dtype
 
 
 class _Sum(torch.autograd.Function):
@@ -417,23 +418,36 @@ class _Sum(torch.autograd.Function):
         return transforms.run_backward(_pull_again, ctx, ctx.call, grads)
 
 
+_sum = applicable(_Sum)
+
+
 def _pull_again(ctx: Any, call: Call, grads: Sequence[Any]) -> tuple[Tensor | None, ...]:
     """`_pull` of an additive half, where all is as it was in forward."""
     op, recording, captured = cast(Half, call.op), call.recording, ctx.saved_tensors
     (g1, g2), (y1, x2) = op.in_place(grads[:2]), op.in_place(grads[2:])
     if g1 is None or g2 is None or not (type(y1) is type(x2) is Tensor) or torch.is_grad_enabled():
-        return _pulled(ctx, call, captured, grads)
+        return _pulled_otherwise(ctx, call, captured, grads)
     if not (recording.holds() and recording.is_alone_with(captured)) or transforms.in_compiled_backward():
-        return _pulled(ctx, call, captured, grads)
+        return _pulled_otherwise(ctx, call, captured, grads)
     inner = x2.detach().requires_grad_()
     t = transforms.with_gradients(True, recording.again, taped, op.fn, inner)
     if not (_fits(t, y1) and t.dtype is ctx.dtype and t.requires_grad):
-        return _pulled(ctx, call, captured, grads)
+        return _pulled_otherwise(ctx, call, captured, grads)
     x1, root, seed = y1 - t.detach(), transforms.gradient_edge(t), match(g1, t)
     del t
     gx2, *gcaptured = transforms.gradients([(root, seed)], [inner, *captured])
     gx2 = g2 if gx2 is None else g2 + gx2
     return (None, *op.in_place((g1, gx2)), *op.in_place((x1, x2)), *gcaptured, None)
+
+
+def _pulled_otherwise(
+    ctx: Any, call: Call, captured: Sequence[Tensor], grads: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """The general way; the static part was that of another node, whose tensors may have had other shapes."""
+    half, found = cast(Half, call.op), tensor_kinds(grads[2:])
+    returned = half.fn, [(half.in_place(grads[2:])[0].shape, ctx.dtype)]
+    recording = replace(call.recording, returned=returned)
+    return _pulled(ctx, replace(call, recording=recording, x_kinds=found, y_kinds=found), captured, grads)
 
 
 # ---- the nodes -------------------------------------------------------------------------------------------------------
@@ -463,6 +477,9 @@ class _Stage(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return transforms.run_backward(_pull, ctx, ctx.call, grads)
+
+
+_stage = applicable(_Stage)
 
 
 class _Recompute(torch.autograd.Function):

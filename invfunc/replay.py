@@ -159,10 +159,9 @@ def slots(module: nn.Module, seen: set[int]) -> list[tuple[nn.Module, dict[str, 
 class World(NamedTuple):
     """The slots of modules as a call found them: what a module's call depends on, apart from its arguments."""
 
-    tables: tuple[dict[str, Any], ...]  # of parameters, buffers and submodules
-    contents: tuple[Any, ...]  # one after another, and an end
     attributes: tuple[dict[str, Any], ...]
-    training: list[bool]
+    tables: tuple[dict[str, Any], ...]  # of parameters, buffers and submodules
+    contents: tuple[Any, ...]  # whether each module is in training; then what is in the tables, and an end
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> World | None:
@@ -172,16 +171,14 @@ class World(NamedTuple):
         tables = tuple([a[kind] for a in attributes for kind in ("_parameters", "_buffers", "_modules")])
         if not all([type(table) in _DICTS for table in tables]) or not all(["training" in a for a in attributes]):
             return None
-        world = cls(tables, (*_chained(map(_values, tables)), *_END), attributes, list(map(_training, attributes)))
+        world = cls(attributes, tables, (*map(_training, attributes), *_chained(map(_values, tables)), *_END))
         return world if world.holds() else None
 
     def holds(self) -> bool:
         """Whether it is as it was; without a line of Python for each slot, since every call asks."""
-        return (
-            all(map(is_, chain(_chained(map(_values, self.tables)), _END), self.contents))
-            and list(map(_training, self.attributes)) == self.training
-            and Tensor not in map(type, _chained(map(_values, self.attributes)))
-        )
+        now = chain(map(_training, self.attributes), _chained(map(_values, self.tables)), _END)
+        loose = Tensor in map(type, _chained(map(_values, self.attributes)))
+        return not loose and all(map(is_, now, self.contents))
 
 
 _END = (object(),)
@@ -267,17 +264,18 @@ class Last:
 class Running:
     """What functions tell while they run: their pins, and what one of them returned."""
 
+    pins: tuple[tuple[str, Any], ...] = ()
+    returned: tuple[Any, list[Kind]] | None = None
+
     def __init__(self, found: Owners) -> None:
         self.found = found
-        self.pins: list[tuple[str, Any]] = []
-        self.returned: tuple[Any, list[Kind]] | None = None
         self.around = _RUNNING.get()  # the call, or the replay, in which this one runs
 
     def pin(self, name: str, value: T) -> T:
         """Keep a value for when the call runs again; see `record`."""
         if self.around is not None:
             value = self.around.pin(name, value)
-        self.pins.append((name, value))
+        self.pins = (*self.pins, (name, value))
         return value
 
 
@@ -293,7 +291,7 @@ class Repeat(Running):
         if self.returned != last.returned:
             self.found.last.recording = last = replace(last, returned=self.returned)
         if self.pins:
-            return replace(last, random=random, pins=tuple(self.pins), world=None)
+            return replace(last, random=random, pins=self.pins, world=None)
         return last if random is None else replace(last, random=random)
 
 
@@ -401,7 +399,7 @@ class Scope(Running):
             tuple(self.alive),
             frozenset(self.expected),
             tuple(copied),
-            tuple(self.pins),
+            self.pins,
             self.returned,
             self.dead,
             self.found.opaque,
@@ -563,7 +561,7 @@ def stand_in(tensor: Tensor) -> Tensor:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two states of a generator are the same: ten times faster than as tensors, and not dispatched."""
-    return not memcmp(a.data_ptr(), b.data_ptr(), a.numel())
+    return not memcmp(a.data_ptr(), b.data_ptr(), a.nbytes)
 
 
 _cpu_state = torch.default_generator.get_state
@@ -736,36 +734,38 @@ def recorded(
     given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
     before = Streams(cuda_devices(given)) if randomness else None
     versions = _versions(given)
-    running = _RUNNING.set(scope)
-    try:
-        out = scope.run(fn, x)
-    except RuntimeError as error:
-        if "is being used in an in-place operation" in str(error):
-            raise _changed(fn) from error
-        raise
-    finally:
-        _RUNNING.reset(running)
+    out = _run(scope, fn, x)
     if _versions(given) != versions:
         raise _changed(fn)
     return out, scope.leave(before if before is not None and before.moved() else None)
 
 
-def repeated(fn: Callable[[Tensor], Any], x: Tensor, found: Owners, randomness: bool = True) -> tuple[Any, Recording]:
-    """`recorded` of one function on one tensor, in fewer words: the last recording was asked and *holds*."""
+def repeated(
+    fn: Callable[[Tensor], Any], x: Tensor, found: Owners, randomness: bool = True
+) -> tuple[Any, Recording | None]:
+    """`recorded`, of one function on one tensor, where a recording holds; None stands for that one."""
     before = Streams((x.get_device(),) if x.is_cuda else ()) if randomness else None
     version, running = x._version, Repeat(found)
-    token = _RUNNING.set(running)
-    try:
-        out = transforms.with_gradients(False, fn, x)
-    finally:
-        _RUNNING.reset(token)
+    out = _run(running, fn, x)
     if x._version != version:
         raise _changed(fn)
     drew = before is not None and before.moved()
     if not (drew or running.pins):
-        return out, cast(Recording, found.last.recording)
+        return out, None
     running.returned = fn, kinds(leaves(out))
     return out, running.leave(before if drew else None)
+
+
+def _run(running: Scope | Repeat, fn: Callable[[Wire], Any], x: Wire) -> Any:
+    token = _RUNNING.set(running)
+    try:
+        return running.run(fn, x)
+    except RuntimeError as error:
+        if "is being used in an in-place operation" in str(error):
+            raise _changed(fn) from error
+        raise
+    finally:
+        _RUNNING.reset(token)
 
 
 def _changed(fn: Callable[..., Any]) -> ReplayError:

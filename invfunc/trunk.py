@@ -181,14 +181,14 @@ def is_tail(node: Any) -> bool:
 
 def apply_node(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
     """``node.apply``, or what Dynamo knows it by."""
-    return node.apply(*args) if torch.compiler.is_compiling() else applied(node, *args)
-
-
-def applied(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
-    """``node.apply``; outside of transforms without binding a signature, which costs more than the node itself."""
-    if transforms.active():
+    if transforms.active() or torch.compiler.is_compiling():
         return node.apply(*args)
-    return super(torch.autograd.Function, node).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+    return applicable(node)(*args)
+
+
+def applicable(node: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``node.apply`` outside of transforms: without binding a signature, which costs more than the node itself."""
+    return super(torch.autograd.Function, node).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def need_gradients(tensors: Sequence[Tensor]) -> list[bool]:
