@@ -1094,6 +1094,7 @@ class Replay(VJP):
             all([table[name] is self.captured[i] for table, name, i in r.filled])
             and all([table[name] is tensor for table, name, tensor, _ in r.fixed])
             and all([c.is_leaf and not c._backward_hooks for c in self.captured])  # they see the whole gradient, once
+            and all([c.requires_grad for c, want in zip(self.captured, self.wanted, strict=True) if want])
         )
 
     def _are_conditions(self) -> bool:

@@ -1,0 +1,566 @@
+"""The second call and those after it: what is remembered of the first never shows, but in the time that it takes."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+import invfunc as inv
+from invfunc import lowering
+from invfunc.drift import DriftWarning
+from invfunc.errors import ReplayError, WireError
+from invfunc.replay import owners, recorded
+
+WIDTH, DEPTH = 4, 3
+
+
+class Branch(nn.Module):
+    """A network with all that a module can hold: parts, a constant, a place for a tensor, and a count of its calls."""
+
+    def __init__(self, width: int = WIDTH, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(width, width, dtype=dtype), nn.Tanh())
+        self.noise = nn.Dropout(0.0)
+        self.register_buffer("scale", torch.full((width,), 0.7, dtype=dtype))
+        self.shift: Any = 0.0
+        self.after: Callable[[Tensor], Tensor] = lambda y: y
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.after(self.noise(self.parts(x)) * self.scale + self.shift)
+
+
+class Net:
+    """A pipeline, lowered and called twice already: so its halves are called again."""
+
+    def __init__(self, branch: Callable[[], nn.Module] = Branch, dtype: torch.dtype = torch.float64) -> None:
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(branch() for _ in range(2 * DEPTH))
+        fns = list(self.branches)
+        couplings = [inv.couple(f, g) for f, g in zip(fns[::2], fns[1::2], strict=True)]
+        self.op = inv.chain(inv.split(2, dim=-1), *couplings, inv.concat(2, dim=-1))
+        self.fast = inv.checkpoint(self.op)
+        self.x = torch.randn(5, 2 * WIDTH, dtype=dtype, requires_grad=True)
+        for _ in range(2):
+            loss(self.fast(self.x)).backward()
+        self.branches.zero_grad()
+        self.x.grad = None
+
+    def __getitem__(self, index: int) -> Any:
+        return self.branches[index]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, *(p for p in self.branches.parameters() if p.requires_grad)]
+
+    def step(self, fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """The output and all gradients, with the same random numbers."""
+        torch.manual_seed(1)
+        y = fn(self.x)
+        return y.detach(), *torch.autograd.grad(loss(y), self.leaves, allow_unused=True), torch.rand(3)
+
+    def assert_right(self) -> None:
+        """Twice, since what is remembered of a call shows in the next."""
+        for _ in range(2):
+            torch.testing.assert_close(self.step(self.fast), self.step(self.op), rtol=1e-9, atol=1e-9)
+
+
+def loss(y: Tensor) -> Tensor:
+    return (y.sin() * y).abs().sum()
+
+
+def lean(y: Tensor) -> int:
+    """How many nodes of a graph took the short way."""
+    seen, todo = set[Any](), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return sum(node.name().startswith("_Sum") for node in seen)
+
+
+def test_the_short_way_is_taken_and_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    assert lean(net.fast(net.x)) == 2 * DEPTH
+    found = net.step(net.fast)
+    monkeypatch.setattr(lowering, "again", lambda *_: None)
+    assert lean(net.fast(net.x)) == 0
+    assert all(map(torch.equal, found, net.step(net.fast)))
+
+
+def test_each_function_still_runs_twice_in_a_step() -> None:
+    net = Net()
+    for branch in net.branches:
+        branch.calls = 0
+    net.step(net.fast)
+    assert [branch.calls for branch in net.branches] == [2] * 2 * DEPTH
+
+
+# ---- what changes between two calls --------------------------------------------------------------------------------
+
+
+def replace_a_parameter(net: Net) -> None:
+    net[2].parts[0].weight = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64))
+
+
+def replace_data(net: Net) -> None:
+    net[2].parts[0].weight.data = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+
+
+def replace_a_part(net: Net) -> None:
+    net[2].parts[1] = nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float64), nn.SiLU())
+
+
+def replace_the_last_part(net: Net) -> None:
+    net[2].noise = nn.Dropout(0.5)
+
+
+def add_a_part(net: Net) -> None:
+    net[2].parts.append(nn.Linear(WIDTH, WIDTH, dtype=torch.float64))
+
+
+def load_by_assignment(net: Net) -> None:
+    net.branches.load_state_dict({k: v.clone() + 0.1 for k, v in net.branches.state_dict().items()}, assign=True)
+
+
+def freeze(net: Net) -> None:
+    net[2].requires_grad_(False)
+
+
+def freeze_all(net: Net) -> None:
+    net.branches.requires_grad_(False)
+
+
+def freeze_and_thaw(net: Net) -> None:
+    net[2].requires_grad_(False)
+    net.assert_right()
+    net[2].requires_grad_(True)
+
+
+def change_a_buffer(net: Net) -> None:
+    net[2].scale.mul_(2)
+
+
+def set_a_tensor(net: Net) -> None:
+    net[2].shift = torch.randn(WIDTH, dtype=torch.float64, requires_grad=True)
+
+
+def tie_weights(net: Net) -> None:
+    net[4].parts[0].weight = net[2].parts[0].weight
+
+
+def parametrize(net: Net) -> None:
+    parametrizations.weight_norm(net[2].parts[0])
+
+
+def spectral_norm(net: Net) -> None:
+    parametrizations.spectral_norm(net[2].parts[0].double())
+    net.branches.eval()
+
+
+def begin_to_draw(net: Net) -> None:
+    net[2].noise.p = 0.5
+
+
+def begin_to_draw_for_a_while(net: Net) -> None:
+    net[2].noise.p = 0.5
+    net.assert_right()
+    net[2].noise.p = 0.0
+
+
+def leave_training(net: Net) -> None:
+    begin_to_draw(net)
+    net.assert_right()
+    net.branches.eval()
+
+
+def begin_to_pin(net: Net) -> None:
+    net[2].after = lambda y: y * inv.record("sign", (y > 0).double())
+
+
+def return_what_broadcasts(net: Net) -> None:
+    net[2].after = lambda y: y.mean(-1, keepdim=True)
+
+
+def return_a_narrower_dtype(net: Net) -> None:
+    net[2].after = lambda y: y.float().double()
+    net.assert_right()
+    net[2].after = lambda y: (y * 0).float() + 1
+
+
+def return_a_constant(net: Net) -> None:
+    net[2].after = lambda y: torch.ones_like(y)
+
+
+def return_a_parameter(net: Net) -> None:
+    net[2].after = lambda y: net[2].parts[0].bias.expand_as(y)
+
+
+def hook_a_parameter(net: Net) -> None:
+    net[2].parts[0].weight.register_hook(lambda g: 2 * g)
+
+
+def hook_a_module(net: Net) -> None:
+    net[2].register_forward_hook(lambda module, args, out: out * 2)
+    net[3].register_full_backward_hook(lambda module, gi, go: tuple(g * 3 for g in gi))
+
+
+def another_batch(net: Net) -> None:
+    net.x = torch.randn(3, 2, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+
+
+def an_empty_batch(net: Net) -> None:
+    net.x = torch.randn(0, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+
+
+def functional_call(net: Net) -> None:
+    fast, holder = net.fast, nn.Module()
+    holder.branches, holder.forward = net.branches, net.fast
+    weights = {f"branches.{k}": (v.detach() + 0.1).requires_grad_() for k, v in net.branches.named_parameters()}
+    holder.forward = net.op
+    expected = torch.autograd.grad(loss(torch.func.functional_call(holder, weights, net.x)), list(weights.values()))
+    holder.forward = fast
+    found = torch.autograd.grad(loss(torch.func.functional_call(holder, weights, net.x)), list(weights.values()))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+CHANGES = [
+    replace_a_parameter,
+    replace_data,
+    replace_a_part,
+    replace_the_last_part,
+    add_a_part,
+    load_by_assignment,
+    freeze,
+    freeze_all,
+    freeze_and_thaw,
+    change_a_buffer,
+    set_a_tensor,
+    tie_weights,
+    parametrize,
+    spectral_norm,
+    begin_to_draw,
+    begin_to_draw_for_a_while,
+    leave_training,
+    begin_to_pin,
+    return_what_broadcasts,
+    return_a_narrower_dtype,
+    return_a_constant,
+    return_a_parameter,
+    hook_a_parameter,
+    hook_a_module,
+    another_batch,
+    an_empty_batch,
+    functional_call,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_between_two_calls(change: Callable[[Net], None]) -> None:
+    net = Net()
+    change(net)
+    net.assert_right()
+
+
+def test_an_input_without_gradient() -> None:
+    net, found = Net(), []
+    net.x = net.x.detach()
+    for fn in net.op, net.fast, net.fast:
+        net.branches.zero_grad()
+        loss(fn(net.x)).backward()
+        found.append([p.grad.clone() for p in net.branches.parameters()])
+    torch.testing.assert_close(found[1:], [found[0]] * 2, rtol=1e-9, atol=1e-9)
+
+
+def test_a_buffer_and_a_tensor_that_begin_to_be_trained() -> None:
+    net = Net()
+    net[2].scale.requires_grad_()
+    net[4].shift = torch.zeros(WIDTH, dtype=torch.float64, requires_grad=True)
+    wrt = [net[2].scale, net[4].shift]
+    expected = torch.autograd.grad(loss(net.op(net.x)), wrt)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(loss(net.fast(net.x)), wrt), expected, rtol=1e-9, atol=1e-9)
+
+
+def write_the_input(module: nn.Module, args: tuple[Tensor]) -> None:
+    args[0].add_(1)
+
+
+def test_wrong_outputs_are_still_named() -> None:
+    net = Net()
+    net[2].after = lambda y: y[..., :3]
+    with pytest.raises(WireError, match=r"chain stage 2 .*f returned \(5, 3\)"):
+        net.fast(net.x)
+    net[2].after = lambda y: y
+    net[2].register_forward_pre_hook(write_the_input)
+    with pytest.raises(ReplayError, match="changed its input in place"):
+        net.fast(net.x)
+
+
+# ---- what changes between forward and backward -----------------------------------------------------------------------
+
+
+def gradients_after(net: Net, change: Callable[[], Any]) -> list[Tensor]:
+    leaves, out = net.leaves, loss(net.fast(net.x))
+    change()
+    net.branches.zero_grad()
+    out.backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("change", [replace_a_parameter, load_by_assignment, tie_weights])
+def test_a_parameter_that_is_replaced_before_backward(change: Callable[[Net], None]) -> None:
+    net = Net()
+    expected = net.step(net.op)[1:-1]
+    torch.testing.assert_close(gradients_after(net, lambda: change(net)), list(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_a_parameter_that_is_frozen_before_backward() -> None:
+    net = Net()
+    expected = list(net.step(net.op)[1:-1])
+    for found, gradient in zip(gradients_after(net, lambda: freeze(net)), expected, strict=True):
+        assert found is None or torch.allclose(found, gradient, rtol=1e-9, atol=1e-9)
+    assert [leaf.grad is None for leaf in net[2].parameters()] == [True, True]  # as in plain autograd
+    assert net.x.grad is not None
+
+
+@pytest.mark.parametrize("change", [replace_a_part, hook_a_module])
+def test_a_function_that_is_another_in_backward_is_noticed(change: Callable[[Net], None]) -> None:
+    net = Net()
+    with pytest.warns(DriftWarning):
+        gradients_after(net, lambda: change(net))
+
+
+def test_a_function_that_returns_a_constant_in_backward_is_noticed() -> None:
+    net = Net()
+    with pytest.warns(DriftWarning):
+        gradients_after(net, lambda: setattr(net[4], "after", torch.ones_like))
+
+
+def test_a_weight_that_is_written_before_backward_raises() -> None:
+    net = Net()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients_after(net, lambda: net[2].parts[0].weight.detach().add_(1))
+
+
+def test_a_buffer_that_is_written_before_backward_raises() -> None:
+    net = Net()
+    with pytest.raises(ReplayError, match="scale"):
+        gradients_after(net, lambda: change_a_buffer(net))
+
+
+def test_a_function_that_returns_another_shape_in_backward_raises() -> None:
+    net = Net()
+    with pytest.raises(ReplayError, match=r"Branch on replay returned \(5, 1\)"):
+        gradients_after(net, lambda: return_what_broadcasts(net))
+
+
+# ---- the rest of autograd ----------------------------------------------------------------------------------------------
+
+
+def with_create_graph(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    first = torch.autograd.grad(loss(fn(net.x)), net.leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), net.leaves)
+
+
+def with_two_backwards(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    out = loss(fn(net.x))
+    return [torch.autograd.grad(out, net.leaves, retain_graph=True) for _ in range(2)]
+
+
+def with_a_batch_of_gradients(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    y = fn(net.x)
+    return torch.autograd.grad(y, net.leaves, torch.ones(2, *y.shape, dtype=y.dtype), is_grads_batched=True)
+
+
+def with_tensors_on_the_way(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True), lambda a: torch.from_numpy(a.copy())):
+        out = loss(fn(net.x))
+    return torch.autograd.grad(out, net.leaves)
+
+
+def with_anomalies(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    with torch.autograd.set_detect_anomaly(True):
+        return torch.autograd.grad(loss(fn(net.x)), net.leaves)
+
+
+def inside_of_torchs_checkpoint(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    return torch.autograd.grad(loss(torch_checkpoint(fn, net.x, use_reentrant=False)), net.leaves)
+
+
+def of_a_part_only(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    return torch.autograd.grad(loss(fn(net.x)), [net[2].parts[0].weight])
+
+
+def of_one_half_of_the_output(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    return torch.autograd.grad(loss(fn(net.x)[..., :WIDTH]), net.leaves, allow_unused=True)
+
+
+def under_func_grad(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    return torch.func.grad(lambda x: loss(fn(x)))(net.x)
+
+
+def under_vmap_of_grad(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    return torch.func.vmap(torch.func.grad(lambda x: loss(fn(x))))(net.x)
+
+
+def under_jacrev(fn: Callable[[Tensor], Tensor], net: Net) -> Any:
+    return torch.func.jacrev(fn)(net.x[:2])
+
+
+USES = [
+    with_create_graph,
+    with_two_backwards,
+    with_a_batch_of_gradients,
+    with_tensors_on_the_way,
+    with_anomalies,
+    inside_of_torchs_checkpoint,
+    of_a_part_only,
+    of_one_half_of_the_output,
+    under_func_grad,
+    under_vmap_of_grad,
+    under_jacrev,
+]
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+@pytest.mark.parametrize("batch", [None, another_batch], ids=["same batch", "another batch"])
+def test_every_use_after_a_warm_start(use: Callable[..., Any], batch: Callable[[Net], None] | None) -> None:
+    net = Net()
+    if batch is not None:
+        another_batch(net)
+    for _ in range(2):
+        torch.testing.assert_close(use(net.fast, net), use(net.op, net), rtol=1e-9, atol=1e-9)
+
+
+def test_gradcheck_after_a_warm_start() -> None:
+    net = Net()
+    x = torch.randn(2, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(net.fast, x)
+    assert torch.autograd.gradgradcheck(net.fast, x)
+
+
+AUTOCAST = [nullcontext, lambda: torch.autocast("cpu", dtype=torch.bfloat16)]
+
+
+@pytest.mark.parametrize("forward", AUTOCAST, ids=["off", "on"])
+@pytest.mark.parametrize("backward", AUTOCAST, ids=["off", "on"])
+def test_autocast(
+    forward: Callable[[], AbstractContextManager[Any]], backward: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    net = Net(lambda: Branch(dtype=torch.float32), torch.float32)
+    found = []
+    for fn in net.fast, net.fast, net.op:
+        with forward():
+            out = loss(fn(net.x))
+        assert fn is net.op or lean(out) == (2 * DEPTH if found else lean(out))
+        with backward():
+            found.append(torch.autograd.grad(out, net.leaves))
+    tolerance = 2e-2 if forward is not nullcontext or backward is not nullcontext else 1e-5
+    for gradients in found[:2]:
+        torch.testing.assert_close(gradients, found[2], rtol=tolerance, atol=tolerance)
+
+
+def test_complex_numbers() -> None:
+    net = Net(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.complex128), nn.Tanh()), torch.complex128)
+    net.assert_right()
+    assert lean(net.fast(net.x)) == 2 * DEPTH
+
+
+class Magnitude(nn.Module):
+    """Real numbers of complex ones: the gradient of the sum is complex, that of the function's output real."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+def test_what_is_added_may_be_of_a_narrower_dtype() -> None:
+    net = Net(Magnitude, torch.complex128)
+    net.assert_right()
+    assert lean(net.fast(net.x)) == 2 * DEPTH
+
+
+def test_one_value_at_two_places_of_a_chain() -> None:
+    f = Branch()
+    block = inv.couple(f, f)
+    op = inv.chain(inv.split(2, dim=-1), block, inv.swap(), block, inv.concat(2, dim=-1))
+    fast, x = inv.checkpoint(op), torch.randn(3, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    wrt = [x, *f.parameters()]
+    for _ in range(3):
+        found, expected = [torch.autograd.grad(loss(fn(x)), wrt) for fn in (fast, op)]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_batch_norm_moves_its_statistics_once() -> None:
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)).double()
+
+    net = Net(branch)
+    twin = deepcopy(net)
+    for training in True, True, False, True:
+        net.branches.train(training)
+        twin.branches.train(training)
+        torch.testing.assert_close(net.step(net.fast), twin.step(twin.op), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(net.branches.state_dict(), twin.branches.state_dict())
+
+
+# ---- what is remembered ------------------------------------------------------------------------------------------------
+
+
+def test_a_recording_that_holds_is_used_again() -> None:
+    module = Branch()
+    found, x = owners([module]), torch.randn(2, WIDTH, dtype=torch.float64)
+    first, second, third = [recorded(module, x, found)[1] for _ in range(3)]
+    assert second is third is first
+    module.parts[0].bias = nn.Parameter(torch.zeros(WIDTH, dtype=torch.float64))
+    assert recorded(module, x, found)[1] is not first
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_nothing_is_kept_in_a_cycle() -> None:
+    net = Net()
+    parameter, op = weakref.ref(net[2].parts[0].weight), weakref.ref(net.op.parts[2])
+    del net
+    assert parameter() is None
+    assert op() is None
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda op: pickle.loads(pickle.dumps(op))], ids=["deepcopy", "pickle"])
+def test_a_copy_has_modules_of_its_own(copied: Callable[[Any], Any]) -> None:
+    f, g = nn.Linear(WIDTH, WIDTH).double(), nn.Linear(WIDTH, WIDTH).double()
+    op = inv.chain(inv.couple(f, g), inv.couple(g, f))
+    x = [torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def out(op: inv.Invertible) -> Tensor:
+        return loss(torch.cat(inv.checkpoint(op)(*x)))
+
+    for _ in range(2):
+        out(op).backward()
+    twin = copied(op)
+    theirs = twin.parts[0].parts[0].fn if twin.parts[0].parts else twin.parts[0].fn
+    for _ in range(2):
+        f.weight.grad = None
+        out(twin).backward()
+        assert f.weight.grad is None
+        assert theirs.weight.grad is not None
