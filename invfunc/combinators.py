@@ -671,11 +671,11 @@ class Half(Invertible):
         if isinstance(op, Pair) and op.pullback_fn and not op.residue and gy1 is not None:
             x1, gx1, *closed = op.pullback_fn(y1, gy1)
             pairs = list(closed[0]) if closed else []
-            if len(pairs) == 1 and pairs[0][0] is t:
+            if len(pairs) == 1 and pairs[0][0] is t and is_differentiable(t):
                 return x1, gx1, pairs[0][1]
             gradients = {id(tensor): g for tensor, g in pairs}
             if sorted(gradients) == sorted(map(id, leaves(t))):
-                return x1, gx1, map_wire(lambda leaf: gradients[id(leaf)], t)
+                return x1, gx1, map_wire(lambda leaf: gradients[id(leaf)] if is_differentiable(leaf) else None, t)
         x1 = vjp.run(op.inverse_with_residue, (residue, y1))
         needs = None if need is None else (map_wire(is_differentiable, t), need)
         _, pull = vjp(lambda t, x1: self._law(t, x1).forward(x1), (t, x1), needs)

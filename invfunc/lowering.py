@@ -148,7 +148,21 @@ def _cut(op: Chain, index: int) -> str:
 
 @walk.register
 def _(op: Parallel, state: State, options: Options) -> State:
+    if options.mode != "invert" or any(map(_leaves_trunk, op.parts)):
+        state = begin(close(state), partial(_before, op))  # rule 4: no value leaves a trunk that others still follow
     return op._each(lambda part, state: walk(part, state, options), state)
+
+
+def _leaves_trunk(op: Invertible) -> bool:
+    """Whether the trunk is closed for a part of an op, where all is inverted."""
+    if isinstance(op, OneWay) or getattr(op, "mark", "invert") != "invert":
+        return True
+    inner = getattr(op, "op", None)
+    return any(map(_leaves_trunk, op.parts)) or (isinstance(inner, Invertible) and _leaves_trunk(inner))
+
+
+def _before(op: Invertible) -> str:
+    return f"the input of {op!r}"
 
 
 @walk.register
@@ -379,9 +393,14 @@ def again(op: Invertible, found: Owners, call: Call, state: State, options: Opti
     a, b = state
     x = a.value, b.value
     x1, x2 = half.in_place(x)
-    if not (_is_usual(a) and _is_usual(b) and recording.holds() and recording.is_under_way()):
+    if not (_is_usual(a) and _is_usual(b)) or transforms.active():
         return None
-    t, other = repeated(half.fn, x2, found, options.preserve_rng_state)
+    if not recording.holds():
+        found.last.call = None
+        return None
+    if not recording.is_under_way():
+        return None
+    t, other = repeated(half.fn, x2, found, recording, options.preserve_rng_state)
     if other is not None or not _fits(t, x1):
         y, residue = half.changed_by(t, x)
         other = replace(other or recording, returned=(half.fn, kinds(leaves(t))))
@@ -398,7 +417,7 @@ def _fits(t: Any, x: Tensor) -> bool:
     """Whether the sum is as x is; under autocast, what is added may be of a narrower dtype."""
     if type(t) is not Tensor or t.shape != x.shape:
         return False
-    return t.dtype is x.dtype or torch.promote_types(t.dtype, x.dtype) is x.dtype
+    return t.dtype is x.dtype or (is_differentiable(t) and torch.promote_types(t.dtype, x.dtype) is x.dtype)
 
 
 class _Sum(torch.autograd.Function):
@@ -424,15 +443,18 @@ _sum = applicable(_Sum)
 def _pull_again(ctx: Any, call: Call, grads: Sequence[Any]) -> tuple[Tensor | None, ...]:
     """`_pull` of an additive half, where all is as it was in forward."""
     op, recording, captured = cast(Half, call.op), call.recording, ctx.saved_tensors
-    (g1, g2), (y1, x2) = op.in_place(grads[:2]), op.in_place(grads[2:])
+    ga, gb, a, b = grads
+    (g1, g2), (y1, x2) = op.in_place((ga, gb)), op.in_place((a, b))
     if g1 is None or g2 is None or not (type(y1) is type(x2) is Tensor) or torch.is_grad_enabled():
         return _pulled_otherwise(ctx, call, captured, grads)
     if not (recording.holds() and recording.is_alone_with(captured)) or transforms.in_compiled_backward():
         return _pulled_otherwise(ctx, call, captured, grads)
     inner = x2.detach().requires_grad_()
     t = transforms.with_gradients(True, recording.again, taped, op.fn, inner)
-    if not (_fits(t, y1) and t.dtype is ctx.dtype and t.requires_grad):
+    if not (_fits(t, y1) and t.dtype is ctx.dtype):
         return _pulled_otherwise(ctx, call, captured, grads)
+    if not t.requires_grad:
+        return (None, ga, gb, *op.in_place((y1 - t, x2)), *[None] * len(captured), None)
     x1, root, seed = y1 - t.detach(), transforms.gradient_edge(t), match(g1, t)
     del t
     gx2, *gcaptured = transforms.gradients([(root, seed)], [inner, *captured])
@@ -444,6 +466,8 @@ def _pulled_otherwise(
     ctx: Any, call: Call, captured: Sequence[Tensor], grads: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
     """The general way; the static part was that of another node, whose tensors may have had other shapes."""
+    if grads[2] is None or grads[3] is None:
+        return _pulled(ctx, call, captured, grads)
     half, found = cast(Half, call.op), tensor_kinds(grads[2:])
     returned = half.fn, [(half.in_place(grads[2:])[0].shape, ctx.dtype)]
     recording = replace(call.recording, returned=returned)

@@ -145,6 +145,8 @@ def slots(module: nn.Module, seen: set[int]) -> list[tuple[nn.Module, dict[str, 
             continue
         seen.add(id(owner))
         attributes = owner.__dict__
+        if "_parameters" not in attributes:  # of TorchScript, which shows copies: they are read, and not replaced
+            attributes = {kind: dict(getattr(owner, kind)) for kind in ("_parameters", "_buffers", "_modules")}
         for table, is_buffer in (attributes["_parameters"], False), (attributes["_buffers"], True):
             for name, tensor in table.items():
                 if tensor is not None:
@@ -159,32 +161,40 @@ def slots(module: nn.Module, seen: set[int]) -> list[tuple[nn.Module, dict[str, 
 class World(NamedTuple):
     """The slots of modules as a call found them: what a module's call depends on, apart from its arguments."""
 
+    modules: tuple[nn.Module, ...]
     attributes: tuple[dict[str, Any], ...]
     tables: tuple[dict[str, Any], ...]  # of parameters, buffers and submodules
-    contents: tuple[Any, ...]  # whether each module is in training; then what is in the tables, and an end
+    seen: tuple[Any, ...]  # all of these, what is in the tables, whether each module is in training, and an end
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> World | None:
         """As it is now; None where there is more to see than slots."""
-        every = {id(part): part.__dict__ for module in modules for part in module.modules()}
-        attributes = tuple(every.values())
-        tables = tuple([a[kind] for a in attributes for kind in ("_parameters", "_buffers", "_modules")])
-        if not all([type(table) in _DICTS for table in tables]) or not all(["training" in a for a in attributes]):
+        every = tuple({id(part): part for module in modules for part in module.modules()}.values())
+        attributes = tuple(map(_attributes, every))
+        if not all([{"training", "_parameters", "_buffers", "_modules"} <= a.keys() for a in attributes]):
             return None
-        world = cls(attributes, tables, (*map(_training, attributes), *_chained(map(_values, tables)), *_END))
-        return world if world.holds() else None
+        tables = tuple([a[kind] for a in attributes for kind in ("_parameters", "_buffers", "_modules")])
+        if not all([type(table) in (dict, OrderedDict) for table in tables]):
+            return None
+        world = cls(every, attributes, tables, ())
+        return None if world._has_loose_tensors() else world._replace(seen=tuple(world._now()))
 
     def holds(self) -> bool:
         """Whether it is as it was; without a line of Python for each slot, since every call asks."""
-        now = chain(map(_training, self.attributes), _chained(map(_values, self.tables)), _END)
-        loose = Tensor in map(type, _chained(map(_values, self.attributes)))
-        return not loose and all(map(is_, now, self.contents))
+        return all(map(is_, self._now(), self.seen)) and not self._has_loose_tensors()
+
+    def _now(self) -> Iterator[Any]:
+        attributes = map(_attributes, self.modules)
+        return chain(attributes, _chained(map(_state, self.attributes)), _chained(map(dict.values, self.tables)), _END)
+
+    def _has_loose_tensors(self) -> bool:
+        return Tensor in map(type, _chained(map(dict.values, self.attributes)))
 
 
 _END = (object(),)
-_DICTS = (dict, OrderedDict)
-_chained, _values = chain.from_iterable, dict.values
-_training, _requires_grad = itemgetter("training"), attrgetter("requires_grad")
+_chained = chain.from_iterable
+_attributes, _requires_grad = attrgetter("__dict__"), attrgetter("requires_grad")
+_state = itemgetter("training", "_parameters", "_buffers", "_modules")
 
 
 def _counts(value: Any) -> bool:
@@ -249,11 +259,18 @@ class Recording:
 
 
 class Last:
-    """What is known of an op's last call, where the next one may be the same. A copy of the op starts anew."""
+    """What is known of an op's last call, where the next one may be the same. A copy of the op starts anew.
+
+    It keeps the parameters that the call found in its modules; those that have been replaced, until the next call.
+    """
 
     __slots__ = ("call", "recording")
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what does not hold any more."""
         self.recording: Recording | None = None
         self.call: Any = None  # the static part of its node
 
@@ -267,8 +284,8 @@ class Running:
     pins: tuple[tuple[str, Any], ...] = ()
     returned: tuple[Any, list[Kind]] | None = None
 
-    def __init__(self, found: Owners) -> None:
-        self.found = found
+    def __init__(self, found: Owners, last: Recording | None = None) -> None:
+        self.found, self.last = found, last
         self.around = _RUNNING.get()  # the call, or the replay, in which this one runs
 
     def pin(self, name: str, value: T) -> T:
@@ -287,7 +304,7 @@ class Repeat(Running):
 
     def leave(self, random: Streams | None) -> Recording:
         """The last recording, unless the call drew, pinned or returned something else."""
-        last = cast(Recording, self.found.last.recording)
+        last = cast(Recording, self.last)
         if self.returned != last.returned:
             self.found.last.recording = last = replace(last, returned=self.returned)
         if self.pins:
@@ -315,6 +332,8 @@ class Scope(Running):
         self.wrapping = transforms.active()
         self.made: set[int] = set()  # ids of tensors that the call has made, as far as it was watched
         self.owned: set[int] = set()  # ids of the dicts of modules that were known before the call
+        special = found.opaque or found.tensors or self.wrapping or graph
+        self.world = None if special else World.of(found.modules)
         self._begin()
 
     def _begin(self) -> None:
@@ -408,16 +427,16 @@ class Scope(Running):
             torch.get_num_threads(),
             self.wrapping,
         )
-        if not (written or copied) and self._is_repeatable():
-            seen.world = World.of(self.found.modules)
+        if self.world is not None and not (written or copied) and self._is_repeatable():
+            seen.world = self.world
             self.found.last.recording = seen if random is None else replace(seen, random=None)
         return seen
 
     def _is_repeatable(self) -> bool:
         """Whether the call depended on nothing but the slots of modules, apart from what `leave` was told."""
-        found = self.found
-        special = found.opaque or found.tensors or self.wrapping or self.noted or self.pins or self.graph
-        return not special and not found.needs_watch() and all([t.is_leaf for t in self.captured])
+        if self.noted or self.pins or self.found.needs_watch() or not all([t.is_leaf for t in self.captured]):
+            return False
+        return self.world is not None and self.world.holds()  # a call may fill its modules' slots itself
 
     def _settle(self) -> tuple[list[tuple[dict[str, Any], str, Tensor]], list[tuple[Tensor, Tensor]]]:
         """Tell the buffers that the call wrote, with a slot or without one, from those that it only read."""
@@ -729,8 +748,11 @@ def recorded(
         graph: Find out which outputs depend on anything differentiable, by building a graph and dropping it.
     """
     last = found.last.recording
-    repeats = last is not None and not graph and last.holds() and last.is_under_way()
-    scope = Repeat(found) if repeats else Scope(found, graph)
+    if last is not None and not last.holds() and not transforms.active():
+        found.last.forget()
+        last = None
+    repeats = last is not None and not graph and not transforms.active() and last.is_under_way()
+    scope = Repeat(found, last) if repeats else Scope(found, graph)
     given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
     before = Streams(cuda_devices(given)) if randomness else None
     versions = _versions(given)
@@ -741,11 +763,11 @@ def recorded(
 
 
 def repeated(
-    fn: Callable[[Tensor], Any], x: Tensor, found: Owners, randomness: bool = True
+    fn: Callable[[Tensor], Any], x: Tensor, found: Owners, last: Recording, randomness: bool = True
 ) -> tuple[Any, Recording | None]:
     """`recorded`, of one function on one tensor, where a recording holds; None stands for that one."""
     before = Streams((x.get_device(),) if x.is_cuda else ()) if randomness else None
-    version, running = x._version, Repeat(found)
+    version, running = x._version, Repeat(found, last)
     out = _run(running, fn, x)
     if x._version != version:
         raise _changed(fn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -226,6 +227,28 @@ def an_empty_batch(net: Net) -> None:
     net.x = torch.randn(0, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
 
 
+def replace_the_tables(net: Net) -> None:
+    layer = net[2].parts[0]
+    layer.__setstate__(nn.Linear(WIDTH, WIDTH, dtype=torch.float64).__getstate__())
+
+
+def replace_the_attributes(net: Net) -> None:
+    net[2].__dict__.update(deepcopy(net[2]).__dict__)
+
+
+def freeze_while_drawing(net: Net) -> None:
+    net[2].noise.p = 0.5
+    net.branches.requires_grad_(False)
+    net.assert_right()
+    net.branches.requires_grad_(True)
+
+
+def visit_autocast(net: Net) -> None:
+    net[2].noise.p = 0.5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss(net.fast(net.x)).backward()
+
+
 def functional_call(net: Net) -> None:
     fast, holder = net.fast, nn.Module()
     holder.branches, holder.forward = net.branches, net.fast
@@ -264,6 +287,10 @@ CHANGES = [
     hook_a_module,
     another_batch,
     an_empty_batch,
+    replace_the_tables,
+    replace_the_attributes,
+    freeze_while_drawing,
+    visit_autocast,
     functional_call,
 ]
 
@@ -517,6 +544,100 @@ def test_batch_norm_moves_its_statistics_once() -> None:
     torch.testing.assert_close(net.branches.state_dict(), twin.branches.state_dict())
 
 
+class Average(nn.Module):
+    """Keeps a running average by assignment: its slot is another tensor after every call."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, width, dtype=torch.float64)
+        self.register_buffer("mean", torch.ones(width, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + 0.25
+        return self.layer(x).tanh() * self.mean
+
+
+@pytest.mark.parametrize("law", [inv.additive, inv.affine])
+def test_a_slot_that_is_assigned_in_every_call_moves_once(law: Any) -> None:
+    def op(*branches: nn.Module) -> inv.Invertible:
+        return inv.couple(*(branches if law is inv.additive else map(inv.tanh_scale, branches)), law=law)
+
+    width = WIDTH if law is inv.additive else 2 * WIDTH
+    ours = [Average(width), Average(width)]
+    theirs = deepcopy(ours)
+    x = [torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for _ in range(3):
+        found = torch.autograd.grad(loss(torch.cat(inv.checkpoint(op(*ours))(*x))), [*x, *ours[0].layer.parameters()])
+        expected = torch.autograd.grad(loss(torch.cat(op(*theirs)(*x))), [*x, *theirs[0].layer.parameters()])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close([m.mean for m in ours], [m.mean for m in theirs])
+
+
+class Growing(nn.Module):
+    """Has one more layer after every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, dtype=torch.float64)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+def test_a_module_that_grows() -> None:
+    net = Net(Growing)
+    for _ in range(3):
+        net[2].layers.append(nn.Linear(WIDTH, WIDTH, dtype=torch.float64))
+        net.assert_right()
+
+
+def test_a_function_without_a_graph_runs_twice_in_a_step() -> None:
+    net = Net()
+    for branch in net.branches:
+        branch.after, branch.calls = torch.detach, 0
+    net.step(net.fast)
+    assert [branch.calls for branch in net.branches] == [2] * 2 * DEPTH
+    net.assert_right()
+
+
+def test_integers_may_be_added() -> None:
+    net = Net()
+    net[2].after = lambda y: (y > 0).long()
+    net.assert_right()
+
+
+def test_a_traced_module() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(nn.Linear(WIDTH, WIDTH).double(), torch.randn(2, WIDTH).double())
+    op = inv.couple(traced, torch.tanh)
+    x = [torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    expected = torch.autograd.grad(loss(torch.cat(op(*x))), [*x, *traced.parameters()])
+    for _ in range(2):
+        found = torch.autograd.grad(loss(torch.cat(inv.checkpoint(op)(*x))), [*x, *traced.parameters()])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+WAYS_OUT = {
+    "store": inv.store(inv.ops.tanh()),
+    "recompute": inv.recompute(inv.ops.tanh()),
+    "one way": inv.chain(inv.identity(), inv.one_way(torch.tanh)),
+}
+
+
+@pytest.mark.parametrize("part", WAYS_OUT.values(), ids=WAYS_OUT)
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_component_that_leaves_the_trunk_before_the_others(part: inv.Invertible, used: int) -> None:
+    f, g = Branch(), Branch()
+    op = inv.chain(inv.couple(f, g), inv.parallel(inv.identity(), part))
+    x = [torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for _ in range(2):
+        found, expected = [torch.autograd.grad(loss(fn(*x)[used]), x) for fn in (inv.checkpoint(op), op)]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 # ---- what is remembered ------------------------------------------------------------------------------------------------
 
 
@@ -544,6 +665,19 @@ def test_nothing_is_kept_in_a_cycle() -> None:
     del net
     assert parameter() is None
     assert op() is None
+
+
+@pytest.mark.usefixtures("uncollected")
+def test_what_was_replaced_is_let_go_in_the_next_call() -> None:
+    net = Net()
+    net.branches.eval()
+    loss(net.fast(net.x)).backward()
+    net.branches.train()
+    begin_to_draw(net)
+    old = [weakref.ref(p) for p in net.branches.parameters()]
+    load_by_assignment(net)
+    loss(net.fast(net.x)).backward()
+    assert [p() for p in old] == [None] * len(old)
 
 
 @pytest.mark.parametrize("copied", [deepcopy, lambda op: pickle.loads(pickle.dumps(op))], ids=["deepcopy", "pickle"])
