@@ -37,7 +37,7 @@ from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -504,6 +504,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.level = transforms.level()
         self.inside = {id(leaf) for leaf in given}
+        self.born: dict[int, ref[Tensor]] = {}  # what was made inside: its id may be another's when it is gone
         self.stand_ins = stand_ins
         self.placed = {id(tensor): key for key, tensor in stand_ins.items()}  # a slot may hold the stand-in itself
         self.met: set[int] = set()
@@ -533,9 +534,15 @@ class Watch(TorchFunctionMode):
             return replacement
         if id(tensor) in self.placed:
             self.met.add(self.placed[id(tensor)])
-        elif id(tensor) not in self.inside:
+        elif not self._is_inside(tensor):
             self._report(tensor)
         return tensor
+
+    def _is_inside(self, tensor: Tensor) -> bool:
+        born = self.born.get(id(tensor))
+        if born is not None and born() is not tensor:
+            self.inside.discard(id(tensor))
+        return id(tensor) in self.inside
 
     def _report(self, tensor: Tensor) -> None:
         """Report what came from outside; a transform that the function itself uses may have wrapped it."""
@@ -552,6 +559,7 @@ class Watch(TorchFunctionMode):
         if isinstance(out, Tensor):
             if id(out) not in self.stand_ins:
                 self.inside.add(id(out))
+                self.born[id(out)] = ref(out)
         elif isinstance(out, (tuple, list)):
             for part in out:
                 self._made(part)

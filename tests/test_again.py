@@ -698,3 +698,29 @@ def test_a_copy_has_modules_of_its_own(copied: Callable[[Any], Any]) -> None:
         out(twin).backward()
         assert f.weight.grad is None
         assert theirs.weight.grad is not None
+
+
+class Late(nn.Module):
+    """Makes its layer in the first call, as it learns the width of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer is None:
+            self.layer = nn.Linear(x.shape[-1], x.shape[-1], dtype=x.dtype)
+        return self.layer(x).tanh()
+
+
+def test_layers_that_are_made_in_the_first_call() -> None:
+    for count in range(30):  # what the call makes on the way may leave its address to a parameter, or may not
+        spare = [torch.randn(3) for _ in range(count % 7)]
+        branches = nn.ModuleList([Late(), Late()])
+        op = inv.couple(*branches)
+        x = [torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        loss(torch.cat(inv.checkpoint(op)(*x))).backward()
+        found = [p.grad for p in branches.parameters()]
+        expected = torch.autograd.grad(loss(torch.cat(op(*x))), list(branches.parameters()))
+        torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-9)
+        del spare
