@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from invfunc.trunk import carriers
+
 # What inductor has compiled stays in the checkout, for the next run.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))
 
@@ -18,6 +20,9 @@ settings.load_profile("invfunc")
 # With one thread a reduction always adds in the same order, so that "the same bits" can be asserted; the tests' tensors
 # are also too small to gain from a second one.
 torch.set_num_threads(1)
+
+# The element that all carriers of a dtype share is made once in a process: not while a test counts bytes.
+carriers([torch.zeros((), dtype=dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)])
 
 
 @pytest.fixture(autouse=True)
