@@ -393,10 +393,10 @@ def again(op: Invertible, found: Owners, call: Call, state: State, options: Opti
     a, b = state
     x = a.value, b.value
     x1, x2 = half.in_place(x)
-    if not (_is_usual(a) and _is_usual(b)) or transforms.active():
+    if not (_is_usual(a) and _is_usual(b)):
         return None
     if not recording.holds():
-        found.last.call = None
+        found.last.call = found.last.call if transforms.active() else None
         return None
     if not recording.is_under_way():
         return None
@@ -428,7 +428,7 @@ class _Sum(torch.autograd.Function):
         a, b, above_a, above_b, *captured, t = tensors
         ctx.call, ctx.dtype = call, t.dtype
         ctx.save_for_backward(*captured)
-        ctx.set_materialize_grads(False)
+        ctx.materialize_grads = False
         ys = (a + t, b.detach()) if cast(Half, call.op).target == 0 else (a.detach(), b + t)
         return *ys, above_a.detach(), above_b.detach()
 

@@ -176,23 +176,19 @@ class World(NamedTuple):
         tables = tuple([a[kind] for a in attributes for kind in ("_parameters", "_buffers", "_modules")])
         if not all([type(table) in (dict, OrderedDict) for table in tables]):
             return None
-        world = cls(every, attributes, tables, ())
-        return None if world._has_loose_tensors() else world._replace(seen=tuple(world._now()))
+        seen = *attributes, *_chained(map(_state, attributes)), *_chained(map(_values, tables)), *_END
+        world = cls(every, attributes, tables, seen)
+        return world if world.holds() else None
 
     def holds(self) -> bool:
         """Whether it is as it was; without a line of Python for each slot, since every call asks."""
-        return all(map(is_, self._now(), self.seen)) and not self._has_loose_tensors()
-
-    def _now(self) -> Iterator[Any]:
-        attributes = map(_attributes, self.modules)
-        return chain(attributes, _chained(map(_state, self.attributes)), _chained(map(dict.values, self.tables)), _END)
-
-    def _has_loose_tensors(self) -> bool:
-        return Tensor in map(type, _chained(map(dict.values, self.attributes)))
+        modules, attributes, tables, seen = self
+        now = chain(map(_attributes, modules), _chained(map(_state, attributes)), _chained(map(_values, tables)), _END)
+        return all(map(is_, now, seen)) and Tensor not in map(type, _chained(map(_values, attributes)))
 
 
 _END = (object(),)
-_chained = chain.from_iterable
+_chained, _values = chain.from_iterable, dict.values
 _attributes, _requires_grad = attrgetter("__dict__"), attrgetter("requires_grad")
 _state = itemgetter("training", "_parameters", "_buffers", "_modules")
 
@@ -300,7 +296,13 @@ class Repeat(Running):
     """A call that will see what the last one saw, and so needs no other `Recording`; rule 7 of NOTE [Replay]."""
 
     def run(self, fn: Callable[[Wire], T], x: Wire) -> T:
-        return transforms.with_gradients(False, fn, x)
+        """``fn(x)`` without gradients."""
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return fn(x)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     def leave(self, random: Streams | None) -> Recording:
         """The last recording, unless the call drew, pinned or returned something else."""
@@ -612,7 +614,8 @@ class Streams:
 
     def moved(self) -> bool:
         """Whether anything was drawn since."""
-        if not _same(self.cpu, _cpu_state()):
+        now = _cpu_state()
+        if memcmp(self.cpu.data_ptr(), now.data_ptr(), now.nbytes):
             return True
         return bool(self.cuda) and not all([_same(state, torch.cuda.get_rng_state(d)) for d, state in self.cuda])
 
