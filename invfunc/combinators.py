@@ -412,7 +412,8 @@ def additive(t: Tensor) -> Invertible:
     Source:
         Dinh et al., NICE (2015); Gomez et al., RevNet (2017).
     """
-    return Pair(partial(_add, t), partial(_subtract, t), partial(_pull_add, t), _no_log_det, label="additive(t)")
+    add, subtract, pull = partial(_add, t), partial(_subtract, t), partial(_pull_add, t)
+    return pair(add, subtract, pullback=pull, log_det=_no_log_det, name="additive(t)")
 
 
 def _scale_shift(s: Tensor, t: Tensor, x: Tensor) -> Tensor:
@@ -670,10 +671,7 @@ class Half(Invertible):
         op = self._law(t, y1)
         if isinstance(op, Pair) and op.pullback_fn and not op.residue and gy1 is not None:
             x1, gx1, *closed = op.pullback_fn(y1, gy1)
-            pairs = list(closed[0]) if closed else []
-            if len(pairs) == 1 and pairs[0][0] is t and is_differentiable(t):
-                return x1, gx1, pairs[0][1]
-            gradients = {id(tensor): g for tensor, g in pairs}
+            gradients = {id(tensor): g for tensor, g in (closed[0] if closed else ())}
             if sorted(gradients) == sorted(map(id, leaves(t))):
                 return x1, gx1, map_wire(lambda leaf: gradients[id(leaf)] if is_differentiable(leaf) else None, t)
         x1 = vjp.run(op.inverse_with_residue, (residue, y1))
@@ -686,9 +684,8 @@ class Half(Invertible):
         return replace(self, law=invert_law(self.law))
 
     def _target_first(self, x: Wire) -> Wire:
-        if type(x) is not tuple or len(x) != 2:
-            check_components("couple", x, 2)
-        return x if self.target == 0 else (x[1], x[0])
+        check_components("couple", x, 2)
+        return self.in_place(x)
 
     def in_place(self, x: Wire) -> Wire:
         """The target before the other, or the two as they were: exchanging two components undoes itself."""
@@ -697,13 +694,13 @@ class Half(Invertible):
     def _law(self, t: Wire, x1: Wire) -> Invertible:
         self._check_given(t, x1)
         op = self.law(*t) if isinstance(t, tuple) else self.law(t)
-        if type(op) is Pair or isinstance(op, Invertible):
-            return op
-        raise OptionError(
-            f"law {self._law_name} returned {type(op).__name__}",
-            expected="an invertible op",
-            cure="a law maps what the function returned to an op, as additive and affine do",
-        )
+        if not isinstance(op, Invertible):
+            raise OptionError(
+                f"law {self._law_name} returned {type(op).__name__}",
+                expected="an invertible op",
+                cure="a law maps what the function returned to an op, as additive and affine do",
+            )
+        return op
 
     @property
     def _law_name(self) -> str:

@@ -297,12 +297,7 @@ class Repeat(Running):
 
     def run(self, fn: Callable[[Wire], T], x: Wire) -> T:
         """``fn(x)`` without gradients."""
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
-            return fn(x)
-        finally:
-            torch._C._set_grad_enabled(before)
+        return transforms.with_gradients(False, fn, x)
 
     def leave(self, random: Streams | None) -> Recording:
         """The last recording, unless the call drew, pinned or returned something else."""
@@ -614,8 +609,7 @@ class Streams:
 
     def moved(self) -> bool:
         """Whether anything was drawn since."""
-        now = _cpu_state()
-        if memcmp(self.cpu.data_ptr(), now.data_ptr(), now.nbytes):
+        if not _same(self.cpu, _cpu_state()):
             return True
         return bool(self.cuda) and not all([_same(state, torch.cuda.get_rng_state(d)) for d, state in self.cuda])
 
@@ -821,11 +815,7 @@ def returned(fn: Callable[..., Any], out: T) -> T:
 
 def kinds(items: Iterable[Any]) -> list[Kind]:
     """The shape and dtype of each differentiable tensor."""
-    return [(t.shape, t.dtype) for t in items if isinstance(t, Tensor) and t.dtype in _DIFFERENTIABLE]
-
-
-_DTYPES = [dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)]
-_DIFFERENTIABLE = frozenset(dtype for dtype in _DTYPES if dtype.is_floating_point or dtype.is_complex)
+    return [(t.shape, t.dtype) for t in items if is_differentiable(t)]
 
 
 def tensor_kinds(tensors: Sequence[Tensor]) -> list[Kind]:
@@ -841,7 +831,7 @@ def check_kinds(subject: Callable[[], str], items: Iterable[Any], expected: list
 
 
 def _kinds_of(items: Iterable[Any]) -> list[Kind | None]:
-    return [(t.shape, t.dtype) if isinstance(t, Tensor) and t.dtype in _DIFFERENTIABLE else None for t in items]
+    return [(t.shape, t.dtype) if is_differentiable(t) else None for t in items]
 
 
 def _check_seeds(fn: Callable[..., Any], found: list[Kind | None], seeds: Sequence[Tensor | None]) -> None:
