@@ -1,5 +1,6 @@
 """What every test starts from: float64, the same random numbers, one thread."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,15 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """What is freed is freed by reference counts."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

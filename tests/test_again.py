@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
@@ -650,15 +649,7 @@ def test_a_recording_that_holds_is_used_again() -> None:
     assert recorded(module, x, found)[1] is not first
 
 
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("uncollected")
+@pytest.mark.usefixtures("no_gc")
 def test_nothing_is_kept_in_a_cycle() -> None:
     net = Net()
     parameter, op = weakref.ref(net[2].parts[0].weight), weakref.ref(net.op.parts[2])
@@ -667,7 +658,7 @@ def test_nothing_is_kept_in_a_cycle() -> None:
     assert op() is None
 
 
-@pytest.mark.usefixtures("uncollected")
+@pytest.mark.usefixtures("no_gc")
 def test_what_was_replaced_is_let_go_in_the_next_call() -> None:
     net = Net()
     net.branches.eval()

@@ -1,8 +1,7 @@
 """Lowered pipelines: the same values and gradients as plain autograd, at a bounded cost in memory and arithmetic."""
 
-import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -812,14 +811,6 @@ class TestMemory:
             fast(image()).square().sum().backward()
 
         assert measure(step).peak_bytes <= 6.6 * ACTIVATION
-
-
-@pytest.fixture
-def no_gc() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def test_a_forward_without_a_backward_leaves_nothing_alive(no_gc: None) -> None:

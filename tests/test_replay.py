@@ -3,7 +3,7 @@
 import copy
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -577,14 +577,6 @@ def test_networks_under_functional_call_with_backward_after_the_call(name: str) 
 
 
 # ---- nothing is kept ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_gc() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,10 +1,9 @@
 """What users of reversible libraries ran into, each thread a test named after its symptom."""
 
-import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -117,14 +116,6 @@ def test_a_step_runs_each_function_three_times_and_takes_twice_as_long() -> None
     x = torch.randn(3, 1, 8, 8)
     flops = [measure(lambda net=net: net(x).sum().backward()).flops for net in (plain, fast)]
     assert flops[1] <= 1.34 * flops[0]
-
-
-@pytest.fixture
-def no_gc() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 # 5. memcnn#41, memcnn#53, memcnn#6
