@@ -1,21 +1,25 @@
 """What compiling costs and gains: ``python -m benchmarks.compiling``.
 
-A pointwise-heavy network, plain and lowered, eager and compiled (inductor), and compiled stage by stage: the median of
-the ratios to the compiled plain step of the same turn, and the seconds that the first step takes, which compiles.
+A pointwise-heavy network, plain and lowered, eager and compiled (inductor), and compiled stage by stage, on one thread:
+the median of the ratios to the compiled plain step of the same turn, what is held between forward and backward, and the
+seconds that the first step takes, which compiles.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import invfunc as inv
 
-DEPTH, WIDTH, BATCH, REPEATS = 8, 64, 4096, 25
+from .engines import Call
+from .exact import keep_freed_memory
+from .measures import interleaved, ratio, seconds
+from .table import RESULTS, machine
+
+DEPTH, WIDTH, HIDDEN, BATCH, REPEATS = 8, 64, 128, 4096, 25
 
 
 class Pointwise(nn.Module):
@@ -23,11 +27,23 @@ class Pointwise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.outer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.inner, self.outer = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.inner(x)
-        return self.outer(torch.tanh(h) * torch.sigmoid(h) + torch.sin(h) * torch.exp(-h * h))
+        return self.outer(torch.tanh(h) * torch.sigmoid(h) + torch.sin(h) * torch.exp(-h.square()))
+
+
+class Model(nn.Module):
+    """A pipeline between two linear layers, and its loss."""
+
+    def __init__(self, pipeline: Call) -> None:
+        super().__init__()
+        self.pipeline = pipeline
+        self.first, self.last = nn.Linear(2 * WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pipeline(self.first(x))).square().mean()
 
 
 def network(depth: int) -> inv.Invertible:
@@ -35,44 +51,65 @@ def network(depth: int) -> inv.Invertible:
     return inv.chain(inv.split(2), *blocks, inv.concat(2))
 
 
-def step(fn: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    start = time.perf_counter()
-    fn(x).sum().backward()
-    return time.perf_counter() - start
+def step(call: Call, x: Tensor) -> None:
+    call(x).backward()
 
 
-def engines(depth: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def held(call: Call, x: Tensor) -> int:
+    """Bytes that autograd saves for backward, but for those of parameters."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = call(x)
+    y.backward()
+    return sum(saved.values())
+
+
+def engines(depth: int) -> dict[str, Call]:
     op = network(depth)
-    fast = inv.checkpoint(op)
+    plain, lowered = Model(op), Model(inv.checkpoint(op))
     return {
-        "plain, compiled": torch.compile(op, fullgraph=True),
-        "plain": op,
-        "lowered": fast,
-        "lowered, compiled": torch.compile(fast, fullgraph=True),
-        "lowered, compiled by stages": inv.compile_stages(fast),
+        "plain": plain,
+        "plain, compiled": torch.compile(plain, fullgraph=True),
+        "lowered": lowered,
+        "lowered, compiled": torch.compile(lowered, fullgraph=True),
+        "lowered, compiled by stages": Model(inv.compile_stages(inv.checkpoint(op))),
     }
+
+
+def table(found: dict[str, Call], x: Tensor) -> str:
+    """One row for each engine."""
+    runs = {name: partial(step, call, x) for name, call in found.items()}
+    first = {name: seconds(run, x.device) for name, run in runs.items()}
+    kept = {name: held(call, x) / 2**20 for name, call in found.items()}
+    taken = interleaved(runs, REPEATS, x.device)
+    lines = ["| engine | step, ms | over compiled plain | held, MiB | first step, s |", "|---|--:|--:|--:|--:|"]
+    for name, times in taken.items():
+        least, over = 1e3 * min(times), ratio(times, taken["plain, compiled"])
+        lines.append(f"| {name} | {least:.0f} | {over:.2f} | {kept[name]:.1f} | {first[name]:.1f} |")
+    return "\n".join(lines)
+
+
+def by_stages(depth: int, x: Tensor) -> str:
+    torch._dynamo.reset()
+    call = Model(inv.compile_stages(inv.checkpoint(network(depth))))
+    return f"First step of depth {depth}, compiled by stages: {seconds(partial(step, call, x), x.device):.1f} s"
 
 
 def main() -> None:
     torch.manual_seed(0)
-    x = torch.randn(BATCH, 2 * WIDTH, requires_grad=True)
-    found = engines(DEPTH)
-    first = {name: step(fn, x) for name, fn in found.items()}
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(REPEATS):
-        for name, fn in found.items():
-            times[name].append(step(fn, x))
-    units = times["plain, compiled"]
-    threads = torch.get_num_threads()
-    print(f"depth {DEPTH}, batch {BATCH}, width {WIDTH}, torch {torch.__version__}, {threads} threads\n")
-    print("| engine | step over compiled plain | first step, s |\n|---|--:|--:|")
-    for name, seconds in times.items():
-        over = statistics.median(a / b for a, b in zip(seconds, units, strict=True))
-        print(f"| {name} | {over:.2f} | {first[name]:.1f} |")
-    for depth in 4, 32:
-        torch._dynamo.reset()
-        fast = inv.compile_stages(inv.checkpoint(network(depth)))
-        print(f"\nFirst step of depth {depth}, compiled by stages: {step(fast, x):.1f} s")
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    x = torch.randn(BATCH, 2 * WIDTH)
+    about = f"Depth {DEPTH}, batch {BATCH}, halves of {WIDTH}, hidden {HIDDEN}; {REPEATS} turns."
+    parts = [machine("cpu"), about, table(engines(DEPTH), x), *[by_stages(depth, x) for depth in (4, 32)]]
+    print(text := "\n\n".join(parts) + "\n")
+    (RESULTS / "compiling.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,16 @@ Call: TypeAlias = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
+def forward(call: Call, net: Net) -> Tensor:
+    """The input comes from a layer before, so that it may be freed."""
+    return call(net.x.clone())
+
+
+def step(call: Call, net: Net) -> None:
+    """Forward and backward of a loss that needs the output."""
+    forward(call, net).square().mean().backward()
+
+
 class Coupling(nn.Module):
     """``y1 = x1 + f(x2), y2 = x2 + g(y1)``, on one tensor, in plain autograd."""
 
@@ -138,16 +148,26 @@ def lowered(net: Net) -> Call:
     return inv.checkpoint(pipeline(net))
 
 
-PLANNED = 16  # activations
-
-
-def planned(net: Net) -> Call:
-    op = pipeline(net)
-    return inv.checkpoint(op, plan=inv.plan(op, net.x.detach(), budget=PLANNED * net.x.nbytes))
+def planned(peer: Engine, net: Net) -> Call:
+    """The fastest plan in the memory that a peer takes. A plan leaves the input to its caller, who lets it go early."""
+    op, costs = pipeline(net), inv.profile(pipeline(net), net.x.detach())
+    limit = peak(peer.build(net), net)
+    for eighth in range(9):
+        plan = inv.plan(costs, budget=limit - eighth * net.x.nbytes // 8)
+        call = inv.checkpoint(op, plan=plan)
+        if peak(call, net) <= limit:
+            return call
+    raise inv.PlanError(f"no plan in the memory of {peer.name}")
 
 
 def exact(mode: str, net: Net) -> Call:
     return inv.checkpoint(inv.exact(pipeline(net), mode=mode))
+
+
+def peak(call: Call, net: Net) -> int:
+    """The most memory of a step, which finds its gradients allocated."""
+    step(call, net)
+    return inv.measure(step, call, net).peak_bytes
 
 
 def attempt(build: Callable[[], T]) -> T | str:
@@ -169,11 +189,12 @@ class Engine:
 
 PLAIN = Engine("plain", plain)
 BLOCKWISE = Engine("torch checkpoint, each block", partial(checkpointed, lambda depth: 1))
+SEGMENTS = Engine("torch checkpoint, sqrt segments", partial(checkpointed, math.isqrt))
 INVFUNC = Engine("invfunc", lowered)
 ENGINES = (
     PLAIN,
     BLOCKWISE,
-    Engine("torch checkpoint, sqrt segments", partial(checkpointed, math.isqrt)),
+    SEGMENTS,
     Engine("MemCNN", memcnn),
     Engine("InvTorch, each block", invtorch),
     Engine("InvTorch Sequential", invtorch_sequential),
@@ -181,7 +202,8 @@ ENGINES = (
     Engine("revlib", revlib),
     Engine("momentumnet", momentum, partial(momentum, use_backprop=True)),
     INVFUNC,
-    Engine(f"invfunc, plan of {PLANNED} activations", planned),
+    Engine("invfunc, planned in the peak of checkpoint, each block", partial(planned, BLOCKWISE)),
+    Engine("invfunc, planned in the peak of checkpoint, sqrt", partial(planned, SEGMENTS)),
     Engine("invfunc, exact grid", partial(exact, "grid")),
     Engine("invfunc, exact codes", partial(exact, "codes")),
 )

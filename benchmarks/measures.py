@@ -14,18 +14,8 @@ from torch import Tensor
 import invfunc as inv
 from invfunc.compare import relative_error
 
-from .engines import Call, Engine, attempt
+from .engines import Call, Engine, attempt, forward, step
 from .networks import Net
-
-
-def forward(call: Call, net: Net) -> Tensor:
-    """The input comes from a layer before, so that it may be freed."""
-    return call(net.x.clone())
-
-
-def step(call: Call, net: Net) -> None:
-    """Forward and backward of a loss that needs the output."""
-    forward(call, net).square().mean().backward()
 
 
 def gradients(call: Call, net: Net) -> tuple[Tensor, ...]:

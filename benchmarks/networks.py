@@ -84,7 +84,7 @@ def transformer(width: int) -> tuple[nn.Module, nn.Module]:
 
 LARGE = {
     "mlp": Network(twice(mlp), (1024, 256)),
-    "conv": Network(twice(conv), (8, 32, 32, 32)),
+    "conv": Network(twice(conv), (8, 128, 16, 16)),
     "transformer": Network(transformer, (1, 2048, 64), dim=2),
 }
 SMALL = {

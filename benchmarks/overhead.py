@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from .engines import Call, lowered, pipeline, plain, revlib, revtorch
+from .engines import Call, forward, lowered, pipeline, plain, revlib, revtorch
 from .exact import keep_freed_memory
-from .measures import forward, interleaved, seconds
+from .measures import interleaved, seconds
 from .networks import Net, Network, twice
 from .table import RESULTS, machine
 

@@ -14,9 +14,9 @@ from functools import partial
 
 import torch
 
-from .engines import INVFUNC, PLAIN
+from .engines import INVFUNC, PLAIN, step
 from .exact import keep_freed_memory
-from .measures import costs, interleaved, step
+from .measures import costs, interleaved
 from .networks import Network, mlp, twice
 from .table import RESULTS, machine
 

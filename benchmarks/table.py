@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from .engines import ENGINES, PLAIN, Call, Engine, attempt
+from .engines import ENGINES, PLAIN, Call, Engine, attempt, step
 from .exact import keep_freed_memory
-from .measures import costs, evaluations, gradient_errors, interleaved, ratio, step
+from .measures import costs, evaluations, gradient_errors, interleaved, ratio
 from .networks import LARGE, SMALL, Net, Network
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,16 +31,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured: networks at depths, their times over some repeats; errors at a smaller size."""
+    """What is measured: networks at depths, their times over some turns; errors at a smaller size."""
 
     networks: dict[str, Network]
     depths: dict[str, tuple[int, ...]]
-    repeats: int
+    couplings: int  # as many turns as it takes to run so many of them, but five
+
+    def turns(self, depth: int) -> int:
+        """The shorter a step, the more of them: what disturbs it is more of it."""
+        return max(5, self.couplings // depth)
 
 
 STUDIES = {
-    "quick": Study(SMALL, {"mlp": (4, 16), "conv": (4, 16), "transformer": (4, 16)}, 5),
-    "full": Study(LARGE, {"mlp": (4, 16, 64, 256), "conv": (4, 16, 64, 256), "transformer": (4, 16, 64)}, 5),
+    "quick": Study(SMALL, {"mlp": (4, 16), "conv": (4, 16), "transformer": (4, 16)}, 20),
+    "full": Study(LARGE, {"mlp": (4, 16, 64, 256), "conv": (4, 16, 64, 256), "transformer": (4, 16, 64)}, 100),
 }
 
 
@@ -56,7 +60,7 @@ def rows(network: str, study: Study, depth: int, engines: Sequence[Engine], devi
             case call, costs:
                 calls[engine.name] = call
                 found[engine.name] |= costs
-    times(found, calls, net, study.repeats)
+    times(found, calls, net, study.turns(depth))
     errors(found, [engine for engine in engines if engine.name in calls], SMALL[network].at(depth, device=device))
     return list(found.values())
 
@@ -68,8 +72,8 @@ def first_step(engine: Engine, net: Net) -> tuple[Call, Row]:
     return call, costs(call, net) | {"evaluations": evaluations(call, net)}
 
 
-def times(found: dict[str, Row], calls: dict[str, Call], net: Net, repeats: int) -> None:
-    taken = interleaved({name: partial(step, call, net) for name, call in calls.items()}, repeats, net.x.device)
+def times(found: dict[str, Row], calls: dict[str, Call], net: Net, turns: int) -> None:
+    taken = interleaved({name: partial(step, call, net) for name, call in calls.items()}, turns, net.x.device)
     base = found[PLAIN.name]["flops"]
     for name in calls:
         found[name] |= {"time": ratio(taken[name], taken[PLAIN.name]), "seconds": taken[name]}

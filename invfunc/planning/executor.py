@@ -75,16 +75,17 @@ class Step:
 
     kind: str  # "store" or "invert" an op, "open" a trunk, or "recompute" a region
     ops: Stretch
+    options: Options
     region: Region | None = None
 
-    def take(self, handed: list[State], options: Options) -> None:
+    def take(self, handed: list[State]) -> None:
         """Take the state in a list further; no frame keeps what is used up."""
         if self.kind == "open":
             handed.append(begin(close(handed.pop()), self.ops.opens))
         elif self.region is not None:
-            handed.append(recompute(self.ops, handed.pop(), options, self.region.again))
+            handed.append(recompute(self.ops, handed.pop(), self.options, self.region.again))
         else:
-            handed.append(walk(self.ops.parts[0], handed.pop(), replace(options, mode=self.kind)))
+            handed.append(walk(self.ops.parts[0], handed.pop(), self.options))
 
     @property
     def place(self) -> str:
@@ -98,14 +99,13 @@ class Region:
 
     ops: Stretch
     steps: tuple[Step, ...]
-    options: Options
 
     def again(self, handed: list[Wire]) -> Wire:
         """Run from the input in the list, which is taken out as soon as it has been used."""
         if runs_plainly():
             return self.ops.forward(handed.pop())
         handed[0] = begin(handed[0], self.ops.opens)
-        follow(self.steps, handed, self.options)
+        follow(self.steps, handed)
         return close(handed.pop())
 
 
@@ -116,20 +116,21 @@ def steps_of(ops: Stretch, starts: Sequence[int], schedule: Schedule, options: O
         span = starts[node.first], starts[node.stop]
         stretch, each = ops.part(*span), [ops.part(i, i + 1) for i in range(*span)]
         if isinstance(node, Recompute):
-            region = Region(stretch, steps_of(ops, starts, node.inner, options), options)
-            steps.append(Step("recompute", stretch, region))
+            region = Region(stretch, steps_of(ops, starts, node.inner, options))
+            steps.append(Step("recompute", stretch, options, region))
         elif isinstance(node, Store):
-            steps += [Step("store", op) for op in each]
+            steps += [Step("store", op, replace(options, mode="store")) for op in each]
         else:
-            steps += [Step("open", stretch)] * bool(steps) + [Step("invert", op) for op in each]
+            steps += [Step("open", stretch, options)] * bool(steps)
+            steps += [Step("invert", op, replace(options, mode="invert")) for op in each]
     return tuple(steps)
 
 
-def follow(steps: Sequence[Step], handed: list[State], options: Options) -> None:
+def follow(steps: Sequence[Step], handed: list[State]) -> None:
     """Take the state in a list through steps."""
     for step in steps:
         try:
-            step.take(handed, options)
+            step.take(handed)
         except Exception as error:
             place_error(error, step.place)
             raise
@@ -141,7 +142,7 @@ class Planned(Wrapper):
 
     plan: Any
     ops: tuple[Invertible, ...]  # as the costs count them: with those that only make views joined to a neighbour
-    steps: dict[Any, tuple[Step, ...]] = field(default_factory=dict, compare=False)
+    steps: dict[Options, tuple[Step, ...]] = field(default_factory=dict, compare=False)
     shapes: set[tuple[Any, ...]] = field(default_factory=set, compare=False)  # those that were looked at
 
     def forward(self, x: Wire) -> Wire:
@@ -156,12 +157,11 @@ class Planned(Wrapper):
 
     def steps_for(self, options: Options) -> tuple[Step, ...]:
         """The plan's steps, made once, so that what is known of each op is found once."""
-        key = options.preserve_rng_state, options.drift
-        if key not in self.steps:
+        if options not in self.steps:
             starts = tuple(accumulate((cost.parts for cost in self.plan.costs.ops), initial=0))
             whole = Stretch(tuple(flat_ops(self.op)))
-            self.steps[key] = steps_of(whole, starts, self.plan.schedule, replace(options, segments=1))
-        return self.steps[key]
+            self.steps[options] = steps_of(whole, starts, self.plan.schedule, replace(options, segments=1))
+        return self.steps[options]
 
     def check_shape(self, x: Wire) -> None:
         """Once for each shape: `Plan.check_shape`."""
@@ -184,5 +184,5 @@ def _(op: Planned, state: State, options: Options) -> State:
     steps = op.steps_for(options)
     handed = [state]
     del state
-    follow(steps, handed, options)
+    follow(steps, handed)
     return handed.pop()

@@ -40,7 +40,7 @@ def rerun(op: Invertible) -> Through:
 
     def through(state: State) -> State:
         handed = [state]
-        follow(steps, handed, Options())
+        follow(steps, handed)
         return handed.pop()
 
     return through
