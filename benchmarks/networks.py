@@ -83,7 +83,7 @@ def transformer(width: int) -> tuple[nn.Module, nn.Module]:
 
 
 LARGE = {
-    "mlp": Network(twice(mlp), (1024, 256)),
+    "mlp": Network(twice(mlp), (512, 512)),
     "conv": Network(twice(conv), (8, 128, 16, 16)),
     "transformer": Network(transformer, (1, 2048, 64), dim=2),
 }

@@ -48,6 +48,7 @@ from .trunk import (
     close,
     fill,
     filled,
+    is_flat,
     keep,
     need_gradients,
     needs_gradient,
@@ -230,17 +231,19 @@ class Call:
     probe: Probe | None = None  # for the drift meter, where a trunk begins
 
     def is_usual(self) -> bool:
-        """Whether it is an additive half's, of two tensors, and nothing about it is special: rule 1 of NOTE [Again]."""
+        """Whether nothing about it is special, so that the next one takes the short way: rule 1 of NOTE [Again]."""
         r, op = self.recording, self.op
+        if self.dead or self.count_kept != len(r.captured):
+            return False
+        if type(op) is Rearrangement:
+            return not r.captured and is_flat(self.x_spec) and is_flat(self.y_spec)
         return (
             type(op) is Half
             and op.law is additive
             and type(self.x_spec) is Flat
             and self.x_kinds == self.y_kinds
-            and self.carried
-            and not (self.dead or self.probe or r.random)
+            and not r.random
             and r.world is not None
-            and self.count_kept == len(r.captured)
             and {*map(type, r.captured)} <= {Tensor, nn.Parameter}
         )
 
@@ -252,13 +255,17 @@ def stage(op: Invertible, state: State, options: Options) -> State:
         return compiling.stage(op, state)
     if options.step is not None and not (transforms.active() or isinstance(op, Rearrangement)):
         return compiling.stage(op, state, options.step)
-    found = owners_of(op)
-    if (call := found.last.call) is not None and (out := again(op, found, call, state, options)) is not None:
-        return out
+    moves, found = isinstance(op, Rearrangement), owners_of(op)
+    if (call := found.last.call) is not None:
+        out = moved(call, state) if moves else again(op, found, call, state, options)
+        if out is not None:
+            return out
     xs: list[Strand] = []
     x = taken(state, xs)
+    if moves and not any([s.carrier is not None for s in xs]) and (opened := _opened(xs)):
+        return begin(op.forward(x), opened)  # autograd keeps nothing of what it moves, and nobody above wants it back
     needs = need_gradients([s.value for s in xs])
-    partly = op.taped or not (all(needs) or op.implicit or isinstance(op, (Half, Rearrangement)))
+    partly = op.taped or not (moves or all(needs) or op.implicit or isinstance(op, Half))
     (y, residue), recording = recorded(op.forward_with_residue, x, found, options.preserve_rng_state, partly)
     return _on_trunk(op, state, y, residue, recording, options)
 
@@ -274,10 +281,9 @@ def _on_trunk(op: Invertible, state: State, y: Wire, residue: Residue, recording
     call, ys = _call(op, recording, kept, outline(state), x_kinds, y, residue, carried)
     dead = recording.dead if recording.captured or any(needs) else range(len(ys))
     call.dead = _dead(op, x, needs, tuple([i for i in dead if i < len(ys)]))  # residues come behind
-    if options.drift != "off" and (opened := _opened(xs)):
-        call.probe = probe(ys if _only_moves(op) else [s.value for s in xs], options.drift, opened)
     if call.is_usual():
-        owners_of(op).last.call = replace(call, op=bare(op))
+        owners_of(op).last.call = replace(call, op=bare(op), carried=True)
+    call.probe = _probe(xs, options)
     values = [s.value for s in xs]
     above = [s.carrier for s in xs] if carried else []
     if any([carrier is None for carrier in above]):
@@ -291,9 +297,10 @@ def _opened(xs: Sequence[Strand]) -> Callable[[], str] | None:
     return xs[0].opened if xs and all([s.opened is not None for s in xs]) else None
 
 
-def _only_moves(op: Invertible) -> bool:
-    """Whether the drift meter watches an op's output instead of its input: rule 1 of NOTE [Drift]."""
-    return isinstance(op, Rearrangement)
+def _probe(xs: Sequence[Strand], options: Options) -> Probe | None:
+    """What the drift meter notes where a trunk begins."""
+    opened = None if options.drift == "off" else _opened(xs)
+    return None if opened is None else probe([s.value for s in xs], options.drift, opened)
 
 
 def recompute(op: Invertible, state: State, options: Options, again: Again | None = None) -> State:
@@ -372,17 +379,20 @@ def _dead(op: Invertible, x: Wire, needs: Sequence[bool], found: tuple[int, ...]
     return tuple(i for i in untouched if not needs[i])
 
 
-# ---- an additive half, again ----------------------------------------------------------------------------------------
+# ---- a stage, again --------------------------------------------------------------------------------------------------
 
 # NOTE [Again] What training does nearly always: an additive half of a coupling runs as it ran a step ago.
 #
-# 1.  The first time, `stage` finds out all that there is to know of it. Where nothing is special (two tensors with
-#     carriers, functions that depend on the slots of modules alone), the static part of its node is remembered.
+# 1.  The first time, `stage` finds out all that there is to know of it. Where nothing is special (two tensors that need
+#     gradients, functions that depend on the slots of modules alone), the static part of its node is remembered.
 # 2.  From then on the few lines here do the same, with the same bits. Between large tensors the processor's caches are
 #     cold, and what Python costs is how much of it there is to fetch: the general way takes four times as long.
 # 3.  What could be different is asked before (the recording *holds*) and after (the function drew no random numbers,
 #     pinned nothing, returned a tensor of its partner's kind). Where it is, `stage` and `_pull` go on from there: no
 #     function is evaluated for nothing. So these lines have no cases.
+# 4.  What only moves elements has no functions: all there is to ask is whether it moves tensors of the same kinds.
+# 5.  Sums are written over what a function or a backward has just made, if nobody else holds it (`is_spare`): memory
+#     that is in the caches still, and one tensor less at the peak.
 
 
 def again(op: Invertible, found: Owners, call: Call, state: State, options: Options) -> State | None:
@@ -395,6 +405,11 @@ def again(op: Invertible, found: Owners, call: Call, state: State, options: Opti
     x1, x2 = half.in_place(x)
     if not (_is_usual(a) and _is_usual(b)):
         return None
+    above = a.carrier, b.carrier
+    if a.carrier is None or b.carrier is None:
+        if a.carrier is not b.carrier or _opened(state) is None:
+            return None
+        call, above = replace(call, probe=_probe(state, options)), carriers(x)  # that nobody follows
     if not recording.holds():
         found.last.call = found.last.call if transforms.active() else None
         return None
@@ -405,12 +420,13 @@ def again(op: Invertible, found: Owners, call: Call, state: State, options: Opti
         y, residue = half.changed_by(t, x)
         other = replace(other or recording, returned=(half.fn, kinds(leaves(t))))
         return _on_trunk(op, state, y, residue, other, options)
-    ya, yb, ca, cb = _sum(call, *x, a.carrier, b.carrier, *recording.captured, t)
+    spare = transforms.is_spare(t, x1)
+    ya, yb, ca, cb = _sum(call, *x, *above, *recording.captured, t, spare)
     return Strand(ya, ca), Strand(yb, cb)
 
 
 def _is_usual(x: Strand) -> bool:
-    return x.carrier is not None and x.opened is None and type(x.value) is Tensor and x.value.requires_grad
+    return type(x.value) is Tensor and x.value.requires_grad and (x.carrier is None or x.opened is None)
 
 
 def _fits(t: Any, x: Tensor) -> bool:
@@ -421,15 +437,18 @@ def _fits(t: Any, x: Tensor) -> bool:
 
 
 class _Sum(torch.autograd.Function):
-    """``(call, *xs, *carriers, *captured, t) -> (*ys, *carriers)``: the `_Stage` of an additive half, with its sum."""
+    """``(call, *xs, *carriers, *captured, t, spare) -> (*ys, *carriers)``: the `_Stage` of a half, with its sum."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        a, b, above_a, above_b, *captured, t = tensors
+    def forward(ctx: Any, call: Call, *args: Any) -> tuple[Tensor, ...]:
+        a, b, above_a, above_b, *captured, t, spare = args
         ctx.call, ctx.dtype = call, t.dtype
         ctx.save_for_backward(*captured)
         ctx.materialize_grads = False
-        ys = (a + t, b.detach()) if cast(Half, call.op).target == 0 else (a.detach(), b + t)
+        t = t.detach()
+        out = t if spare else None
+        on_a = cast(Half, call.op).target == 0
+        ys = (torch.add(a, t, out=out), b.detach()) if on_a else (a.detach(), torch.add(b, t, out=out))
         return *ys, above_a.detach(), above_b.detach()
 
     @staticmethod
@@ -453,13 +472,18 @@ def _pull_again(ctx: Any, call: Call, grads: Sequence[Any]) -> tuple[Tensor | No
     t = transforms.with_gradients(True, recording.again, taped, op.fn, inner)
     if not (_fits(t, y1) and t.dtype is ctx.dtype):
         return _pulled_otherwise(ctx, call, captured, grads)
-    if not t.requires_grad:
-        return (None, ga, gb, *op.in_place((y1 - t, x2)), *[None] * len(captured), None)
-    x1, root, seed = y1 - t.detach(), transforms.gradient_edge(t), match(g1, t)
+    roots = [(transforms.gradient_edge(t), match(g1, t))] if t.requires_grad else []  # asked before t is written
+    spare, t = transforms.is_spare(t, y1), t.detach()
+    x1 = torch.sub(y1, t, out=t if spare else None)
+    if call.probe is not None:
+        call.probe.compare(op.in_place((x1, x2)))
+    if not roots:
+        return (None, ga, gb, *op.in_place((x1, x2)), *[None] * len(captured), None, None)
     del t
-    gx2, *gcaptured = transforms.gradients([(root, seed)], [inner, *captured])
-    gx2 = g2 if gx2 is None else g2 + gx2
-    return (None, *op.in_place((g1, gx2)), *op.in_place((x1, x2)), *gcaptured, None)
+    gx2, *gcaptured = transforms.gradients(roots, [inner, *captured])
+    spare = gx2 is not None and transforms.is_spare(gx2, g2)
+    gx2 = g2 if gx2 is None else torch.add(g2, gx2, out=gx2 if spare else None)
+    return (None, *op.in_place((g1, gx2)), *op.in_place((x1, x2)), *gcaptured, None, None)
 
 
 def _pulled_otherwise(
@@ -472,6 +496,45 @@ def _pulled_otherwise(
     returned = half.fn, [(half.in_place(grads[2:])[0].shape, ctx.dtype)]
     recording = replace(call.recording, returned=returned)
     return _pulled(ctx, replace(call, recording=recording, x_kinds=found, y_kinds=found), captured, grads)
+
+
+def moved(call: Call, state: State) -> State | None:
+    """The stage of a rearrangement that is called as it was before; None where it is not."""
+    xs: list[Strand] = []
+    taken(state, xs)
+    values = [x.value for x in xs]
+    if transforms.active() or not all([_is_usual(x) and x.carrier is not None for x in xs]):
+        return None
+    if outline(state) != call.x_spec or tensor_kinds(values) != call.x_kinds:
+        return None
+    out, count = _move(call, *values, *[x.carrier for x in xs]), len(call.y_kinds)
+    return filled(call.y_spec, list(map(Strand, out[:count], out[count:])), None)
+
+
+class _Move(torch.autograd.Function):
+    """``(call, *xs, *carriers) -> (*ys, *carriers)``: the `_Stage` of a rearrangement, with what it does."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.materialize_grads = call, False
+        ys = leaves(cast(Rearrangement, call.op).forward_fn(filled(call.x_spec, tensors[: len(call.x_kinds)], None)))
+        return *[y.detach() for y in ys], *carriers(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return transforms.run_backward(_pull_moved, ctx, ctx.call, grads)
+
+
+_move = applicable(_Move)
+
+
+def _pull_moved(ctx: Any, call: Call, grads: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """`_pull` of a rearrangement, where all is as it was in forward."""
+    if any([g is None for g in grads]) or _functional() or transforms.in_compiled_backward():
+        return _pull(ctx, call, grads)
+    back, count = cast(Rearrangement, call.op).inverse_fn, len(call.y_kinds)
+    gx, x = [back(filled(call.y_spec, part, None)) for part in (grads[:count], grads[count:])]
+    return (None, *on_strands(call.x_spec, gx), *on_strands(call.x_spec, x))
 
 
 # ---- the nodes -------------------------------------------------------------------------------------------------------
@@ -568,7 +631,7 @@ def _pulled(ctx: Any, call: Call, saved: Sequence[Tensor], grads: Sequence[Tenso
     if any([g is not None for g in grads[:count]]):
         x, gx = call.op.pull(residue, y, gy, replay, needs)
         if call.probe is not None and not replay.functional:
-            call.probe.compare(grads[count : 2 * count] if _only_moves(call.op) else _rebuilt(call, x))
+            call.probe.compare(_rebuilt(call, x))
         return _arranged(call, gx, x, replay.finish())
     x = replay.run(call.op.inverse_with_residue, (residue, y)) if call.carried else None
     return _arranged(call, None, x, replay.gradients)

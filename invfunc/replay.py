@@ -34,7 +34,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, getitem, is_, itemgetter
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 from weakref import WeakKeyDictionary, ref
@@ -165,6 +165,7 @@ class World(NamedTuple):
     attributes: tuple[dict[str, Any], ...]
     tables: tuple[dict[str, Any], ...]  # of parameters, buffers and submodules
     seen: tuple[Any, ...]  # all of these, what is in the tables, whether each module is in training, and an end
+    others: tuple[tuple[dict[str, Any], ...], tuple[str, ...]]  # attributes that could hold a tensor, and their names
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> World | None:
@@ -176,18 +177,26 @@ class World(NamedTuple):
         tables = tuple([a[kind] for a in attributes for kind in ("_parameters", "_buffers", "_modules")])
         if not all([type(table) in (dict, OrderedDict) for table in tables]):
             return None
-        seen = *attributes, *_chained(map(_state, attributes)), *_chained(map(_values, tables)), *_END
-        world = cls(every, attributes, tables, seen)
+        seen = *attributes, *map(len, attributes), *_chained(map(_state, attributes)), *_chained(map(_values, tables))
+        others = [(a, name) for a in attributes for name in a.keys() - _EVERY_MODULES_OWN]
+        world = cls(
+            every, attributes, tables, (*seen, *_END), (tuple([a for a, _ in others]), tuple([n for _, n in others]))
+        )
         return world if world.holds() else None
 
     def holds(self) -> bool:
         """Whether it is as it was; without a line of Python for each slot, since every call asks."""
-        modules, attributes, tables, seen = self
-        now = chain(map(_attributes, modules), _chained(map(_state, attributes)), _chained(map(_values, tables)), _END)
-        return all(map(is_, now, seen)) and Tensor not in map(type, _chained(map(_values, attributes)))
+        modules, attributes, tables, seen, others = self
+        state, contents = _chained(map(_state, attributes)), _chained(map(_values, tables))
+        now = chain(map(_attributes, modules), map(len, attributes), state, contents, _END)
+        try:
+            return all(map(is_, now, seen)) and Tensor not in map(type, map(getitem, *others))
+        except KeyError:  # an attribute has another name
+            return False
 
 
 _END = (object(),)
+_EVERY_MODULES_OWN = frozenset(vars(nn.Module()))
 _chained, _values = chain.from_iterable, dict.values
 _attributes, _requires_grad = attrgetter("__dict__"), attrgetter("requires_grad")
 _state = itemgetter("training", "_parameters", "_buffers", "_modules")

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from sys import getrefcount
 from typing import Any, TypeVar
 
 import torch
@@ -201,3 +202,50 @@ def preserved_version(tensor: Tensor) -> AbstractContextManager[Any]:
 def use_count(tensor: Tensor) -> int:
     """How many holders a tensor has in C++ and Python together."""
     return tensor._use_count()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_spare(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a result on the CPU that lies in memory as ``like`` does may be written there.
+
+    It may when one variable of the caller is all that holds the tensor, in Python and in C++, and nothing else shares
+    its storage, but the tensor that it is a view of: neither what a backward has saved, nor a hook, nor another view.
+    And when that storage is torch's own, no larger, and so large that it is worth the question.
+    """
+    if type(tensor) is not Tensor or tensor.numel() < _LARGE or not torch._C._has_storage(tensor):
+        return False
+    if not tensor.is_cpu or tensor.dtype is not like.dtype or tensor.stride() != like.stride():
+        return False
+    if getrefcount(tensor) != _ONE_VARIABLE or use_count(tensor) != 1 or tensor.is_inference():
+        return False
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes or not storage.resizable():
+        return False
+    return _sharing(tensor, storage) in (_OF_A_TENSOR, _OF_A_VIEW)
+
+
+def _sharing(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, ...]:
+    """How many share a tensor's storage, and how many hold what it is a view of, in Python and in C++."""
+    users, base = torch._C._storage_Use_Count(storage._cdata), tensor._base
+    return (users,) if base is None else (users, getrefcount(base), use_count(base))
+
+
+def _references(tensor: Tensor) -> int:
+    return getrefcount(tensor)
+
+
+_LARGE = 2**14  # numbers: less than that is in the processor's caches anyway
+
+# What is counted where nobody else holds anything: found out, since it is up to the versions of Python and torch.
+with outside_modes(), torch.inference_mode(False):
+    _fresh = torch.empty(1, device="cpu")
+    _view = torch.empty(1, device="cpu").view(1)
+    _OF_A_TENSOR, _OF_A_VIEW = (_sharing(t, t.untyped_storage()) for t in (_fresh, _view))
+
+
+def _one_variable() -> int:
+    with outside_modes():
+        fresh = torch.empty(1, device="cpu")
+    return _references(fresh)
+
+
+_ONE_VARIABLE = _one_variable()  # and of a parameter that it is handed to

@@ -220,6 +220,11 @@ class Flat(tuple[Any, ...]):
     """The spec of a tuple of differentiable tensors: the ordinary case, in which there is nothing to walk over."""
 
 
+def is_flat(spec: Wire) -> bool:
+    """Whether a spec is one differentiable tensor's, or that of a tuple of them."""
+    return spec is STRAND or type(spec) is Flat
+
+
 def _spec(parts: list[Any]) -> Wire:
     for part in parts:
         if part is not STRAND:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import invfunc as inv
-from invfunc import lowering
+from invfunc import lowering, ops, transforms
 from invfunc.drift import DriftWarning
 from invfunc.errors import ReplayError, WireError
 from invfunc.replay import owners, recorded
@@ -81,7 +82,7 @@ def loss(y: Tensor) -> Tensor:
     return (y.sin() * y).abs().sum()
 
 
-def lean(y: Tensor) -> int:
+def lean(y: Tensor, name: str = "_Sum") -> int:
     """How many nodes of a graph took the short way."""
     seen, todo = set[Any](), [y.grad_fn]
     while todo:
@@ -89,7 +90,7 @@ def lean(y: Tensor) -> int:
         if node is not None and node not in seen:
             seen.add(node)
             todo += [parent for parent, _ in node.next_functions]
-    return sum(node.name().startswith("_Sum") for node in seen)
+    return sum(node.name().startswith(name) for node in seen)
 
 
 def test_the_short_way_is_taken_and_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -715,3 +716,231 @@ def test_layers_that_are_made_in_the_first_call() -> None:
         expected = torch.autograd.grad(loss(torch.cat(op(*x))), list(branches.parameters()))
         torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-9)
         del spare
+
+
+# ---- where a trunk begins, and what only moves elements ------------------------------------------------------------
+
+
+def joined(dim: int = -1) -> inv.Invertible:
+    return inv.chain(inv.concat(2, dim=dim), inv.split(2, dim=dim))
+
+
+def moving(branches: list[nn.Module]) -> inv.Invertible:
+    """Rearrangements before, between and behind couplings; one of them makes the wire another's size."""
+    f, g, h = branches
+    turned = inv.chain(ops.flip(-1), ops.roll(1, dims=-1), ops.transpose(0, 1), ops.transpose(0, 1))
+    return inv.chain(
+        turned, inv.split(2, dim=-1), inv.couple(f), joined(), inv.couple(g, h), inv.concat(2, dim=-1), turned
+    )
+
+
+class Moving(Net):
+    """`Net`, with what only moves elements in all places."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList(Branch() for _ in range(3))
+        self.op = moving(list(self.branches))
+        self.fast = inv.checkpoint(self.op)
+        self.x = torch.randn(5, 2 * WIDTH, dtype=dtype, requires_grad=True)
+        for _ in range(2):
+            loss(self.fast(self.x)).backward()
+        self.branches.zero_grad()
+        self.x.grad = None
+
+
+def test_what_moves_elements_takes_a_short_way_and_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Moving()
+    assert (lean(net.fast(net.x)), lean(net.fast(net.x), "_Move")) == (3, 7)
+    net.assert_right()
+    found = net.step(net.fast)
+    monkeypatch.setattr(lowering, "moved", lambda *_: None)
+    assert lean(net.fast(net.x), "_Move") == 0
+    assert all(map(torch.equal, found, net.step(net.fast)))
+
+
+def test_what_moves_elements_may_be_given_others() -> None:
+    net = Moving()
+    for shape in (7, 2 * WIDTH), (2, 3, 2 * WIDTH), (5, 2 * WIDTH):
+        net.x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        net.assert_right()
+
+
+def test_an_output_that_nobody_uses_behind_what_moves_elements() -> None:
+    net = Net()
+    op = inv.chain(inv.couple(net[0], net[1]), joined())
+    fast = inv.checkpoint(op)
+    a, b = (torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in "ab")
+    leaves = [a, b, *net[0].parameters(), *net[1].parameters()]
+    for place in 0, 1, 0, 1:
+        pair = [torch.autograd.grad(loss(fn(a, b)[place]), leaves, allow_unused=True) for fn in (fast, op)]
+        for found, expected in zip(*pair, strict=True):
+            zeros = torch.zeros_like(found if expected is None else expected) if None in (found, expected) else None
+            torch.testing.assert_close(*[zeros if g is None else g for g in (found, expected)])
+
+
+def test_second_derivatives_through_what_moves_elements() -> None:
+    net = Moving()
+    first = [torch.autograd.grad(loss(fn(net.x)), net.x, create_graph=True)[0] for fn in (net.fast, net.op)]
+    second = [torch.autograd.grad(g.square().sum(), net.leaves, allow_unused=True) for g in first]
+    torch.testing.assert_close(*second, rtol=1e-9, atol=1e-9)
+
+
+def test_a_backward_of_many_gradients_at_once() -> None:
+    net = Moving()
+    y = net.fast(net.x)
+    seeds = torch.randn(3, *y.shape, dtype=y.dtype)
+    pair = [torch.autograd.grad(fn(net.x), net.x, seeds, is_grads_batched=True)[0] for fn in (net.fast, net.op)]
+    torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("drift", ["warn", "off"])
+def test_a_trunk_that_begins_with_a_coupling(drift: str) -> None:
+    net = Net()
+    op = inv.couple(net[0], net[1])
+    fast = inv.checkpoint(op, drift=drift)
+    a, b = (torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in "ab")
+    leaves = [a, b, *net[0].parameters(), *net[1].parameters()]
+    for _ in range(3):
+        found, expected = (torch.autograd.grad(sum(map(loss, fn(a, b))), leaves) for fn in (fast, op))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert lean(fast(a, b)[1]) == 2
+
+
+def test_the_meter_looks_at_a_trunk_that_begins_with_a_coupling() -> None:
+    net = Net()
+    fast = inv.checkpoint(inv.couple(net[0], net[1]))
+    a, b = (torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in "ab")
+    for _ in range(2):
+        loss(fast(a, b)[1]).backward()
+    y = fast(a, b)[1]
+    assert lean(y) == 2
+    net[0].parts[0].weight.data = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    with pytest.warns(DriftWarning, match="the input of the pipeline"):
+        loss(y).backward()
+
+
+def test_a_trunk_may_begin_with_a_coupling_whose_input_needs_no_gradient() -> None:
+    net = Net()
+    op = inv.couple(net[0], net[1])
+    fast = inv.checkpoint(op)
+    a, b = (torch.randn(3, WIDTH, dtype=torch.float64) for _ in "ab")
+    leaves = [*net[0].parameters(), *net[1].parameters()]
+    for needs in (True, True), (False, True), (True, False), (False, False), (True, True):
+        a.requires_grad_(needs[0]), b.requires_grad_(needs[1])
+        for _ in range(2):
+            found, expected = (torch.autograd.grad(sum(map(loss, fn(a, b))), leaves) for fn in (fast, op))
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+# ---- what is written in place ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writes_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors count as large ones."""
+    monkeypatch.setattr(transforms, "_LARGE", 0)
+
+
+class Ends(nn.Module):
+    """A linear layer, what is done to its output, and a place to keep something."""
+
+    def __init__(self, end: Callable[[Ends, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+        self.register_buffer("constant", torch.randn(5, WIDTH, dtype=torch.float64))
+        self.end, self.kept, self.array = end, list[Any](), torch.randn(5, WIDTH, dtype=torch.float64).numpy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self, x, self.layer(x))
+
+
+def keeping(what: Callable[[Tensor], Any]) -> Callable[[Ends, Tensor, Tensor], Tensor]:
+    def end(self: Ends, x: Tensor, y: Tensor) -> Tensor:
+        self.kept.append((what(y), y.detach().clone()))
+        return y
+
+    return end
+
+
+def in_three_dimensions(self: Ends, x: Tensor, y: Tensor) -> Tensor:
+    return self.layer(x.view(1, *x.shape)).view_as(x)
+
+
+ENDS: dict[str, Callable[[Ends, Tensor, Tensor], Tensor]] = {
+    "as it is": lambda self, x, y: y,
+    "what backward has saved": lambda self, x, y: y.tanh(),
+    "what backward has saved, of a row": lambda self, x, y: y.softmax(-1),
+    "a view of what backward has saved": lambda self, x, y: y.tanh().view(-1).view_as(y),
+    "its input": lambda self, x, y: x,
+    "a view of its input": lambda self, x, y: x[None][0],
+    "its input, turned": lambda self, x, y: x.flip(0),
+    "a row for all": lambda self, x, y: y[:1].expand_as(y),
+    "a part of more": lambda self, x, y: torch.cat((y, y))[: len(y)],
+    "both parts of one": lambda self, x, y: torch.cat((y, y)).chunk(2)[1],
+    "a constant": lambda self, x, y: self.constant,
+    "a parameter": lambda self, x, y: self.layer.weight[0].expand_as(x),
+    "three dimensions": in_three_dimensions,
+    "an array's memory": lambda self, x, y: torch.from_numpy(self.array) if x.shape == self.array.shape else y,
+    "an array's memory, and more": lambda self, x, y: y + torch.from_numpy(self.array).view_as(x),
+    "kept": keeping(lambda y: y),
+    "a part kept": keeping(lambda y: y[0]),
+    "kept, detached": keeping(lambda y: y.detach()),
+    "kept as an array": keeping(lambda y: y.detach().numpy()),
+    "kept for others": keeping(lambda y: torch.utils.dlpack.to_dlpack(y.detach())),
+}
+
+
+@pytest.mark.usefixtures("writes_small")
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_nothing_is_written_that_anybody_else_holds(end: Callable[[Ends, Tensor, Tensor], Tensor]) -> None:
+    net = Net(lambda: Ends(end))
+    arrays = [branch.array.copy() for branch in net.branches]
+    net.assert_right()
+    for branch, array in zip(net.branches, arrays, strict=True):
+        assert (branch.array == array).all()
+        for kept, copy in branch.kept:
+            value = kept if isinstance(kept, Tensor) else torch.from_dlpack(kept)
+            assert torch.equal(value.detach(), copy[0] if value.dim() == 1 else copy)
+
+
+@pytest.mark.usefixtures("writes_small")
+@pytest.mark.parametrize("keep", [lambda g: g, lambda g: g.detach(), lambda g: g.numpy(), lambda g: g[0]])
+def test_no_gradient_is_written_that_a_hook_has_kept(keep: Callable[[Tensor], Any]) -> None:
+    net, kept = Net(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float64), nn.Tanh())), list[Any]()
+
+    def note(module: nn.Module, gi: tuple[Tensor, ...], go: tuple[Tensor, ...]) -> None:
+        kept.extend((keep(g), g.clone()) for g in (*gi, *go))
+
+    for branch in net.branches:
+        branch.register_full_backward_hook(note)
+        branch[0].register_full_backward_hook(note)
+    net.assert_right()
+    assert kept
+    for value, copy in kept:
+        value = torch.as_tensor(value)
+        assert torch.equal(value, copy[0] if value.dim() == 1 else copy)
+
+
+@pytest.mark.usefixtures("writes_small")
+def test_an_output_that_a_forward_hook_has_kept() -> None:
+    net, kept = Net(lambda: nn.Linear(WIDTH, WIDTH, dtype=torch.float64)), list[Any]()
+    for branch in net.branches:
+        branch.register_forward_hook(lambda module, args, out: kept.append((out, out.detach().clone())))
+    net.assert_right()
+    assert kept and all(torch.equal(out, copy) for out, copy in kept)
+
+
+@pytest.mark.usefixtures("writes_small")
+def test_what_nobody_else_holds_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, written = Net(lambda: nn.Linear(WIDTH, WIDTH, dtype=torch.float64)), list[bool]()
+
+    def noted(fn: Callable[..., Tensor], *args: Any, out: Tensor | None = None) -> Tensor:
+        written.append(out is not None)
+        return fn(*args, out=out)
+
+    for name in "add", "sub":
+        monkeypatch.setattr(torch, name, partial(noted, getattr(torch, name)))
+    net.assert_right()
+    ours = len(written) // 2  # of each of two steps: forward, inverse and gradients of every half
+    assert (ours, sum(written[:ours])) == (3 * 2 * DEPTH, 3 * 2 * DEPTH - 6)  # the first halves lie side by side

@@ -27,7 +27,7 @@ ENGINES = (PLAIN, BLOCKWISE, INVFUNC, Engine("peer", missing))
 @pytest.fixture(scope="module")
 def rows():
     network = {"mlp": replace(SMALL["mlp"], shape=(32, 16))}
-    study = table.Study(network, {"mlp": (DEPTH,)}, repeats=2)
+    study = table.Study(network, {"mlp": (DEPTH,)}, couplings=0)
     return {row["engine"]: row for row in table.rows("mlp", study, DEPTH, ENGINES, "cpu")}
 
 

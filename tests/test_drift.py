@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
-from invfunc import drift
+from invfunc import drift, ops
 from invfunc.compare import relative_error_of_numbers
 from invfunc.drift import Probe
 from invfunc.errors import DriftError, NotInvertibleError, OptionError
@@ -141,8 +141,17 @@ def test_every_dtype_is_measured(dtype: torch.dtype, estimates: list[float]) -> 
 
 
 def test_an_exact_inverse_has_no_drift(estimates: list[float]) -> None:
-    step(inv.chain(inv.split(2), inv.swap(), inv.concat(2)), torch.randn(4, 6, requires_grad=True))
+    step(inv.chain(inv.pair(torch.neg, torch.neg), inv.split(2), inv.concat(2)), torch.randn(4, 6, requires_grad=True))
     assert estimates == [0.0]
+
+
+def test_what_only_moves_values_has_no_trunk(estimates: list[float]) -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    op = inv.checkpoint(inv.chain(ops.transpose(0, 1), inv.split(2, dim=0), inv.swap(), inv.concat(2, dim=0)))
+    assert inv.saved(op, x) == []
+    assert inv.measure(op, x).held_bytes == 4 * 6 * x.element_size()  # its output
+    step(op, x)
+    assert estimates == []
 
 
 def test_a_tensor_of_few_values_is_read_whole(estimates: list[float]) -> None:
