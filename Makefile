@@ -45,6 +45,7 @@ bench: setup $(PEERS)
 	$(BENCH) benchmarks.table full
 	$(BENCH) benchmarks.scaling
 	$(BENCH) benchmarks.overhead
+	$(BENCH) benchmarks.compiling
 
 bench-quick: setup $(PEERS)
 	$(BENCH) benchmarks.table quick
