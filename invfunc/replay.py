@@ -165,7 +165,8 @@ class World(NamedTuple):
     attributes: tuple[dict[str, Any], ...]
     tables: tuple[dict[str, Any], ...]  # of parameters, buffers and submodules
     seen: tuple[Any, ...]  # all of these, what is in the tables, whether each module is in training, and an end
-    others: tuple[tuple[dict[str, Any], ...], tuple[str, ...]]  # attributes that could hold a tensor, and their names
+    sizes: tuple[int, ...]  # how many attributes there are
+    others: tuple[tuple[dict[str, Any], ...], tuple[str, ...]]  # dicts of those that could be tensors, and their names
 
     @classmethod
     def of(cls, modules: Iterable[nn.Module]) -> World | None:
@@ -177,21 +178,21 @@ class World(NamedTuple):
         tables = tuple([a[kind] for a in attributes for kind in ("_parameters", "_buffers", "_modules")])
         if not all([type(table) in (dict, OrderedDict) for table in tables]):
             return None
-        seen = *attributes, *map(len, attributes), *_chained(map(_state, attributes)), *_chained(map(_values, tables))
-        others = [(a, name) for a in attributes for name in a.keys() - _EVERY_MODULES_OWN]
-        world = cls(
-            every, attributes, tables, (*seen, *_END), (tuple([a for a, _ in others]), tuple([n for _, n in others]))
-        )
+        seen = *attributes, *_chained(map(_state, attributes)), *_chained(map(_values, tables)), *_END
+        names = [a.keys() - _EVERY_MODULES_OWN for a in attributes]
+        others = tuple([a for a, own in zip(attributes, names, strict=True) for _ in own]), tuple(_chained(names))
+        world = cls(every, attributes, tables, seen, tuple(map(len, attributes)), others)
         return world if world.holds() else None
 
     def holds(self) -> bool:
         """Whether it is as it was; without a line of Python for each slot, since every call asks."""
-        modules, attributes, tables, seen, others = self
-        state, contents = _chained(map(_state, attributes)), _chained(map(_values, tables))
-        now = chain(map(_attributes, modules), map(len, attributes), state, contents, _END)
+        modules, attributes, tables, seen, sizes, others = self
+        now = chain(map(_attributes, modules), _chained(map(_state, attributes)), _chained(map(_values, tables)), _END)
+        if not all(map(is_, now, seen)) or tuple(map(len, attributes)) != sizes:
+            return False
         try:
-            return all(map(is_, now, seen)) and Tensor not in map(type, map(getitem, *others))
-        except KeyError:  # an attribute has another name
+            return Tensor not in map(type, map(getitem, *others))
+        except KeyError:  # one has another name
             return False
 
 

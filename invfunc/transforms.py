@@ -207,45 +207,40 @@ def use_count(tensor: Tensor) -> int:
 def is_spare(tensor: Tensor, like: Tensor) -> bool:
     """Whether a result on the CPU that lies in memory as ``like`` does may be written there.
 
-    It may when one variable of the caller is all that holds the tensor, in Python and in C++, and nothing else shares
-    its storage, but the tensor that it is a view of: neither what a backward has saved, nor a hook, nor another view.
-    And when that storage is torch's own, no larger, and so large that it is worth the question.
+    It may when one variable of the caller is all that holds the tensor, in Python and in C++, and nothing else its
+    storage, but the tensor that it is a view of: neither what a backward has saved, nor a hook, nor another view. And
+    when that storage is torch's and this process's own, no larger, and so large that it is worth the question.
     """
     if type(tensor) is not Tensor or tensor.numel() < _LARGE or not torch._C._has_storage(tensor):
         return False
     if not tensor.is_cpu or tensor.dtype is not like.dtype or tensor.stride() != like.stride():
         return False
-    if getrefcount(tensor) != _ONE_VARIABLE or use_count(tensor) != 1 or tensor.is_inference():
+    if getrefcount(tensor) != _ONE_VARIABLE or use_count(tensor) != 1:
         return False
-    storage = tensor.untyped_storage()
-    if storage.nbytes() != tensor.nbytes or not storage.resizable():
+    if tensor.is_inference() or torch._debug_has_internal_overlap(tensor):  # pyright: ignore[reportPrivateImportUsage]
         return False
-    return _sharing(tensor, storage) in (_OF_A_TENSOR, _OF_A_VIEW)
+    return _holders(tensor) in (_OF_A_TENSOR, _OF_A_VIEW)
 
 
-def _sharing(tensor: Tensor, storage: torch.UntypedStorage) -> tuple[int, ...]:
-    """How many share a tensor's storage, and how many hold what it is a view of, in Python and in C++."""
-    users, base = torch._C._storage_Use_Count(storage._cdata), tensor._base
-    return (users,) if base is None else (users, getrefcount(base), use_count(base))
+def _holders(tensor: Tensor) -> tuple[int, ...] | None:
+    """How many hold a tensor's storage, and what it is a view of, in Python and in C++; None if that is not all."""
+    storage, base = tensor.untyped_storage(), tensor._base
+    if storage.nbytes() != tensor.nbytes or storage.is_shared() or not storage.resizable():
+        return None
+    found = getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+    return found if base is None else (*found, getrefcount(base), use_count(base))
 
 
 def _references(tensor: Tensor) -> int:
     return getrefcount(tensor)
 
 
-_LARGE = 2**14  # numbers: less than that is in the processor's caches anyway
+def _counted() -> tuple[int, Any, Any]:
+    """What Python and torch count, which is up to their versions, where nobody else holds anything."""
+    fresh, view = torch.empty(1, device="cpu"), torch.empty(1, device="cpu").view(1)
+    return _references(fresh), _holders(fresh), _holders(view)
 
-# What is counted where nobody else holds anything: found out, since it is up to the versions of Python and torch.
+
 with outside_modes(), torch.inference_mode(False):
-    _fresh = torch.empty(1, device="cpu")
-    _view = torch.empty(1, device="cpu").view(1)
-    _OF_A_TENSOR, _OF_A_VIEW = (_sharing(t, t.untyped_storage()) for t in (_fresh, _view))
-
-
-def _one_variable() -> int:
-    with outside_modes():
-        fresh = torch.empty(1, device="cpu")
-    return _references(fresh)
-
-
-_ONE_VARIABLE = _one_variable()  # and of a parameter that it is handed to
+    _ONE_VARIABLE, _OF_A_TENSOR, _OF_A_VIEW = _counted()
+_LARGE = 2**14  # numbers: what is smaller is in the processor's caches anyway

@@ -850,6 +850,7 @@ class Ends(nn.Module):
         self.layer = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
         self.register_buffer("constant", torch.randn(5, WIDTH, dtype=torch.float64))
         self.end, self.kept, self.array = end, list[Any](), torch.randn(5, WIDTH, dtype=torch.float64).numpy()
+        self.workspace = torch.randn(5, WIDTH, dtype=torch.float64).untyped_storage()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.end(self, x, self.layer(x))
@@ -883,6 +884,7 @@ ENDS: dict[str, Callable[[Ends, Tensor, Tensor], Tensor]] = {
     "three dimensions": in_three_dimensions,
     "an array's memory": lambda self, x, y: torch.from_numpy(self.array) if x.shape == self.array.shape else y,
     "an array's memory, and more": lambda self, x, y: y + torch.from_numpy(self.array).view_as(x),
+    "a workspace": lambda self, x, y: y.new_empty(0).set_(self.workspace, 0, x.shape) if x.shape == (5, WIDTH) else y,
     "kept": keeping(lambda y: y),
     "a part kept": keeping(lambda y: y[0]),
     "kept, detached": keeping(lambda y: y.detach()),
@@ -895,10 +897,10 @@ ENDS: dict[str, Callable[[Ends, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_nothing_is_written_that_anybody_else_holds(end: Callable[[Ends, Tensor, Tensor], Tensor]) -> None:
     net = Net(lambda: Ends(end))
-    arrays = [branch.array.copy() for branch in net.branches]
+    arrays = [(branch.array.copy(), branch.workspace.tolist()) for branch in net.branches]
     net.assert_right()
-    for branch, array in zip(net.branches, arrays, strict=True):
-        assert (branch.array == array).all()
+    for branch, (array, workspace) in zip(net.branches, arrays, strict=True):
+        assert (branch.array == array).all() and branch.workspace.tolist() == workspace
         for kept, copy in branch.kept:
             value = kept if isinstance(kept, Tensor) else torch.from_dlpack(kept)
             assert torch.equal(value.detach(), copy[0] if value.dim() == 1 else copy)
@@ -920,6 +922,58 @@ def test_no_gradient_is_written_that_a_hook_has_kept(keep: Callable[[Tensor], An
     for value, copy in kept:
         value = torch.as_tensor(value)
         assert torch.equal(value, copy[0] if value.dim() == 1 else copy)
+
+
+@pytest.mark.usefixtures("writes_small")
+def test_nothing_is_written_whose_storage_somebody_keeps() -> None:
+    net, kept = Net(lambda: nn.Linear(WIDTH, WIDTH, dtype=torch.float64)), list[Any]()
+
+    def keep(tensor: Tensor) -> None:
+        kept.append((tensor.untyped_storage(), tensor.untyped_storage().tolist()))
+
+    for branch in net.branches:
+        branch.register_forward_hook(lambda module, args, out: keep(out))
+        branch.register_forward_pre_hook(
+            lambda module, args: args[0].requires_grad and args[0].register_hook(keep) and None
+        )
+    net.assert_right()
+    assert kept and all(storage.tolist() == copy for storage, copy in kept)
+
+
+@pytest.mark.usefixtures("writes_small")
+def test_nothing_is_written_where_elements_overlap() -> None:
+    def windows(x: Tensor) -> Tensor:
+        return x.flatten().as_strided((2, 4), (1, 1))
+
+    class Windows(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return windows(super().forward(x))
+
+    op = inv.couple(Windows(4, 4, dtype=torch.float64))
+    fast = inv.checkpoint(op)
+    for _ in range(3):
+        a, b = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (8, 8))
+        pair = [torch.autograd.grad(sum(map(loss, fn(windows(a), b.view(2, 4)))), [a, b]) for fn in (fast, op)]
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (torch.zeros, True),
+        (lambda count: torch.zeros(count // 4, 4).view(-1), True),
+        (lambda count: torch.zeros(count).share_memory_(), False),  # another process may hold it
+        (lambda count: torch.zeros(2 * count)[:count], False),  # more would be kept alive
+        (lambda count: torch.zeros(count, dtype=torch.bfloat16), False),
+        (lambda count: torch.zeros(count + 1)[1:], False),
+        (lambda count: torch.zeros(count // 2), False),  # too small to ask
+    ],
+)
+def test_what_is_spare(make: Callable[[int], Tensor], expected: bool) -> None:
+    tensor, like = make(2**14), torch.zeros(2**14)
+    assert transforms.is_spare(tensor, like) == expected
+    again = tensor
+    assert not transforms.is_spare(again, like)
 
 
 @pytest.mark.usefixtures("writes_small")
