@@ -87,6 +87,17 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, device: 
     return taken
 
 
+def beside(
+    base: Callable[[], object], runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[tuple[float, float]]]:
+    """`interleaved`, each with the time of another one right before it: a machine's speed wanders within a turn."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for turn in range(repeats):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            taken[name].append((seconds(base, device), seconds(runs[name], device)))
+    return taken
+
+
 def ratio(taken: list[float], base: list[float]) -> float:
     """The median, over turns, of one time over another."""
     return statistics.median(a / b for a, b in zip(taken, base, strict=True))

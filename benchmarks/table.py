@@ -1,7 +1,7 @@
 """The table of all engines: ``python -m benchmarks.table [quick|full] [network ...]``, on CUDA where there is one.
 
 Every engine trains the same network with the same numbers in the same process, taking turns. Memory and flops are
-counted, not sampled; times are ratios to plain training in the same turn. One thread on the CPU.
+counted, not sampled; times are ratios to plain training right before. One thread on the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from .engines import ENGINES, PLAIN, Call, Engine, attempt, step
 from .exact import keep_freed_memory
-from .measures import costs, evaluations, gradient_errors, interleaved, ratio
+from .measures import beside, costs, evaluations, gradient_errors, ratio
 from .networks import LARGE, SMALL, Net, Network
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,11 +73,15 @@ def first_step(engine: Engine, net: Net) -> tuple[Call, Row]:
 
 
 def times(found: dict[str, Row], calls: dict[str, Call], net: Net, turns: int) -> None:
-    taken = interleaved({name: partial(step, call, net) for name, call in calls.items()}, turns, net.x.device)
-    base = found[PLAIN.name]["flops"]
+    runs = {name: partial(step, call, net) for name, call in calls.items()}
+    plain, flops = runs.pop(PLAIN.name), found[PLAIN.name]["flops"]
+    taken = beside(plain, runs, turns, net.x.device)
+    found[PLAIN.name] |= {"time": 1.0, "seconds": [base for pairs in taken.values() for base, _ in pairs]}
+    for name, pairs in taken.items():
+        bases, own = map(list, zip(*pairs, strict=True))
+        found[name] |= {"time": ratio(own, bases), "seconds": own}
     for name in calls:
-        found[name] |= {"time": ratio(taken[name], taken[PLAIN.name]), "seconds": taken[name]}
-        found[name]["flops"] /= base
+        found[name]["flops"] /= flops
 
 
 def errors(found: dict[str, Row], engines: Sequence[Engine], net: Net) -> None:
