@@ -44,7 +44,7 @@ class Study:
 
 STUDIES = {
     "quick": Study(SMALL, {"mlp": (4, 16), "conv": (4, 16), "transformer": (4, 16)}, 20),
-    "full": Study(LARGE, {"mlp": (4, 16, 64, 256), "conv": (4, 16, 64), "transformer": (4, 16, 64)}, 100),
+    "full": Study(LARGE, {"mlp": (4, 16, 64, 256), "conv": (4, 16, 64, 256), "transformer": (4, 16, 64)}, 100),
 }
 
 

@@ -255,14 +255,15 @@ def stage(op: Invertible, state: State, options: Options) -> State:
         return compiling.stage(op, state)
     if options.step is not None and not (transforms.active() or isinstance(op, Rearrangement)):
         return compiling.stage(op, state, options.step)
-    moves, found = isinstance(op, Rearrangement), owners_of(op)
+    moves, found = _only_moves(op), owners_of(op)
     if (call := found.last.call) is not None:
         out = moved(call, state) if moves else again(op, found, call, state, options)
         if out is not None:
             return out
     xs: list[Strand] = []
     x = taken(state, xs)
-    if moves and not any([s.carrier is not None for s in xs]) and (opened := _opened(xs)):
+    opened = _opened(xs) if moves and options.step is None else None  # compiled, the first coupling is as the others
+    if opened is not None and not any([s.carrier is not None for s in xs]):
         return begin(op.forward(x), opened)  # autograd keeps nothing of what it moves, and nobody above wants it back
     needs = need_gradients([s.value for s in xs])
     partly = op.taped or not (moves or all(needs) or op.implicit or isinstance(op, Half))
@@ -283,8 +284,8 @@ def _on_trunk(op: Invertible, state: State, y: Wire, residue: Residue, recording
     call.dead = _dead(op, x, needs, tuple([i for i in dead if i < len(ys)]))  # residues come behind
     if call.is_usual():
         owners_of(op).last.call = replace(call, op=bare(op), carried=True)
-    call.probe = _probe(xs, options)
     values = [s.value for s in xs]
+    call.probe = _probe(xs, ys if _only_moves(op) else values, options)
     above = [s.carrier for s in xs] if carried else []
     if any([carrier is None for carrier in above]):
         above = [made if s.carrier is None else s.carrier for s, made in zip(xs, carriers(values), strict=True)]
@@ -297,10 +298,15 @@ def _opened(xs: Sequence[Strand]) -> Callable[[], str] | None:
     return xs[0].opened if xs and all([s.opened is not None for s in xs]) else None
 
 
-def _probe(xs: Sequence[Strand], options: Options) -> Probe | None:
+def _probe(xs: Sequence[Strand], watched: Sequence[Tensor], options: Options) -> Probe | None:
     """What the drift meter notes where a trunk begins."""
     opened = None if options.drift == "off" else _opened(xs)
-    return None if opened is None else probe([s.value for s in xs], options.drift, opened)
+    return None if opened is None else probe(watched, options.drift, opened)
+
+
+def _only_moves(op: Invertible) -> bool:
+    """Whether the drift meter watches an op's output instead of its input: rule 1 of NOTE [Drift]."""
+    return isinstance(op, Rearrangement)
 
 
 def recompute(op: Invertible, state: State, options: Options, again: Again | None = None) -> State:
@@ -409,7 +415,7 @@ def again(op: Invertible, found: Owners, call: Call, state: State, options: Opti
     if a.carrier is None or b.carrier is None:
         if a.carrier is not b.carrier or _opened(state) is None:
             return None
-        call, above = replace(call, probe=_probe(state, options)), carriers(x)  # that nobody follows
+        call, above = replace(call, probe=_probe(state, x, options)), carriers(x)  # that nobody follows
     if not recording.holds():
         found.last.call = found.last.call if transforms.active() else None
         return None
@@ -631,7 +637,7 @@ def _pulled(ctx: Any, call: Call, saved: Sequence[Tensor], grads: Sequence[Tenso
     if any([g is not None for g in grads[:count]]):
         x, gx = call.op.pull(residue, y, gy, replay, needs)
         if call.probe is not None and not replay.functional:
-            call.probe.compare(_rebuilt(call, x))
+            call.probe.compare(grads[count : 2 * count] if _only_moves(call.op) else _rebuilt(call, x))
         return _arranged(call, gx, x, replay.finish())
     x = replay.run(call.op.inverse_with_residue, (residue, y)) if call.carried else None
     return _arranged(call, None, x, replay.gradients)

@@ -43,15 +43,24 @@ class Branch(nn.Module):
         return self.after(self.noise(self.parts(x)) * self.scale + self.shift)
 
 
+def couplings(branches: list[nn.Module]) -> inv.Invertible:
+    """All of them, two in each."""
+    couples = [inv.couple(f, g) for f, g in zip(branches[::2], branches[1::2], strict=True)]
+    return inv.chain(inv.split(2, dim=-1), *couples, inv.concat(2, dim=-1))
+
+
 class Net:
     """A pipeline, lowered and called twice already: so its halves are called again."""
 
-    def __init__(self, branch: Callable[[], nn.Module] = Branch, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        branch: Callable[[], nn.Module] = Branch,
+        dtype: torch.dtype = torch.float64,
+        build: Callable[[list[nn.Module]], inv.Invertible] = couplings,
+    ) -> None:
         torch.manual_seed(0)
         self.branches = nn.ModuleList(branch() for _ in range(2 * DEPTH))
-        fns = list(self.branches)
-        couplings = [inv.couple(f, g) for f, g in zip(fns[::2], fns[1::2], strict=True)]
-        self.op = inv.chain(inv.split(2, dim=-1), *couplings, inv.concat(2, dim=-1))
+        self.op = build(list(self.branches))
         self.fast = inv.checkpoint(self.op)
         self.x = torch.randn(5, 2 * WIDTH, dtype=dtype, requires_grad=True)
         for _ in range(2):
@@ -726,32 +735,17 @@ def joined(dim: int = -1) -> inv.Invertible:
 
 
 def moving(branches: list[nn.Module]) -> inv.Invertible:
-    """Rearrangements before, between and behind couplings; one of them makes the wire another's size."""
-    f, g, h = branches
+    """Rearrangements before, between and behind couplings."""
+    f, *others = branches
     turned = inv.chain(ops.flip(-1), ops.roll(1, dims=-1), ops.transpose(0, 1), ops.transpose(0, 1))
     return inv.chain(
-        turned, inv.split(2, dim=-1), inv.couple(f), joined(), inv.couple(g, h), inv.concat(2, dim=-1), turned
+        turned, inv.split(2, dim=-1), inv.couple(f), joined(), *map(inv.couple, others), inv.concat(2, dim=-1), turned
     )
 
 
-class Moving(Net):
-    """`Net`, with what only moves elements in all places."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        torch.manual_seed(0)
-        self.branches = nn.ModuleList(Branch() for _ in range(3))
-        self.op = moving(list(self.branches))
-        self.fast = inv.checkpoint(self.op)
-        self.x = torch.randn(5, 2 * WIDTH, dtype=dtype, requires_grad=True)
-        for _ in range(2):
-            loss(self.fast(self.x)).backward()
-        self.branches.zero_grad()
-        self.x.grad = None
-
-
 def test_what_moves_elements_takes_a_short_way_and_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = Moving()
-    assert (lean(net.fast(net.x)), lean(net.fast(net.x), "_Move")) == (3, 7)
+    net = Net(build=moving)
+    assert (lean(net.fast(net.x)), lean(net.fast(net.x), "_Move")) == (2 * DEPTH, 7)
     net.assert_right()
     found = net.step(net.fast)
     monkeypatch.setattr(lowering, "moved", lambda *_: None)
@@ -760,7 +754,7 @@ def test_what_moves_elements_takes_a_short_way_and_gives_the_same_bits(monkeypat
 
 
 def test_what_moves_elements_may_be_given_others() -> None:
-    net = Moving()
+    net = Net(build=moving)
     for shape in (7, 2 * WIDTH), (2, 3, 2 * WIDTH), (5, 2 * WIDTH):
         net.x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         net.assert_right()
@@ -780,14 +774,14 @@ def test_an_output_that_nobody_uses_behind_what_moves_elements() -> None:
 
 
 def test_second_derivatives_through_what_moves_elements() -> None:
-    net = Moving()
+    net = Net(build=moving)
     first = [torch.autograd.grad(loss(fn(net.x)), net.x, create_graph=True)[0] for fn in (net.fast, net.op)]
     second = [torch.autograd.grad(g.square().sum(), net.leaves, allow_unused=True) for g in first]
     torch.testing.assert_close(*second, rtol=1e-9, atol=1e-9)
 
 
 def test_a_backward_of_many_gradients_at_once() -> None:
-    net = Moving()
+    net = Net(build=moving)
     y = net.fast(net.x)
     seeds = torch.randn(3, *y.shape, dtype=y.dtype)
     pair = [torch.autograd.grad(fn(net.x), net.x, seeds, is_grads_batched=True)[0] for fn in (net.fast, net.op)]

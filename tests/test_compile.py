@@ -426,13 +426,13 @@ def test_compiled_stages_give_the_gradients_of_plain_autograd(name: str) -> None
 
 def test_one_graph_for_each_kind_of_stage() -> None:
     counts = []
-    for depth in 4, 8:  # the first are given views, which have a layout of their own; the very first gives back no x
+    for depth in 4, 8:  # the first stages are given views, which have a layout of their own
         torch._dynamo.reset()
         counter = CompileCounter()
         op = inv.compile_stages(inv.checkpoint(between(*additive_chain(depth))), backend=counter)
         op(torch.randn(5, 2 * WIDTH, requires_grad=True)).sum().backward()
         counts.append(counter.frame_count)
-    assert counts[0] == counts[1] <= 7
+    assert counts[0] == counts[1] <= 6
 
 
 def test_compiled_stages_inside_of_a_graph_and_of_a_transform() -> None:
