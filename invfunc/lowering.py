@@ -478,17 +478,15 @@ def _pull_again(ctx: Any, call: Call, grads: Sequence[Any]) -> tuple[Tensor | No
     t = transforms.with_gradients(True, recording.again, taped, op.fn, inner)
     if not (_fits(t, y1) and t.dtype is ctx.dtype):
         return _pulled_otherwise(ctx, call, captured, grads)
-    roots = [(transforms.gradient_edge(t), match(g1, t))] if t.requires_grad else []  # asked before t is written
+    gx2, gcaptured = g2, [None] * len(captured)
+    if t.requires_grad:
+        gx2, *gcaptured = transforms.gradients([(t, match(g1, t))], [inner, *captured])
+        spare = gx2 is not None and transforms.is_spare(gx2, g2)
+        gx2 = g2 if gx2 is None else torch.add(g2, gx2, out=gx2 if spare else None)
     spare, t = transforms.is_spare(t, y1), t.detach()
-    x1 = torch.sub(y1, t, out=t if spare else None)
+    x1 = torch.sub(y1, t, out=t if spare else None)  # last, so that the half above finds it in the caches
     if call.probe is not None:
         call.probe.compare(op.in_place((x1, x2)))
-    if not roots:
-        return (None, ga, gb, *op.in_place((x1, x2)), *[None] * len(captured), None, None)
-    del t
-    gx2, *gcaptured = transforms.gradients(roots, [inner, *captured])
-    spare = gx2 is not None and transforms.is_spare(gx2, g2)
-    gx2 = g2 if gx2 is None else torch.add(g2, gx2, out=gx2 if spare else None)
     return (None, *op.in_place((g1, gx2)), *op.in_place((x1, x2)), *gcaptured, None, None)
 
 

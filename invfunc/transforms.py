@@ -95,12 +95,14 @@ def gradient_edge(tensor: Tensor) -> GradientEdge:
     return GradientEdge(node, tensor.output_nr)
 
 
-def gradients(roots: Sequence[tuple[GradientEdge, Tensor]], sources: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad` of edges and seeds that fit them: what it asks of them would take a third of the time."""
-    edges, seeds = zip(*roots, strict=True)
+def gradients(
+    roots: Sequence[tuple[GradientEdge | Tensor, Tensor]], sources: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` of outputs and seeds that fit them: what it asks of them would take a third of the time."""
+    outputs, seeds = zip(*roots, strict=True)
     if has_torch_function(tuple(sources)):
-        return torch.autograd.grad(edges, sources, seeds, allow_unused=True)
-    return _engine_run_backward(edges, seeds, False, False, tuple(sources), True, accumulate_grad=False)
+        return torch.autograd.grad(outputs, sources, seeds, allow_unused=True)
+    return _engine_run_backward(outputs, seeds, False, False, tuple(sources), True, accumulate_grad=False)
 
 
 def with_gradients(enabled: bool, fn: Callable[..., T], *args: Any) -> T:
