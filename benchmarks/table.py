@@ -35,16 +35,16 @@ class Study:
 
     networks: dict[str, Network]
     depths: dict[str, tuple[int, ...]]
-    couplings: int  # as many turns as it takes to run so many of them, but five
+    couplings: int  # as many turns as it takes to run so many of them, but five at least and fifty at most
 
     def turns(self, depth: int) -> int:
         """The shorter a step, the more of them: what disturbs it is more of it."""
-        return max(5, self.couplings // depth)
+        return min(50, max(5, self.couplings // depth))
 
 
 STUDIES = {
     "quick": Study(SMALL, {"mlp": (4, 16), "conv": (4, 16), "transformer": (4, 16)}, 20),
-    "full": Study(LARGE, {"mlp": (4, 16, 64, 256), "conv": (4, 16, 64, 256), "transformer": (4, 16, 64)}, 100),
+    "full": Study(LARGE, {"mlp": (4, 16, 64, 256), "conv": (4, 16, 64, 256), "transformer": (4, 16, 64, 256)}, 500),
 }
 
 
