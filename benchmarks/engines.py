@@ -178,10 +178,14 @@ def lowered(net: Net) -> Call:
 
 
 def planned(peer: Engine, net: Net) -> Call:
-    """The fastest plan in the memory that a peer takes. A plan leaves the input to its caller, who lets it go early."""
-    op, limit = pipeline(net), peak(peer.build(net), net)
-    _, costs = [inv.profile(op, net.x.detach()) for _ in range(2)]  # the first finds everything cold
-    plans = (inv.plan(costs, budget=limit - eighth * net.x.nbytes // 8) for eighth in range(9))
+    """The fastest plan in the memory that a peer takes.
+
+    A plan leaves the input to its caller, who lets it go here: a copy of it is what the plan decides on. Nor does a plan
+    know of sums that are written in place, so that more may fit than it says.
+    """
+    op, limit = inv.chain(torch.clone, pipeline(net)), peak(peer.build(net), net)
+    costs = inv.profile(op, net.x.detach())
+    plans = (inv.plan(costs, budget=limit + eighth * net.x.nbytes // 8) for eighth in range(8, -9, -1))
     return next(call for plan in plans if peak(call := inv.checkpoint(op, plan=plan), net) <= limit)
 
 

@@ -108,7 +108,8 @@ COLUMNS = {
 LEGEND = """\
 Of one training step: `peak` and `held` (after forward) memory in units of the network's input, without parameters and
 their gradients; `evaluations` of each f and g; `flops` and `time` over plain training; and the relative error of all
-gradients in three dtypes against plain autograd in float64 (a smaller input, the same depth)."""
+gradients in three dtypes against plain autograd in float64 (a smaller input, the same depth). `by hand` is no library:
+it is the least code that evaluates each function twice, for these networks alone and without a check of anything."""
 
 
 def markdown(found: Sequence[Row], machine: str) -> str:
