@@ -79,11 +79,10 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """The times of each, taking turns, back and forth."""
+    """The times of each, taking turns."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            taken[name].append(seconds(runs[name], device))
+    for name in back_and_forth(runs, repeats):
+        taken[name].append(seconds(runs[name], device))
     return taken
 
 
@@ -92,10 +91,15 @@ def beside(
 ) -> dict[str, list[tuple[float, float]]]:
     """`interleaved`, each with the time of another one right before it: a machine's speed wanders within a turn."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for turn in range(repeats):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            taken[name].append((seconds(base, device), seconds(runs[name], device)))
+    for name in back_and_forth(runs, repeats):
+        taken[name].append((seconds(base, device), seconds(runs[name], device)))
     return taken
+
+
+def back_and_forth(names: Iterable[str], repeats: int) -> Iterator[str]:
+    """All names in each turn, in every other one the last first."""
+    for turn in range(repeats):
+        yield from list(names)[:: -1 if turn % 2 else 1]
 
 
 def ratio(taken: list[float], base: list[float]) -> float:

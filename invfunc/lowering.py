@@ -253,9 +253,10 @@ def stage(op: Invertible, state: State, options: Options) -> State:
     """Run a primitive, recorded, and put its node on the trunk; without a node where nothing needs a gradient."""
     if compiling.is_active():
         return compiling.stage(op, state)
-    if options.step is not None and not (transforms.active() or isinstance(op, Rearrangement)):
+    moves = _only_moves(op)
+    if options.step is not None and not (transforms.active() or moves):
         return compiling.stage(op, state, options.step)
-    moves, found = _only_moves(op), owners_of(op)
+    found = owners_of(op)
     if (call := found.last.call) is not None:
         out = moved(call, state) if moves else again(op, found, call, state, options)
         if out is not None:
@@ -305,7 +306,7 @@ def _probe(xs: Sequence[Strand], watched: Sequence[Tensor], options: Options) ->
 
 
 def _only_moves(op: Invertible) -> bool:
-    """Whether the drift meter watches an op's output instead of its input: rule 1 of NOTE [Drift]."""
+    """Whether an op computes nothing: then its output is what the drift meter watches; rule 1 of NOTE [Drift]."""
     return isinstance(op, Rearrangement)
 
 
