@@ -15,6 +15,7 @@ from .debug import require
 from .errors import OptionError, WireError, place_error
 from .invertible import (
     VJP,
+    Chain,
     Invertible,
     Pair,
     Rearrangement,
@@ -835,3 +836,8 @@ def couple(
     halves = [Half(f, law, 0, "f")] + ([Half(g, law, 1, "g")] if g is not None else [])
     shown = [name_of(fn) for fn in (f, g) if fn is not None] + [f"law={name_of(law)}"] * (law is not additive)
     return named(chain(*halves), f"couple({', '.join(shown)})")
+
+
+def is_coupling(op: Invertible) -> bool:
+    """Whether an op is halves of couplings one after another, shown as one."""
+    return isinstance(op, Chain) and op.labels is not None and all([isinstance(part, Half) for part in op.parts])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpointed, CompiledStages, Marked, Wrapper
-from .combinators import Half, InverseLaw, Parallel, additive, affine, original_law
+from .combinators import Half, InverseLaw, Parallel, additive, affine, is_coupling, original_law
 from .errors import OptionError
 from .exact import Gridded
 from .invertible import Chain, Invertible, OneWay, lift, name_of
@@ -28,7 +28,7 @@ from .lowering import Options, owners_of, walk
 from .pictures import GAP, GREY, LETTER, ROW, Picture, above, at, beside, box, document, framed, line, text, tinted
 from .planning import report
 from .planning.costs import show_bytes
-from .planning.executor import Planned
+from .planning.executor import Planned, flat_ops, flat_stages, halves
 from .planning.inputs import faked, realised
 from .replay import recorded
 from .transforms import LOOKS_AT_VALUES, FakeTensorMode
@@ -153,7 +153,7 @@ def _(op: CompiledStages, probe: Callable[[Invertible], Invertible]) -> Invertib
 
 @_probed.register
 def _(op: Planned, probe: Callable[[Invertible], Invertible]) -> Invertible:
-    return op.plan.applied_to(_probed(op.op, probe))
+    return op.plan.applied_to(Chain(tuple([_probed(part, probe) for part in flat_ops(op.op)])))
 
 
 def _readings(op: Invertible, x: Any) -> list[Reading]:
@@ -274,11 +274,16 @@ def _(op: OneWay, way: str, readings: Readings) -> Part:
 
 @_part.register
 def _(op: Chain, way: str, readings: Readings) -> Part:
-    if op.labels and all(isinstance(part, Half) for part in op.parts):
+    if is_coupling(op):
         return _read(Part(repr(op), "couple", way, rails=2, steps=tuple(map(_step, op.parts))), readings)
     if op.labels or not op.parts:
         return _read(Part(repr(op), way=way), readings)
     return _chain("chain", _folded([_part(part, way, readings) for part in op.parts]))
+
+
+@_part.register
+def _(op: Half, way: str, readings: Readings) -> Part:
+    return _read(Part(repr(op), "couple", way, rails=2, steps=(_step(op),)), readings)
 
 
 @_part.register
@@ -313,9 +318,20 @@ def _(op: Gridded, way: str, readings: Readings) -> Part:
 
 @_part.register
 def _(op: Planned, way: str, readings: Readings) -> Part:
-    ways = [row.mode.replace("invert", "reconstruct") for row in report.rows(op.plan)]
-    parts = [_inside(_part(unit, way, readings)) for unit, way in zip(op.ops, ways, strict=True)]
-    return _chain("chain", _folded([part for unit in parts for part in unit]))
+    rows = zip(report.rows(op.plan), op.plan.costs.ops, strict=True)
+    ways = iter([row.mode.replace("invert", "reconstruct") for row, cost in rows for _ in range(cost.parts)])
+    parts = [
+        _joined(stage, [_part(half, next(ways), readings) for half in halves(stage)]) for stage in flat_stages(op.op)
+    ]
+    return _chain("chain", _folded([part for stage in parts for part in stage]))
+
+
+def _joined(op: Invertible, parts: Sequence[Part]) -> Sequence[Part]:
+    """The halves of a coupling as one, if the same is done with both."""
+    if len({part.way for part in parts}) > 1 or not is_coupling(op):
+        return parts
+    keeps = None if parts[0].keeps is None else sum(part.keeps or 0 for part in parts)
+    return [replace(parts[-1], title=repr(op), keeps=keeps, steps=tuple([s for part in parts for s in part.steps]))]
 
 
 def _chain(title: str, parts: tuple[Part, ...]) -> Part:

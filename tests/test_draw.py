@@ -95,10 +95,18 @@ def test_a_module_is_drawn_as_it_is_lowered() -> None:
 def test_a_plan_is_drawn_with_its_choices() -> None:
     f = inv.chain(inv.split(2), *[inv.couple(linear(), linear()) for _ in range(3)], inv.concat(2))
     costs = inv.profile(f, (16, 8))
-    plan = inv.plan(costs, max_time=1.0).with_modes((("store", 0), ("invert", 1, 3), ("recompute", 3, (("store", 3),))))
+    whole = (("store", 0), ("store", 1), ("invert", 2, 6), ("recompute", 6, (("store", 6),)))
+    plan = inv.plan(costs, max_time=1.0).with_modes(whole)
     shown = inv.draw(inv.checkpoint(f, plan=plan), (16, 8))
     ways = [part.way for part in shown.part.parts for _ in range(part.times)]
     assert ways == ["store", "store", "reconstruct", "reconstruct", "recompute"]
+    halved = inv.draw(inv.checkpoint(f, plan=plan.with_modes((("store", 0), ("invert", 1, 7)))), (16, 8))
+    assert [(part.title, part.way, len(part.steps)) for part in halved.part.parts[1:4]] == [
+        ("half(Linear, target=0)", "store", 1),
+        ("half(Linear, target=1)", "reconstruct", 1),
+        ("couple(Linear, Linear)", "reconstruct", 2),
+    ]
+    assert halved.kept_bytes > 0
 
 
 def test_an_exact_pipeline_is_drawn_with_its_codes() -> None:

@@ -25,7 +25,7 @@ from planning_oracle import optimum
 from torch import nn
 
 import invfunc as inv
-from invfunc.errors import OptionError
+from invfunc.errors import OptionError, WireError
 from invfunc.planning import Costs, Invert, OpCosts, Plan, Recompute, Store
 from invfunc.planning.costs import parse_bytes, show_bytes
 from invfunc.planning.executor import flat_ops
@@ -349,7 +349,8 @@ def test_any_plan_gives_the_plain_gradient(data):
 
 def example(tree=None):
     f = inv.chain(make_op("couple", 6), make_op("lossy", 6), make_op("couple", 6))
-    tree = tree or (Recompute(0, (Invert(0, 3), Recompute(3, (Store(3), Invert(4, 6))), Invert(6, 7))),)
+    inner = Recompute(4, (Store(4), Invert(5, 7)))  # it ends between the halves of a coupling
+    tree = tree or (Recompute(0, (Invert(0, 2), Invert(2, 4), inner, Store(7), Invert(8, 9))),)
     return f, Plan(tree, fake_costs(f)), torch.randn(5, 6)
 
 
@@ -428,8 +429,15 @@ def test_errors_are_placed_in_the_whole_chain():
         assert caught.value.__notes__ == ["in chain stage 2 (bad)"]
 
 
+def test_errors_in_a_coupling_are_placed_by_the_stage():
+    f = inv.chain(inv.split(2), *[inv.couple(torch.sin, g) for g in (torch.cos, lambda x: x[:, :1, None])])
+    for tree in [store_all(5), (Store(0), Recompute(1, (Invert(1, 3), Invert(3, 5))))]:
+        with pytest.raises(WireError, match=r"^chain stage 2 \(couple\): g returned \(5, 1, 1\)"):
+            inv.checkpoint(f, plan=Plan(tree, fake_costs(f)))(torch.rand(5, 6, requires_grad=True))
+
+
 def test_modes_override_plans_and_the_inverse_has_none():
-    f, plan, x = example((Recompute(0, tuple(map(Store, range(7)))),))
+    f, plan, x = example((Recompute(0, tuple(map(Store, range(9)))),))
     fast = inv.checkpoint(f, plan=plan)
     assert inv.checkpoint(fast) == fast
     with inv.mode("store"):
@@ -488,6 +496,30 @@ def test_fixed_strategies_keep_to_what_is_predicted(profiled, schedule):
     f, x, costs, weights = profiled["mixed"]
     plan = Plan(schedule(costs), costs)
     assert 0.9 * plan.peak_bytes <= peak_of(inv.checkpoint(f, plan=plan), x, weights) <= plan.peak_bytes
+
+
+def test_halves_of_a_coupling_are_planned_each_on_its_own(monkeypatch):
+    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    wide = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 8))
+    f = inv.chain(inv.split(2), *[inv.couple(nn.Linear(8, 8), wide) for _ in range(6)], inv.concat(2))
+    costs, x = inv.profile(f, (64, 16)), torch.randn(64, 16)
+    assert [op.name for op in costs.ops[:4]] == ["couple: f", "couple: g"] * 2
+    assert sorted(costs.ops[1].shares_output) == [0, 64 * 8 * x.element_size()]
+    halfway = inv.plan(costs, budget=predict(costs, store_all(13)).peak_bytes // 2)
+    ways = {row.op: {r.mode for r in rows(halfway) if r.op == row.op} for row in rows(halfway)}
+    assert ways["couple: f"] == {"store"} and "store" in ways["couple: g"] and len(ways["couple: g"]) > 1
+    weights = weights_of(f, x)
+    for found, exact in zip(step(inv.checkpoint(f, plan=halfway), x, weights), step(f, x, weights), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_couplings_of_long_chains_are_planned_whole(monkeypatch):
+    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    monkeypatch.setattr("invfunc.planning.profiling.FINE", 7)
+    f = [inv.chain(inv.split(2), *[inv.couple(torch.sin, torch.cos)] * depth, inv.concat(2)) for depth in (2, 3)]
+    short, long = (inv.profile(op, (8, 8)) for op in f)
+    assert [op.parts for op in short.ops] == [2, 1, 1, 1, 1] and [op.parts for op in long.ops] == [3, 2, 2, 1]
+    assert inv.checkpoint(f[1], plan=inv.plan(long, max_time=1.5))(torch.randn(8, 8)).shape == (8, 8)
 
 
 class Counted(nn.Linear):

@@ -65,6 +65,7 @@ class OpCosts:
         tape: Bytes that a taped forward leaves behind, without x; with y where the tape holds it.
         holds_input: Bytes that the tape holds of each storage of x.
         holds_output: Bytes that the tape holds of each storage of y.
+        shares_output: Bytes of each storage of y that is one of x, as of a coupling's untouched component.
         residue: Bytes that the inverse needs beside y.
         recording: Bytes that are kept, beside x, to run the op again as it ran: copies of buffers that it writes.
         parameters: Bytes of the gradients of parameters.
@@ -88,6 +89,7 @@ class OpCosts:
     tape: int = 0
     holds_input: tuple[int, ...] = ()
     holds_output: tuple[int, ...] = ()
+    shares_output: tuple[int, ...] = ()
     residue: int = 0
     recording: int = 0
     parameters: int = 0
@@ -177,6 +179,7 @@ def _frozen(value: Any) -> Any:
 # ---- what each choice keeps and needs ------------------------------------------------------------------------------
 
 DEMANDS = FREE, EXACT, HELD = range(3)  # what is wanted of a boundary; see NOTE [Plan]
+SHARED = 3  # free, behind a region of one op, which pays for what that has only handed on; the solver counts it twice
 
 
 class Ledger:
@@ -191,11 +194,12 @@ class Ledger:
         self.L = len(costs.ops)
         self.a = [costs.input_bytes, *(op.bytes for op in costs.ops)]
         self.loss = costs.loss_bytes
-        outs = [(), *(op.holds_output for op in costs.ops)]
         ins = [*(op.holds_input for op in costs.ops), ()]
         self.n = [sum(held) for held in ins]
-        self.paid = [self.a[0], *(sum(held) for held in outs[1:])]
-        self.both = [self.n[0], *(sum(map(min, o, n)) for o, n in zip(outs[1:], ins[1:], strict=True))]
+        self.paid, self.both = {}, {}  # by others, of x[i]; and of what a tape holds of it
+        for r, outs in (HELD, [op.holds_output for op in costs.ops]), (SHARED, [op.shares_output for op in costs.ops]):
+            self.paid[r] = [self.a[0], *map(sum, outs)]
+            self.both[r] = [self.n[0], *(sum(map(min, o, n)) for o, n in zip(outs, ins[1:], strict=True))]
         self.w = _sums([op.parameters for op in costs.ops])
         self.q = _sums([op.residue for op in costs.ops])
         self.notes = _sums([op.recording for op in costs.ops])
@@ -208,7 +212,7 @@ class Ledger:
 
     def in_hand(self, i: int, r: int) -> int:
         """Bytes of x[i], without what somebody else pays for."""
-        return self.a[i] - (self.paid[i] if r == HELD else 0)
+        return self.a[i] - (self.paid[r][i] if r in self.paid else 0)
 
     def ends_region(self, p: int, j: int) -> bool:
         """Whether op p is the last one of a region: the gradient that it begins with is set aside already."""
@@ -220,22 +224,26 @@ class Ledger:
 
     def store(self, i: int, j: int, r: int) -> tuple[int, int]:
         """(keeps, needs) of op i+1 on a tape."""
-        own = self.paid[i + 1] if i + 1 == self.L else 0  # the caller's
+        own = self.paid[HELD][i + 1] if i + 1 == self.L else 0  # the caller's
         return self._input_kept(i, r) + self.ops[i].tape - own, max(self.tape(i, j, r))
 
     def tape(self, i: int, j: int, r: int) -> tuple[int, int]:
         """(needs forward, needs backward) of op i+1 on a tape."""
         op, p = self.ops[i], i + 1
-        own = self.paid[p] if p == self.L else 0  # the caller's
+        own = self.paid[HELD][p] if p == self.L else 0  # the caller's
         peak = op.peak_backward_last if self.ends_region(p, j) else op.peak_backward
         return self.in_hand(i, r) + op.peak_taped - self.output(j), self._input_kept(i, r) + peak - own
 
     def _input_kept(self, i: int, r: int) -> int:
-        return {FREE: self.n[i], EXACT: self.a[i], HELD: self.n[i] - self.both[i]}[r]
+        return self.a[i] if r == EXACT else self.n[i] - (self.both[r][i] if r in self.both else 0)
 
     def region(self, i: int, k: int, r: int) -> int:
         """Keeps of ops i+1..k as a region: x[i], and what is noted down."""
         return self.in_hand(i, r) + self.notes[k] - self.notes[i]
+
+    def behind(self, i: int, k: int) -> int:
+        """What is wanted of x[k] where ops i+1..k are a region."""
+        return SHARED if k == i + 1 else FREE
 
     def first_pass(self, i: int, k: int, j: int, r: int) -> int:
         """Needs of ops i+1..k forward, as a region."""

@@ -11,7 +11,7 @@ import torch
 
 from .. import transforms
 from ..checkpoint import Checkpointed, Marked, Wrapper, forced_mode
-from ..combinators import Plumbing
+from ..combinators import Plumbing, is_coupling
 from ..errors import place_error
 from ..exact import Exact, Gridded
 from ..invertible import Chain, Inverse, Invertible, OneWay, Rearrangement
@@ -21,13 +21,23 @@ from ..wires import Wire, leaves
 from .schedule import Recompute, Schedule, Store
 
 
-def flat_ops(op: Invertible) -> list[Invertible]:
+def flat_stages(op: Invertible) -> list[Invertible]:
     """The ops of a chain, nested ones included; a chain with a name (a coupling, a block) is one op."""
     if type(op) in (Checkpointed, Planned):
-        return flat_ops(op.parts[0])
+        return flat_stages(op.parts[0])
     if isinstance(op, Chain) and op.labels is None:
-        return [inner for part in op.parts for inner in flat_ops(part)]
+        return [stage for part in op.parts for stage in flat_stages(part)]
     return [op]
+
+
+def flat_ops(op: Invertible) -> list[Invertible]:
+    """What a plan decides on: the ops of a chain, and of a coupling its halves."""
+    return [part for stage in flat_stages(op) for part in halves(stage)]
+
+
+def halves(op: Invertible) -> tuple[Invertible, ...]:
+    """The halves of a coupling; another op as it is."""
+    return op.parts if is_coupling(op) else (op,)
 
 
 def grouped(ops: Sequence[Invertible], counts: Sequence[int]) -> tuple[Invertible, ...]:
@@ -54,15 +64,21 @@ def is_exact(op: Invertible) -> bool:
 class Stretch(Chain):
     """Ops of a longer chain, which are named by their places in that."""
 
-    first: int = 0
+    stages: tuple[int, ...] = (0,)  # of the longer chain: of which one each op is a part
+
+    @classmethod
+    def of(cls, op: Invertible) -> Stretch:
+        """All ops of a chain."""
+        numbers = tuple([i for i, stage in enumerate(flat_stages(op)) for _ in halves(stage)])
+        return cls(tuple(flat_ops(op)), stages=numbers)
 
     def place(self, index: int) -> str:
         """As in the longer chain."""
-        return f"chain stage {self.first + index} ({self.parts[index].name})"
+        return f"chain stage {self.stages[index]} ({self.parts[index].name})"
 
     def part(self, first: int, stop: int) -> Stretch:
         """A stretch of this one."""
-        return Stretch(self.parts[first:stop], first=self.first + first)
+        return Stretch(self.parts[first:stop], stages=self.stages[first:stop])
 
     def opens(self) -> str:
         """What a trunk that begins here is called, when it drifts."""
@@ -159,8 +175,8 @@ class Planned(Wrapper):
         """The plan's steps, made once, so that what is known of each op is found once."""
         if options not in self.steps:
             starts = tuple(accumulate((cost.parts for cost in self.plan.costs.ops), initial=0))
-            whole = Stretch(tuple(flat_ops(self.op)))
-            self.steps[options] = steps_of(whole, starts, self.plan.schedule, replace(options, segments=1))
+            inner = replace(options, segments=1)
+            self.steps[options] = steps_of(Stretch.of(self.op), starts, self.plan.schedule, inner)
         return self.steps[options]
 
     def check_shape(self, x: Wire) -> None:

@@ -28,12 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..combinators import Half
 from ..invertible import Chain, Invertible, OneWay, lift, name_of
 from ..transforms import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes
 from ..wires import Wire, is_differentiable, leaves
 from .clock import Seconds, costs_in, timed
 from .costs import Costs, OpCosts, parse_bytes
-from .executor import flat_ops, grouped, is_exact
+from .executor import flat_ops, flat_stages, grouped, halves, is_exact
 from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
@@ -57,7 +58,8 @@ def profile(
     """Measure what each op of a chain costs in bytes and seconds: what a plan is made from.
 
     Args:
-        f: A chain of ops. Nested chains flatten; couplings, `parallel` and named blocks are taken whole.
+        f: A chain of ops. Nested chains flatten; `parallel` and named blocks are taken whole, and couplings half by
+            half, but in chains of more than 160 halves and other ops.
         x: An input: tensors, fake tensors, or a shape like ``(32, 64)`` (a wire of shapes for a tuple wire).
         loss: What turns the output into a number; it counts for the memory between forward and backward.
         errors: Whether to measure the gradient error of runs of inverses too, which takes several steps more and
@@ -89,16 +91,16 @@ def profile(
     """
     op = lift(f)
     with untouched(op):
-        return _profile(flat_ops(op), x, loss, errors, repeats, memory)
+        return _profile(op, x, loss, errors, repeats, memory)
 
 
-def _profile(
-    ops: Sequence[Invertible], x: Any, loss: Loss, errors: bool, repeats: int, memory: int | str | None
-) -> Costs:
+def _profile(op: Invertible, x: Any, loss: Loss, errors: bool, repeats: int, memory: int | str | None) -> Costs:
+    ops = flat_ops(op)
+    whole = [len(halves(stage)) for stage in flat_stages(op)] if len(ops) > FINE else [1] * len(ops)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = faked(x, mode)
     with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
-        units, inputs = _units(ops, fake)
+        units, inputs = _units(ops, whole, fake)
         loss_bytes = _loss_bytes(loss, inputs[-1])
     chain = [unit for unit, _ in units]
     found = _all_bytes(chain, inputs, mode)
@@ -140,16 +142,16 @@ def shape_key(x: Wire) -> str:
 # ---- the ops, one by one ---------------------------------------------------------------------------------------------
 
 
-def _units(ops: Sequence[Invertible], x: Wire) -> tuple[list[tuple[Invertible, int]], list[Wire]]:
-    """The ops with those that only make views joined to a neighbour, and the wires between them."""
+def _units(ops: Sequence[Invertible], whole: Sequence[int], x: Wire) -> tuple[list[tuple[Invertible, int]], list[Wire]]:
+    """The ops, in groups, with those that only make views joined to a neighbour; and the wires between them."""
     counts, inputs, pending = [], [x], 0
     known: dict[Any, tuple[Wire, bool]] = {}
-    for op in ops:
+    for op, count in zip(grouped(ops, whole), whole, strict=True):
         kind = _kind(op, x)
         if kind not in known:
             known[kind] = _output(op, x)
         x, is_new = known[kind]
-        pending += 1
+        pending += count
         if is_new:
             counts.append(pending)
             inputs.append(x)
@@ -195,6 +197,7 @@ def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTens
     return found[::-1]
 
 
+FINE = 160  # ops: of longer chains, whose plans take longest to find, couplings are taken whole
 PATIENCE = 4.0, 1.0  # how long the rounds may take: in plain steps, and in seconds where those are shorter
 
 
@@ -298,5 +301,7 @@ def _title(unit: Invertible) -> str:
 
 
 def _shown(op: Invertible) -> str:
+    if isinstance(op, Half):
+        return f"{op.name}: {op.label}"
     text = name_of(op.fn) if isinstance(op, OneWay) else repr(op)
     return text if len(text) <= 24 else op.name

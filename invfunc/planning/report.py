@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import OptionError
-from .costs import EXACT, FREE, HELD, Costs, Ledger, OpCosts, show_bytes
+from .costs import EXACT, HELD, Costs, Ledger, OpCosts, show_bytes
 from .schedule import Invert, Recompute, Schedule, Store
 from .search import tables
 from .solver import Table
@@ -77,7 +77,7 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
             first = next(inner)
             yield first._replace(keeps=kept * (depth == 0), extra=first.extra + costs.ops[i].region)
             yield from (row._replace(keeps=0) for row in inner)  # what it keeps, it keeps in backward alone
-            r = FREE
+            r = ledger.behind(i, node.stop)
         elif isinstance(node, Store):
             yield _stored(costs, i, depth, ledger.store(i, j, r)[0])
             r = HELD
@@ -257,7 +257,7 @@ class _Clock:
                 back.append(self._by_inverse(ledger, node, kept, j, demand))
                 r = EXACT
             else:
-                keeps, need, r = ledger.region(i, k, r), ledger.first_pass(i, k, j, r), FREE
+                keeps, need, r = ledger.region(i, k, r), ledger.first_pass(i, k, j, r), ledger.behind(i, k)
                 back.append(self._again(ledger, node, kept, j, demand))
             yield self._moment(kept, need)
             self.now += sum(op.forward for op in self.ops[i:k])

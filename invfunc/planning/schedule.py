@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import OptionError
-from .costs import EXACT, FREE, HELD, Costs, Ledger
+from .costs import EXACT, HELD, Costs, Ledger
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _needs(ledger: Ledger, schedule: Schedule, i: int, j: int, r: int) -> Need:
         return max(Need(own, worst, "inverse"), _needs(ledger, rest, node.stop, j, EXACT).on(kept))
     k = node.stop
     first = Need(ledger.first_pass(i, k, j, r), k - 1, "forward")
-    later = _needs(ledger, rest, k, j, FREE).on(ledger.region(i, k, r))
+    later = _needs(ledger, rest, k, j, ledger.behind(i, k)).on(ledger.region(i, k, r))
     return max(first, later, _needs(ledger.inside(), node.inner, i, k, r).on(ledger.reserve(i, k, j)))
 
 

@@ -126,8 +126,12 @@ def tables(costs: Costs, max_error: float | None = None) -> Iterator[Table]:
 
 
 def table_for(costs: Costs, budget: float, max_error: float | None = None) -> Table:
-    """The table of every memory up to a budget and a little above; coarser for long chains, to be solved soon."""
-    return Table(costs, 1.1 * budget, min(max(16_000 // max(len(costs.ops), 1), 200), 500), max_error)
+    """The table of every memory up to a budget and a little above; coarser for long chains, to be solved soon.
+
+    But with more units than ops: where one is larger than what an op keeps, rounding up loses much of the budget.
+    """
+    count = max(len(costs.ops), 1)
+    return Table(costs, 1.1 * budget, min(max(16_000 // count, 200, 6 * count // 5), 500), max_error)
 
 
 def _point(costs: Costs, schedule: Schedule) -> Point:

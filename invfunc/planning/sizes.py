@@ -142,10 +142,13 @@ def _forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor]]:
     with Books() as books:
         y, recording = forward_of(op, x)
         peak, size = books.take_peak(), nbytes(y)
+        given = {storage._cdata for storage in storages(x)}
+        shared = tuple([storage.nbytes() if storage._cdata in given else 0 for storage in storages(y)])
         gradient = sum(leaf.numel() * leaf.element_size() for leaf in leaves(y) if is_differentiable(leaf))
         del y
         noted = books.balance
     found = OpCosts(op.name, 0.0, 0.0, peak_forward=peak, bytes=size, gradient=gradient, recording=noted)
+    found = replace(found, shares_output=shared)
     return found, trained(recording)
 
 
