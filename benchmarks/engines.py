@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -180,11 +180,14 @@ def lowered(net: Net) -> Call:
 def planned(peer: Engine, net: Net) -> Call:
     """The fastest plan in the memory that a peer takes.
 
-    A plan leaves the input to its caller, who lets it go here: a copy of it is what the plan decides on. Nor does a plan
-    know of sums that are written in place, so that more may fit than it says.
+    A plan leaves the input to its caller, who lets it go here: a copy of it is what the plan decides on, and no region
+    begins at the input itself, which it would keep. Nor does a plan know of sums that are written in place, so that
+    more may fit than it says.
     """
     op, limit = inv.chain(torch.clone, pipeline(net)), peak(peer.build(net), net)
     costs = inv.profile(op, net.x.detach())
+    first, *others = costs.ops
+    costs = replace(costs, ops=(replace(first, region=math.inf), *others))
     plans = (inv.plan(costs, budget=limit + eighth * net.x.nbytes // 8) for eighth in range(8, -9, -1))
     return next(call for plan in plans if peak(call := inv.checkpoint(op, plan=plan), net) <= limit)
 

@@ -522,6 +522,16 @@ def test_couplings_of_long_chains_are_planned_whole(monkeypatch):
     assert inv.checkpoint(f[1], plan=inv.plan(long, max_time=1.5))(torch.randn(8, 8)).shape == (8, 8)
 
 
+def test_a_run_of_inverses_that_ends_between_halves_keeps_to_what_is_predicted(profiled):
+    f, x, costs, weights = profiled["demo"]
+    count = len(costs.ops)
+    assert costs.ops[-2].name.startswith("concat")  # sends back parts of a tensor, which do not lie in order
+    for cut in range(count - 5, count - 1):
+        stored = tuple(map(Store, range(count // 2)))
+        plan = Plan((*stored, Invert(count // 2, cut), Invert(cut, count - 1), Store(count - 1)), costs)
+        assert 0.9 * plan.peak_bytes <= peak_of(inv.checkpoint(f, plan=plan), x, weights) <= plan.peak_bytes, cut
+
+
 class Counted(nn.Linear):
     calls = 0
 

@@ -74,8 +74,8 @@ def profile(
     Cost:
         Each kind of op runs forward, forward and backward, again from its input, and back by its inverse: about
         ``4 * kinds / ops`` plain steps a round, and rounds are left out that would take more than 4 in all and more
-        than a second. Bytes are found without allocating, in the time that Python takes to go through each kind some
-        five times (0.1 s each).
+        than half a second. Bytes are found without allocating, in the time that Python takes to go through each kind
+        some five times (0.1 s each).
 
     Raises:
         OptionError: When ``memory`` is not a size.
@@ -198,7 +198,7 @@ def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTens
 
 
 FINE = 160  # ops: of longer chains, whose plans take longest to find, couplings are taken whole
-PATIENCE = 4.0, 1.0  # how long the rounds may take: in plain steps, and in seconds where those are shorter
+PATIENCE = 4.0, 0.5  # how long the rounds may take: in plain steps, and in seconds where those are shorter
 
 
 def _all_seconds(

@@ -130,7 +130,7 @@ class Subject:
 
 
 def _bytes_in(layout: Layout) -> int:
-    return sum(dict(layout).values())
+    return sum({place.storage: place.bytes for place in layout}.values())
 
 
 def _worse(a: OpCosts, b: OpCosts) -> OpCosts:

@@ -51,15 +51,24 @@ def nothing(state: State) -> State:
     return state
 
 
-Layout: TypeAlias = tuple[tuple[int, int], ...]  # of tensors: the number of each one's storage, and its bytes
+class Place(NamedTuple):
+    """Where a tensor lies: in which of some storages, of how many bytes, and where in that."""
+
+    storage: int
+    bytes: int
+    stride: tuple[int, ...]
+    offset: int
+
+
+Layout: TypeAlias = tuple[Place, ...]  # of tensors
 Like: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class Layouts(NamedTuple):
-    """How gradients lie in memory, and rebuilt values; nothing where each has a storage of its own, and fills it.
+    """How gradients lie in memory, and rebuilt values; nothing where each fills a storage of its own, in order.
 
     Those of a concatenation's inputs lie in one storage. One that passes through an op keeps all of the storage alive
-    that it is a part of.
+    that it is a part of, and one that does not lie in order is copied for a function that has seen it in order.
     """
 
     gradients: Layout = ()
@@ -70,23 +79,31 @@ def layout_of(tensors: Sequence[Tensor | None]) -> Layout:
     """How tensors lie in memory, if all are there."""
     given = [t for t in tensors if t is not None]
     numbers = {t.untyped_storage()._cdata: i for i, t in reversed(list(enumerate(given)))}
-    found = tuple((numbers[t.untyped_storage()._cdata], t.untyped_storage().nbytes()) for t in given)
-    apart = tuple((i, t.numel() * t.element_size()) for i, t in enumerate(given))
-    return () if found == apart or len(given) < len(tensors) else found
+    places = [numbers[t.untyped_storage()._cdata] for t in given]
+    apart = places == list(range(len(given))) and all(map(_fills_its_storage, given))
+    if apart or len(given) < len(tensors):
+        return ()
+    return tuple(
+        Place(i, t.untyped_storage().nbytes(), t.stride(), int(t.storage_offset()))
+        for i, t in zip(places, given, strict=True)
+    )
+
+
+def _fills_its_storage(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 def laid_out(likes: Sequence[Like], layout: Layout) -> list[Tensor]:
     """New tensors that lie in memory like this."""
     if len(layout) != len(likes):
         return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in likes]
-    left: dict[tuple[int, torch.dtype], Tensor] = {}
+    bases: dict[tuple[int, torch.dtype], Tensor] = {}
     made: list[Tensor] = []
-    for (shape, dtype, device), (number, size) in zip(likes, layout, strict=True):
-        count, key = shape.numel(), (number, dtype)
-        if key not in left or left[key].numel() < count:
-            left[key] = torch.empty(max(size // dtype.itemsize, count), dtype=dtype, device=device)
-        made.append(left[key][:count].view(shape))
-        left[key] = left[key][count:]
+    for (shape, dtype, device), place in zip(likes, layout, strict=True):
+        key = place.storage, dtype
+        if key not in bases:
+            bases[key] = torch.empty(place.bytes // dtype.itemsize, dtype=dtype, device=device)
+        made.append(bases[key].as_strided(shape, place.stride, place.offset))
     return made
 
 
