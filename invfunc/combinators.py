@@ -739,7 +739,7 @@ class Half(Invertible):
         return "couple"
 
     def __repr__(self) -> str:
-        law = "" if self.law is additive else f", law={self._law_name}"
+        law = "" if original_law(self.law) is additive else f", law={self._law_name}"
         inverse = isinstance(self.law, InverseLaw)
         text = f"half({name_of(self.fn)}, target={self.target}{law})"
         return f"invert({text})" if inverse else text
@@ -840,4 +840,5 @@ def couple(
 
 def is_coupling(op: Invertible) -> bool:
     """Whether an op is halves of couplings one after another, shown as one."""
-    return isinstance(op, Chain) and op.labels is not None and all([isinstance(part, Half) for part in op.parts])
+    parts = op.parts if isinstance(op, Chain) and op.labels else ()
+    return bool(parts) and all([isinstance(part, Half) for part in parts])

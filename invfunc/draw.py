@@ -23,7 +23,7 @@ from .checkpoint import Checkpointed, CompiledStages, Marked, Wrapper
 from .combinators import Half, InverseLaw, Parallel, additive, affine, is_coupling, original_law
 from .errors import OptionError
 from .exact import Gridded
-from .invertible import Chain, Invertible, OneWay, lift, name_of
+from .invertible import Chain, Invertible, OneWay, lift, name_of, named
 from .lowering import Options, owners_of, walk
 from .pictures import GAP, GREY, LETTER, ROW, Picture, above, at, beside, box, document, framed, line, text, tinted
 from .planning import report
@@ -153,7 +153,8 @@ def _(op: CompiledStages, probe: Callable[[Invertible], Invertible]) -> Invertib
 
 @_probed.register
 def _(op: Planned, probe: Callable[[Invertible], Invertible]) -> Invertible:
-    return op.plan.applied_to(Chain(tuple([_probed(part, probe) for part in flat_ops(op.op)])))
+    parts = [named(_probed(part, probe), part.name) for part in flat_ops(op.op)]  # each is one op, as in the plan
+    return Planned(Chain(tuple(parts)), op.plan, op.ops)
 
 
 def _readings(op: Invertible, x: Any) -> list[Reading]:

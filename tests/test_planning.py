@@ -259,6 +259,19 @@ def test_a_plan_for_another_op():
         inv.checkpoint(plan.f, plan=plan, segments=2)
 
 
+def test_a_plan_for_a_coupling_is_for_no_other_one():
+    f, g = nn.Linear(2, 2), nn.Linear(2, 2)
+    couple, others = inv.couple(f, g), [inv.couple(f), inv.couple(g)]
+    base = inv.chain(inv.split(2), couple, inv.concat(2))
+    plan = inv.plan(base, (4, 4), max_time=2.0)
+    assert inv.checkpoint(base, plan=Plan.from_json(plan.to_json())) == inv.checkpoint(base, plan=plan)
+    for other in ([inv.invert(couple)], others, [inv.exact(couple, mode="codes")], [inv.ops.momentum(f, 0.5)]):
+        with pytest.raises(
+            OptionError, match="this plan is for another op, expected split > couple > concat, got split >"
+        ):
+            inv.checkpoint(inv.chain(inv.split(2), *other, inv.concat(2)), plan=plan)
+
+
 def test_schedules_that_are_none():
     costs = homogeneous(3, lossy=3)
     for schedule, message in [
@@ -430,10 +443,19 @@ def test_errors_are_placed_in_the_whole_chain():
 
 
 def test_errors_in_a_coupling_are_placed_by_the_stage():
-    f = inv.chain(inv.split(2), *[inv.couple(torch.sin, g) for g in (torch.cos, lambda x: x[:, :1, None])])
-    for tree in [store_all(5), (Store(0), Recompute(1, (Invert(1, 3), Invert(3, 5))))]:
-        with pytest.raises(WireError, match=r"^chain stage 2 \(couple\): g returned \(5, 1, 1\)"):
-            inv.checkpoint(f, plan=Plan(tree, fake_costs(f)))(torch.rand(5, 6, requires_grad=True))
+    def bad(x):
+        return x[:, :1, None]
+
+    x = torch.rand(5, 6, requires_grad=True)
+    for stage, name, claim in [
+        (inv.couple(torch.sin, bad), "couple", "g returned"),
+        (inv.invert(inv.couple(torch.sin, bad)), "invert", "g returned"),
+        (inv.ops.momentum(bad, 0.5), "momentum", "law blend made"),
+    ]:
+        f = inv.chain(inv.split(2), inv.couple(torch.sin, torch.cos), stage)
+        for tree in [store_all(5), (Store(0), Recompute(1, (Invert(1, 3), Invert(3, 5))))]:
+            with pytest.raises(WireError, match=rf"^chain stage 2 \({name}\): {claim} \(5, "):
+                inv.checkpoint(f, plan=Plan(tree, fake_costs(f)))(x)
 
 
 def test_modes_override_plans_and_the_inverse_has_none():
@@ -503,11 +525,12 @@ def test_halves_of_a_coupling_are_planned_each_on_its_own(monkeypatch):
     wide = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 8))
     f = inv.chain(inv.split(2), *[inv.couple(nn.Linear(8, 8), wide) for _ in range(6)], inv.concat(2))
     costs, x = inv.profile(f, (64, 16)), torch.randn(64, 16)
-    assert [op.name for op in costs.ops[:4]] == ["couple: f", "couple: g"] * 2
+    assert [op.name for op in costs.ops[:4]] == ["couple: f=Linear", "couple: g=Sequential"] * 2
     assert sorted(costs.ops[1].shares_output) == [0, 64 * 8 * x.element_size()]
     halfway = inv.plan(costs, budget=predict(costs, store_all(13)).peak_bytes // 2)
     ways = {row.op: {r.mode for r in rows(halfway) if r.op == row.op} for row in rows(halfway)}
-    assert ways["couple: f"] == {"store"} and "store" in ways["couple: g"] and len(ways["couple: g"]) > 1
+    assert ways["couple: f=Linear"] == {"store"}
+    assert "store" in ways["couple: g=Sequential"] and len(ways["couple: g=Sequential"]) > 1
     weights = weights_of(f, x)
     for found, exact in zip(step(inv.checkpoint(f, plan=halfway), x, weights), step(f, x, weights), strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)

@@ -76,7 +76,8 @@ class OpCosts:
         peak_backward_last: As peak_backward where the op ends a region, which holds the gradient of y, not counted.
         peak_inverse_last: As peak_inverse, likewise.
         region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again.
-        parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour.
+        parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour, and in
+            long chains both halves of a coupling are one.
     """
 
     name: str
@@ -179,7 +180,7 @@ def _frozen(value: Any) -> Any:
 # ---- what each choice keeps and needs ------------------------------------------------------------------------------
 
 DEMANDS = FREE, EXACT, HELD = range(3)  # what is wanted of a boundary; see NOTE [Plan]
-SHARED = 3  # free, behind a region of one op, which pays for what that has only handed on; the solver counts it twice
+SHARED = 3  # free, behind a region of one op, which pays for what that has only handed on; rule 8 of NOTE [Plan]
 
 
 class Ledger:

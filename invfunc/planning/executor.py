@@ -35,9 +35,9 @@ def flat_ops(op: Invertible) -> list[Invertible]:
     return [part for stage in flat_stages(op) for part in halves(stage)]
 
 
-def halves(op: Invertible) -> tuple[Invertible, ...]:
+def halves(stage: Invertible) -> tuple[Any, ...]:
     """The halves of a coupling; another op as it is."""
-    return op.parts if is_coupling(op) else (op,)
+    return stage.parts if is_coupling(stage) else (stage,)
 
 
 def grouped(ops: Sequence[Invertible], counts: Sequence[int]) -> tuple[Invertible, ...]:
@@ -54,31 +54,35 @@ def has_inverse(op: Invertible) -> bool:
     return all(map(has_inverse, op.parts))
 
 
+def only_moves(op: Invertible) -> bool:
+    """Whether an op moves elements without arithmetic."""
+    return isinstance(op, (Rearrangement, Plumbing)) or (bool(op.parts) and all(map(only_moves, op.parts)))
+
+
 def is_exact(op: Invertible) -> bool:
-    """Whether an inverse gives the same bits: of what moves elements without arithmetic, and of `invfunc.exact` ops."""
-    moves = isinstance(op, (Rearrangement, Plumbing))
-    return moves or isinstance(op, (Exact, Gridded)) or (bool(op.parts) and all(map(is_exact, op.parts)))
+    """Whether an inverse gives the same bits: of what only moves elements, and of `invfunc.exact` ops."""
+    return only_moves(op) or isinstance(op, (Exact, Gridded)) or (bool(op.parts) and all(map(is_exact, op.parts)))
 
 
 @dataclass(frozen=True, repr=False)
 class Stretch(Chain):
     """Ops of a longer chain, which are named by their places in that."""
 
-    stages: tuple[int, ...] = (0,)  # of the longer chain: of which one each op is a part
+    places: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, op: Invertible) -> Stretch:
-        """All ops of a chain."""
-        numbers = tuple([i for i, stage in enumerate(flat_stages(op)) for _ in halves(stage)])
-        return cls(tuple(flat_ops(op)), stages=numbers)
+        """All ops of a chain; the halves of a coupling are at one place."""
+        places = [f"chain stage {i} ({s.name})" for i, s in enumerate(flat_stages(op)) for _ in halves(s)]
+        return cls(tuple(flat_ops(op)), places=tuple(places))
 
     def place(self, index: int) -> str:
         """As in the longer chain."""
-        return f"chain stage {self.stages[index]} ({self.parts[index].name})"
+        return self.places[index]
 
     def part(self, first: int, stop: int) -> Stretch:
         """A stretch of this one."""
-        return Stretch(self.parts[first:stop], stages=self.stages[first:stop])
+        return Stretch(self.parts[first:stop], places=self.places[first:stop])
 
     def opens(self) -> str:
         """What a trunk that begins here is called, when it drifts."""
@@ -157,7 +161,7 @@ class Planned(Wrapper):
     """A chain with a plan; built by ``checkpoint(f, plan=plan)``."""
 
     plan: Any
-    ops: tuple[Invertible, ...]  # as the costs count them: with those that only make views joined to a neighbour
+    ops: tuple[Invertible, ...]  # as the costs count them: some joined to a neighbour, as `OpCosts.parts` says
     steps: dict[Options, tuple[Step, ...]] = field(default_factory=dict, compare=False)
     shapes: set[tuple[Any, ...]] = field(default_factory=set, compare=False)  # those that were looked at
 

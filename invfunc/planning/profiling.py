@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from ..combinators import Half
-from ..invertible import Chain, Invertible, OneWay, lift, name_of
+from ..invertible import Invertible, OneWay, lift, name_of
 from ..transforms import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes
 from ..wires import Wire, is_differentiable, leaves
 from .clock import Seconds, costs_in, timed
 from .costs import Costs, OpCosts, parse_bytes
-from .executor import flat_ops, flat_stages, grouped, halves, is_exact
+from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
 from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
@@ -96,7 +96,8 @@ def profile(
 
 def _profile(op: Invertible, x: Any, loss: Loss, errors: bool, repeats: int, memory: int | str | None) -> Costs:
     ops = flat_ops(op)
-    whole = [len(halves(stage)) for stage in flat_stages(op)] if len(ops) > FINE else [1] * len(ops)
+    fine = len(ops) <= FINE
+    whole = [1] * len(ops) if fine else [len(halves(stage)) for stage in flat_stages(op)]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = faked(x, mode)
     with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
@@ -108,14 +109,19 @@ def _profile(op: Invertible, x: Any, loss: Loss, errors: bool, repeats: int, mem
     given = realised(x, fake, part)
     scale = rows(fake) / rows(given)
     seconds = _all_seconds(chain, inputs, given, found, repeats)
+    titles = iter([title for stage in flat_stages(op) for title in _titles(stage, fine)])
     costs = [
         replace(
-            bytes_, name=_title(unit), parts=count, exact=is_exact(unit), **{k: scale * v for k, v in times.items()}
+            bytes_,
+            name=_joined([next(titles) for _ in range(count)]),
+            parts=count,
+            exact=is_exact(unit),
+            **{k: scale * v for k, v in times.items()},
         )
         for (unit, count), bytes_, times in zip(units, found, seconds, strict=True)
     ]
     measured = sweep(chain, given, loss) if errors else None
-    return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(ops, fake), measured, scale)
+    return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale)
 
 
 def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
@@ -126,12 +132,12 @@ def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
             inputs.append(_output(op, inputs[-1])[0])
         loss_bytes = _loss_bytes(mean_square, inputs[-1])
     with untouched(*ops):
-        return Costs(tuple(_all_bytes(ops, inputs, mode)), nbytes(inputs[0]), loss_bytes, key_of(ops, x))
+        return Costs(tuple(_all_bytes(ops, inputs, mode)), nbytes(inputs[0]), loss_bytes)
 
 
-def key_of(ops: Sequence[Invertible], x: Wire) -> tuple[str, ...]:
-    """Which chain on which input: the names of its ops, and the shapes and dtypes."""
-    return (" > ".join(op.name for op in ops), shape_key(x))
+def key_of(op: Invertible, x: Wire) -> tuple[str, ...]:
+    """Which chain on which input: the names of its stages, and the shapes and dtypes."""
+    return (" > ".join(stage.name for stage in flat_stages(op)), shape_key(x))
 
 
 def shape_key(x: Wire) -> str:
@@ -293,15 +299,23 @@ def _structure(item: Any) -> Any:
     return item if isinstance(item, (int, float, str, bytes, bool, type(None), torch.dtype, torch.Size)) else id(item)
 
 
-def _title(unit: Invertible) -> str:
-    """How an op is shown: a group by those of its ops that are not mere rearrangements."""
-    if not (isinstance(unit, Chain) and unit.labels is None):
-        return _shown(unit)
-    return " > ".join(_shown(part) for part in unit.parts if not is_exact(part)) or _shown(unit.parts[0])
+WIDTH = 24  # of how an op is shown
 
 
-def _shown(op: Invertible) -> str:
-    if isinstance(op, Half):
-        return f"{op.name}: {op.label}"
-    text = name_of(op.fn) if isinstance(op, OneWay) else repr(op)
-    return text if len(text) <= 24 else op.name
+def _titles(stage: Invertible, fine: bool) -> list[tuple[str, bool]]:
+    """How each op of a stage is shown, a coupling's half by half or as one; and whether it only moves elements."""
+    parts = halves(stage)
+    if fine and len(parts) > 1:
+        return [(_half_title(stage.name, half), False) for half in parts]
+    text = name_of(stage.fn) if isinstance(stage, OneWay) else repr(stage)
+    return [(text if len(text) <= WIDTH else stage.name, only_moves(stage))] * len(parts)
+
+
+def _half_title(stage: str, half: Half) -> str:
+    text = f"{stage}: {half.label}={name_of(half.fn)}"
+    return text if len(text) <= WIDTH else f"{stage}: {half.label}"
+
+
+def _joined(titles: Sequence[tuple[str, bool]]) -> str:
+    """How ops are shown as one: by those that do more than move elements."""
+    return " > ".join(dict.fromkeys(title for title, moves in titles if not moves)) or titles[0][0]

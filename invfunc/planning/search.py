@@ -128,10 +128,10 @@ def tables(costs: Costs, max_error: float | None = None) -> Iterator[Table]:
 def table_for(costs: Costs, budget: float, max_error: float | None = None) -> Table:
     """The table of every memory up to a budget and a little above; coarser for long chains, to be solved soon.
 
-    But with more units than ops: where one is larger than what an op keeps, rounding up loses much of the budget.
+    But not much coarser than an op: where a unit is larger than what one keeps, rounding up loses much of the budget.
     """
     count = max(len(costs.ops), 1)
-    return Table(costs, 1.1 * budget, min(max(16_000 // count, 200, 6 * count // 5), 500), max_error)
+    return Table(costs, 1.1 * budget, min(max(16_000 // count, 200, min(6 * count // 5, 320)), 500), max_error)
 
 
 def _point(costs: Costs, schedule: Schedule) -> Point:

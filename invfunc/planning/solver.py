@@ -24,12 +24,15 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
 6.  Each choice also needs memory for its own moments (`Ledger`); where m is less, it is infinite.
 7.  *Objectives.* One table answers all: least time in a budget is ``V_held(0, L, budget)``, least memory in a time is
     the smallest m with ``V_held(0, L, m) <= time``, and a limit on errors makes C infinite for runs above it.
+8.  *Shared.* Behind a region of one op what that has handed on untouched, as half a coupling does, is kept already. The
+    table counts it twice, as the price of a demand less; a schedule that is read off is told to the byte (`predict`).
 
-*Why it is optimal* among schedules that keep a stored value until its op's backward, use an inverse only fused with a
-backward, and let bytes add up: op p is back-propagated once. Either its tape was made in the first pass, and lives
-through the stretch (3); or later, from a kept x[i]: let k be the first boundary after i where the first pass kept
-anything (4); or from a rebuilt x[i]: take the longest run of inverses (5). The parts touch only through m and r, so
-each may be replaced by its optimum. ``O(L^3 M)`` time, ``O(L^2 M)`` memory for M units of memory; bytes round up.
+*Why it is optimal*, but for rule 8, among schedules that keep a stored value until its op's backward, use an inverse
+only fused with a backward, and let bytes add up: op p is back-propagated once. Either its tape was made in the first
+pass, and lives through the stretch (3); or later, from a kept x[i]: let k be the first boundary after i where the
+first pass kept anything (4); or from a rebuilt x[i]: take the longest run of inverses (5). The parts touch only
+through m and r, so each may be replaced by its optimum. ``O(L^3 M)`` time, ``O(L^2 M)`` memory for M units of memory;
+bytes round up.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def undone(op: Invertible) -> Through:
 
 def rerun(op: Invertible) -> Through:
     """Through a region of one op."""
-    steps = steps_of(Stretch((op,)), (0, 1), (Recompute(0, (Store(0),)),), Options())
+    stretch = Stretch.of(op)
+    steps = steps_of(stretch, (0, len(stretch.parts)), (Recompute(0, (Store(0),)),), Options())
 
     def through(state: State) -> State:
         handed = [state]

@@ -158,7 +158,7 @@ class Plan:
         op = lift(f)
         ops, count = flat_ops(op), sum(c.parts for c in self.costs.ops)
         expected = self.costs.key[0] if self.costs.key else f"{count} ops"
-        got = key_of(ops, ())[0] if self.costs.key else f"{len(ops)} ops"
+        got = key_of(op, ())[0] if self.costs.key else f"{len(ops)} ops"
         if len(ops) != count or expected != got:
             raise OptionError(
                 "this plan is for another op", expected=expected, got=got, cure="plan again: inv.plan(f, x, ...)"
