@@ -148,8 +148,7 @@ def _forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor]]:
         del y
         noted = books.balance
     found = OpCosts(op.name, 0.0, 0.0, peak_forward=peak, bytes=size, gradient=gradient, recording=noted)
-    found = replace(found, shares_output=shared)
-    return found, trained(recording)
+    return replace(found, shares_output=shared), trained(recording)
 
 
 def _taped(op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], layouts: Layouts) -> Sizes:
