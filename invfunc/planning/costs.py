@@ -197,7 +197,8 @@ class Ledger:
         self.loss = costs.loss_bytes
         ins = [*(op.holds_input for op in costs.ops), ()]
         self.n = [sum(held) for held in ins]
-        self.paid, self.both = {}, {}  # by others, of x[i]; and of what a tape holds of it
+        nothing = [0] * (self.L + 1)
+        self.paid, self.both = ({FREE: nothing, EXACT: nothing} for _ in range(2))  # of x[i], and of its tape
         for r, outs in (HELD, [op.holds_output for op in costs.ops]), (SHARED, [op.shares_output for op in costs.ops]):
             self.paid[r] = [self.a[0], *map(sum, outs)]
             self.both[r] = [self.n[0], *(sum(map(min, o, n)) for o, n in zip(outs, ins[1:], strict=True))]
@@ -213,7 +214,7 @@ class Ledger:
 
     def in_hand(self, i: int, r: int) -> int:
         """Bytes of x[i], without what somebody else pays for."""
-        return self.a[i] - (self.paid[r][i] if r in self.paid else 0)
+        return self.a[i] - self.paid[r][i]
 
     def ends_region(self, p: int, j: int) -> bool:
         """Whether op p is the last one of a region: the gradient that it begins with is set aside already."""
@@ -236,7 +237,7 @@ class Ledger:
         return self.in_hand(i, r) + op.peak_taped - self.output(j), self._input_kept(i, r) + peak - own
 
     def _input_kept(self, i: int, r: int) -> int:
-        return self.a[i] if r == EXACT else self.n[i] - (self.both[r][i] if r in self.both else 0)
+        return self.a[i] if r == EXACT else self.n[i] - self.both[r][i]
 
     def region(self, i: int, k: int, r: int) -> int:
         """Keeps of ops i+1..k as a region: x[i], and what is noted down."""

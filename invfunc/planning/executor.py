@@ -56,12 +56,17 @@ def has_inverse(op: Invertible) -> bool:
 
 def only_moves(op: Invertible) -> bool:
     """Whether an op moves elements without arithmetic."""
-    return isinstance(op, (Rearrangement, Plumbing)) or (bool(op.parts) and all(map(only_moves, op.parts)))
+    return consists_of(op, Rearrangement, Plumbing)
 
 
 def is_exact(op: Invertible) -> bool:
     """Whether an inverse gives the same bits: of what only moves elements, and of `invfunc.exact` ops."""
-    return only_moves(op) or isinstance(op, (Exact, Gridded)) or (bool(op.parts) and all(map(is_exact, op.parts)))
+    return consists_of(op, Rearrangement, Plumbing, Exact, Gridded)
+
+
+def consists_of(op: Invertible, *kinds: type) -> bool:
+    """Whether an op, or each of its parts, is of some kinds."""
+    return isinstance(op, kinds) or (bool(op.parts) and all([consists_of(part, *kinds) for part in op.parts]))
 
 
 @dataclass(frozen=True, repr=False)

@@ -147,8 +147,8 @@ def _forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor]]:
         gradient = sum(leaf.numel() * leaf.element_size() for leaf in leaves(y) if is_differentiable(leaf))
         del y
         noted = books.balance
-    found = OpCosts(op.name, 0.0, 0.0, peak_forward=peak, bytes=size, gradient=gradient, recording=noted)
-    return replace(found, shares_output=shared), trained(recording)
+    sizes = {"bytes": size, "gradient": gradient, "shares_output": shared, "recording": noted}
+    return OpCosts(op.name, 0.0, 0.0, peak_forward=peak, **sizes), trained(recording)
 
 
 def _taped(op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], layouts: Layouts) -> Sizes:
