@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import invfunc as inv
-from invfunc import drift
-from invfunc.compare import relative_error
+from invfunc.core.compare import relative_error
+from invfunc.engine import meter as drift
 
 REPEATS = 40
 

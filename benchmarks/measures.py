@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import invfunc as inv
-from invfunc.compare import relative_error
+from invfunc.core.compare import relative_error
 
 from .engines import Call, Engine, attempt, forward, step
 from .networks import Net

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from planning_chains import LIMITS, ROUNDING, SHARES, demo, homogeneous, mixed, new_errors, peak_of, weights_of
 
 import invfunc as inv
-from invfunc.planning import Plan
-from invfunc.planning.schedule import fixed_schedules, predict, store_all
-from invfunc.planning.search import curve_of, least
-from invfunc.planning.value import gradients, mean_square
+from invfunc.plan import Plan
+from invfunc.plan.schedule import fixed_schedules, predict, store_all
+from invfunc.plan.search import curve_of, least
+from invfunc.plan.value import gradients, mean_square
 
 from .table import RESULTS, machine
 

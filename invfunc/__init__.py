@@ -2,7 +2,7 @@
 
 from . import errors, nn, ops, testing
 from .checkpoint import checkpoint, compile_stages, mode, recompute, reconstruct, store
-from .combinators import (
+from .core.combine import (
     additive,
     affine,
     concat,
@@ -15,18 +15,18 @@ from .combinators import (
     swap,
     tanh_scale,
 )
+from .core.op import Invertible, chain, identity, invert, one_way, pair
 from .debug import debug
-from .draw import Drawing, draw
-from .drift import DriftWarning
-from .exact import exact
-from .invertible import Invertible, chain, identity, invert, one_way, pair
+from .engine.meter import DriftWarning
+from .engine.replay import record
+from .exact.transform import exact
 from .log_det import as_transform, flow, from_transform, log_det, with_log_det
-from .memory import Measurement, measure
+from .look.draw import Drawing, draw
+from .look.memory import Measurement, measure
+from .look.report import Report, calibrate, check
+from .look.saved import print_saved, saved
 from .ops import reversible_residual
-from .planning import Costs, Plan, plan, profile
-from .replay import record
-from .report import Report, calibrate, check
-from .saved import print_saved, saved
+from .plan import Costs, Plan, plan, profile
 
 __all__ = [
     "Costs",

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import invfunc as inv
-from invfunc import report
 from invfunc.errors import InvertibleError
-from invfunc.memory import measure
+from invfunc.look import report
+from invfunc.look.memory import measure
 
 SEED = 0
 WIDTH = 16  # channels of the stem

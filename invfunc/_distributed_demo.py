@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import nn as inn
 from .__main__ import RATE, Images, Refusal, Setting, batches, data, network
-from .memory import measure
-from .planning import simulate
+from .look.memory import measure
+from .plan import simulate
 
 STEPS = 8
 

@@ -18,20 +18,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Size, Tensor, nn
 
-from . import compiling
-from .drift import Drift, checked_drift
+from .core.op import VJP, Invertible, OneWay, Pair, Residue, name_of, pair
+from .engine import compiled
+from .engine.lowering import Options, lower, may_have_gradients, owning, recompute_values, runs_plainly, walk
+from .engine.meter import Drift, checked_drift
+from .engine.strands import State
 from .errors import NotInvertibleError, OptionError, ReplayError, WireError
-from .invertible import VJP, Invertible, OneWay, Pair, Residue, name_of, pair
-from .lowering import (
-    Options,
-    lower,
-    may_have_gradients,
-    owning,
-    recompute_values,
-    runs_plainly,
-    walk,
-)
-from .trunk import State
 from .wires import Wire, is_differentiable
 
 MODES = ("invert", "store", "recompute")
@@ -119,7 +111,7 @@ class Checkpointed(Wrapper):
     options: Options = Options()
 
     def __post_init__(self) -> None:
-        compiling.prepare(self.op)
+        compiled.prepare(self.op)
 
     def forward(self, x: Wire) -> Wire:
         return lower(self.op, x, _current(self.options))
@@ -248,7 +240,7 @@ def _lift(op: Invertible | Callable[..., Any]) -> Invertible:
 class CompiledStages(Wrapper):
     """An op whose stages are compiled one by one; built by `compile_stages`."""
 
-    step: compiling.Steps
+    step: compiled.Steps
 
     def forward(self, x: Wire) -> Wire:
         return self.op.forward(x)
@@ -296,7 +288,7 @@ def compile_stages(op: Invertible, **options: Any) -> Invertible:
     """
     if isinstance(op, Checkpointed):
         return replace(op, op=compile_stages(op.op, **options))
-    return CompiledStages(op, compiling.Steps(options))
+    return CompiledStages(op, compiled.Steps(options))
 
 
 # ---- plain functions ------------------------------------------------------------------------------------------------
@@ -366,7 +358,7 @@ class CheckpointedFunction:
     def __init__(self, fn: Callable[..., Any], options: Options, op: Invertible | None = None) -> None:
         self.options = options
         self.op = OneWay(OnTree(fn)) if op is None else op
-        compiling.prepare(self.op)
+        compiled.prepare(self.op)
         self.known: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()  # of methods, by instance
         wraps(self, fn)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import transforms
+from . import _torch
 from .errors import DomainError
 from .wires import Wire, is_differentiable, leaves
 
@@ -75,7 +75,7 @@ def require(subject: str, wire: Wire, holds: Callable[..., Any], expected: str, 
     if not checking():
         return
     for tensor in filter(is_differentiable, leaves(wire)):
-        leaf = transforms.unwrapped(tensor).detach()  # under vmap, all samples: a condition of one is no Python bool
+        leaf = _torch.unwrapped(tensor).detach()  # under vmap, all samples: a condition of one is no Python bool
         if not holds(leaf, *options).all():
             what, sizes = ("magnitudes", leaf.abs()) if leaf.is_complex() else ("values", leaf)
             raise DomainError(

@@ -17,7 +17,7 @@ from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
 from .checkpoint import Wrapper
-from .combinators import (
+from .core.combine import (
     DerivedLaw,
     Half,
     InverseLaw,
@@ -28,9 +28,7 @@ from .combinators import (
     parallel,
     sum_per_sample,
 )
-from .debug import checking, require
-from .errors import NotDifferentiableError, NotInvertibleError, OptionError, WireError, place_error
-from .invertible import (
+from .core.op import (
     VJP,
     ByKind,
     Chain,
@@ -45,6 +43,8 @@ from .invertible import (
     one_way,
     pair,
 )
+from .debug import checking, require
+from .errors import NotDifferentiableError, NotInvertibleError, OptionError, WireError, place_error
 from .wires import Wire, describe, is_differentiable, leaves, map_wire
 
 Rule: TypeAlias = Callable[[Wire, Wire], Tensor]  # (x, y) -> log|det J|, (batch,)

@@ -18,24 +18,25 @@ import torch
 from torch import Tensor
 
 from .checkpoint import checkpoint
-from .combinators import Half, _concat, _split, parallel
-from .compare import largest, largest_difference
-from .drift import DriftWarning
+from .core.combine import Half, _concat, _split, parallel
+from .core.compare import largest, largest_difference
+from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, identity, invert, pair
+from .engine.meter import DriftWarning
+from .engine.replay import owners
 from .errors import NotDifferentiableError
-from .invertible import (
-    Inverse,
-    Invertible,
-    LiveVJP,
-    OneWay,
-    Rearrangement,
-    chain,
-    identity,
-    invert,
-    pair,
-)
 from .log_det import log_det
-from .replay import owners
-from .trial import closed_over, differentiable, fresh, gradients_of, noise, roots, same_dice, states, untouched, vjp_of
+from .look.trial import (
+    closed_over,
+    differentiable,
+    fresh,
+    gradients_of,
+    noise,
+    roots,
+    same_dice,
+    states,
+    untouched,
+    vjp_of,
+)
 from .wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 
 TOLERANCES: dict[torch.dtype, float] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from invfunc.trunk import carriers
+from invfunc.engine.strands import carriers
 
 # What inductor has compiled stays in the checkout, for the next run.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "inductor"))

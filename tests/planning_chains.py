@@ -10,15 +10,15 @@ from torch import nn
 import invfunc as inv
 from invfunc.__main__ import Setting, network
 from invfunc.errors import OptionError
-from invfunc.memory import measure
-from invfunc.planning import Costs, OpCosts, Plan
-from invfunc.planning.executor import flat_ops
-from invfunc.planning.inputs import as_input
-from invfunc.planning.profiling import mean_square
-from invfunc.planning.schedule import predict
-from invfunc.planning.search import Limits, best, least
-from invfunc.planning.trials import parameters_of
-from invfunc.planning.value import distance, gradients, verified
+from invfunc.look.memory import measure
+from invfunc.plan import Costs, OpCosts, Plan
+from invfunc.plan.executor import flat_ops
+from invfunc.plan.inputs import as_input
+from invfunc.plan.profiling import mean_square
+from invfunc.plan.schedule import predict
+from invfunc.plan.search import Limits, best, least
+from invfunc.plan.trials import parameters_of
+from invfunc.plan.value import distance, gradients, verified
 
 
 def homogeneous(count: int, lossy: int = 0, tape: int = 4000) -> Costs:

@@ -18,10 +18,11 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import invfunc as inv
-from invfunc import lowering, ops, transforms
-from invfunc.drift import DriftWarning
+from invfunc import _torch, ops
+from invfunc.engine import lowering
+from invfunc.engine.meter import DriftWarning
+from invfunc.engine.replay import owners, recorded
 from invfunc.errors import ReplayError, WireError
-from invfunc.replay import owners, recorded
 
 WIDTH, DEPTH = 4, 3
 
@@ -833,7 +834,7 @@ def test_a_trunk_may_begin_with_a_coupling_whose_input_needs_no_gradient() -> No
 @pytest.fixture
 def writes_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors count as large ones."""
-    monkeypatch.setattr(transforms, "_LARGE", 0)
+    monkeypatch.setattr(_torch, "_LARGE", 0)
 
 
 class Ends(nn.Module):
@@ -965,9 +966,9 @@ def test_nothing_is_written_where_elements_overlap() -> None:
 )
 def test_what_is_spare(make: Callable[[int], Tensor], expected: bool) -> None:
     tensor, like = make(2**14), torch.zeros(2**14)
-    assert transforms.is_spare(tensor, like) == expected
+    assert _torch.is_spare(tensor, like) == expected
     again = tensor
-    assert not transforms.is_spare(again, like)
+    assert not _torch.is_spare(again, like)
 
 
 @pytest.mark.usefixtures("writes_small")

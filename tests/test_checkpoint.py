@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import invfunc as inv
-from invfunc import replay
+from invfunc.engine import replay
 from invfunc.errors import NotInvertibleError, OptionError, ReplayError, WireError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 TOLERANCE = 1e-9
 

@@ -25,7 +25,7 @@ from torch import nn
 import invfunc as inv
 from invfunc import __main__ as demo
 from invfunc.nn.distributed import blocks_of
-from invfunc.planning import simulate
+from invfunc.plan import simulate
 
 SECONDS = 240.0  # what a run may take on a busy machine; a hang is a failure
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
-from invfunc.donation import Donated
+from invfunc.compat.donation import Donated
 from invfunc.errors import DonatedError, OptionError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 TOLERANCE = 1e-9
 WIDTH = 4

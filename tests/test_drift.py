@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
-from invfunc import drift, ops
-from invfunc.compare import relative_error_of_numbers
-from invfunc.drift import Probe
+from invfunc import ops
+from invfunc.core.compare import relative_error_of_numbers
+from invfunc.engine import meter as drift
+from invfunc.engine.meter import Probe
 from invfunc.errors import DriftError, NotInvertibleError, OptionError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 WIDTH = 8
 

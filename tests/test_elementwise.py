@@ -15,11 +15,11 @@ from torch.distributions import transforms as T
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import invfunc as inv
+from invfunc.core.packing import pack_bits, unpack_bits
 from invfunc.debug import checking, require
 from invfunc.errors import DomainError, NotDifferentiableError, NotInvertibleError, OptionError, WireError
 from invfunc.log_det import autodiff_log_det
-from invfunc.memory import measure
-from invfunc.packing import pack_bits, unpack_bits
+from invfunc.look.memory import measure
 from invfunc.testing import check_laws
 
 ops = inv.ops

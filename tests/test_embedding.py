@@ -12,7 +12,7 @@ from torch import Tensor, func
 import invfunc as inv
 from invfunc import ops
 from invfunc.errors import NotDifferentiableError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 from invfunc.wires import leaves
 
 

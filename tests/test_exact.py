@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import invfunc as inv
-from invfunc.bits import bit_hash, bits_of, corrected, difference, from_bits
+from invfunc.core.packing import pack_codes, unpack_codes
 from invfunc.errors import DomainError, NotInvertibleError, OptionError, ReplayError, WireError
-from invfunc.packing import pack_codes, unpack_codes
+from invfunc.exact.bits import bit_hash, bits_of, corrected, difference, from_bits
 
-exact_module = sys.modules["invfunc.exact"]  # the name in the package is that of the function
+exact_module = sys.modules["invfunc.exact.transform"]  # the name in the package is that of the function
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 Modules = list[nn.Module]

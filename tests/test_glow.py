@@ -12,7 +12,7 @@ from torch.distributions import Normal
 
 import invfunc as inv
 from invfunc import ops
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import invfunc as inv
 from invfunc import ops
 from invfunc.errors import DomainError, OptionError, WireError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 
 class Counted(nn.Module):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, func
 
 import invfunc as inv
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 from invfunc.testing import LAWS, LawError, check_laws, is_undone, needs_no_residue
 from invfunc.wires import is_differentiable, leaves, map_wire
 

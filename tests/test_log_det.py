@@ -14,7 +14,7 @@ from torch.distributions import transforms as T
 import invfunc as inv
 from invfunc.errors import NotDifferentiableError, NotInvertibleError, OptionError, WireError
 from invfunc.log_det import autodiff_log_det, zeros_for
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 from invfunc.testing import check_laws
 from invfunc.wires import is_differentiable, leaves, map_wire
 
@@ -254,7 +254,7 @@ def gradients(op: inv.Invertible, x: Tensor, parameters: list[Tensor]) -> tuple[
 
 
 def parameters_of(op: inv.Invertible) -> list[Tensor]:
-    from invfunc.replay import owners
+    from invfunc.engine.replay import owners
 
     found = owners(op.functions)
     return [*found.tensors, *(p for module in found.modules for p in module.parameters())]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import invfunc as inv
 from invfunc.errors import ReplayError, WireError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 TOLERANCE = 1e-9
 

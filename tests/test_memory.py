@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
 
-from invfunc import memory
-from invfunc.memory import Measurement, measure
+from invfunc.look import memory
+from invfunc.look.memory import Measurement, measure
 
 N = 1000
 B = 8 * N  # Bytes of a float64 vector of N elements.

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 import invfunc as inv
 from invfunc import nn as inn
 from invfunc.errors import DonatedError, NotInvertibleError, OptionError, WireError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 TOLERANCE = 1e-9
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import invfunc as inv
 from invfunc import nn as inn
 from invfunc.errors import DonatedError, NotInvertibleError, OptionError, WireError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 from invfunc.nn import invtorch
 from invfunc.testing import LawError
 

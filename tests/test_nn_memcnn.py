@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc.errors import DonatedError, NotInvertibleError, OptionError, WireError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 from invfunc.nn import memcnn
 
 
@@ -381,7 +381,7 @@ READS = """
 import torch
 from torch import nn
 from invfunc.errors import DonatedError
-from invfunc.nn.memcnn import AdditiveCoupling, InvertibleModuleWrapper
+from invfunc.compat.memcnn import AdditiveCoupling, InvertibleModuleWrapper
 class Same(nn.Module):
     def forward(self, x):
         return x

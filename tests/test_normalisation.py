@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import invfunc as inv
-from invfunc import memory, ops
+from invfunc import ops
 from invfunc.errors import DomainError, NotInvertibleError, OptionError, ReplayError, WireError
+from invfunc.look import memory
 
 SHAPES = [(5, 4), (3, 4, 5), (2, 4, 3, 2), (2, 4, 2, 3, 2)]
 

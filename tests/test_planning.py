@@ -26,13 +26,13 @@ from torch import nn
 
 import invfunc as inv
 from invfunc.errors import OptionError, WireError
-from invfunc.planning import Costs, Invert, OpCosts, Plan, Recompute, Store
-from invfunc.planning.costs import parse_bytes, show_bytes
-from invfunc.planning.executor import flat_ops
-from invfunc.planning.report import rows, timeline
-from invfunc.planning.schedule import from_data, invert_all, predict, recompute_every, store_all, to_data
-from invfunc.planning.search import least
-from invfunc.planning.solver import Table
+from invfunc.plan import Costs, Invert, OpCosts, Plan, Recompute, Store
+from invfunc.plan.costs import parse_bytes, show_bytes
+from invfunc.plan.executor import flat_ops
+from invfunc.plan.report import rows, timeline
+from invfunc.plan.schedule import from_data, invert_all, predict, recompute_every, store_all, to_data
+from invfunc.plan.search import least
+from invfunc.plan.solver import Table
 
 # ---- the solver, on data ----
 
@@ -132,7 +132,7 @@ def test_bit_exact_inverses_need_no_limit():
 
 @pytest.mark.parametrize("mode", ["codes", "grid"])
 def test_exact_ops_need_no_limit(monkeypatch, mode):
-    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
     torch.manual_seed(0)
     parts = [inv.split(2), *[inv.couple(mlp(8), mlp(8)) for _ in range(3)], inv.concat(2)]
     f, x = inv.exact(inv.chain(*parts), mode=mode), torch.randn(64, 16)
@@ -323,7 +323,7 @@ def random_schedule(draw, costs: Costs, first: int, stop: int, inverts: bool, de
 
 
 def fake_costs(op) -> Costs:
-    from invfunc.planning.executor import has_inverse
+    from invfunc.plan.executor import has_inverse
 
     return Costs(tuple(OpCosts("op", 1.0, 1.0, 1.0 if has_inverse(o) else math.inf) for o in flat_ops(op)))
 
@@ -479,7 +479,7 @@ def profiled():
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("invfunc.planning.profiling.timed", given_seconds)
+        patch.setattr("invfunc.plan.profiling.timed", given_seconds)
         for name, f, x in [
             ("mixed", mixed(), torch.randn(2048, 32)),
             ("demo", demo(24, torch.float64), torch.randn(64, 1, 8, 8)),
@@ -521,7 +521,7 @@ def test_fixed_strategies_keep_to_what_is_predicted(profiled, schedule):
 
 
 def test_halves_of_a_coupling_are_planned_each_on_its_own(monkeypatch):
-    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
     wide = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 8))
     f = inv.chain(inv.split(2), *[inv.couple(nn.Linear(8, 8), wide) for _ in range(6)], inv.concat(2))
     costs, x = inv.profile(f, (64, 16)), torch.randn(64, 16)
@@ -537,8 +537,8 @@ def test_halves_of_a_coupling_are_planned_each_on_its_own(monkeypatch):
 
 
 def test_couplings_of_long_chains_are_planned_whole(monkeypatch):
-    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
-    monkeypatch.setattr("invfunc.planning.profiling.FINE", 7)
+    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
+    monkeypatch.setattr("invfunc.plan.profiling.FINE", 7)
     f = [inv.chain(inv.split(2), *[inv.couple(torch.sin, torch.cos)] * depth, inv.concat(2)) for depth in (2, 3)]
     short, long = (inv.profile(op, (8, 8)) for op in f)
     assert [op.parts for op in short.ops] == [2, 1, 1, 1, 1] and [op.parts for op in long.ops] == [3, 2, 2, 1]
@@ -564,7 +564,7 @@ class Counted(nn.Linear):
 
 
 def test_ops_of_one_kind_are_run_once(monkeypatch):
-    monkeypatch.setattr("invfunc.planning.profiling.PATIENCE", (math.inf, math.inf))  # no round is left out
+    monkeypatch.setattr("invfunc.plan.profiling.PATIENCE", (math.inf, math.inf))  # no round is left out
 
     def calls(depth):
         f = inv.chain(inv.split(2), *[inv.couple(Counted(4, 4), Counted(4, 4)) for _ in range(depth)], inv.concat(2))
@@ -577,10 +577,10 @@ def test_ops_of_one_kind_are_run_once(monkeypatch):
 
 def test_rounds_end_where_they_would_take_too_long(monkeypatch):
     rounds = []
-    monkeypatch.setattr("invfunc.planning.profiling.timed", lambda *args: rounds.append(1) or given_seconds(*args))
+    monkeypatch.setattr("invfunc.plan.profiling.timed", lambda *args: rounds.append(1) or given_seconds(*args))
     f = inv.chain(nn.Linear(8, 8))
     for patience, expected in [((0.0, 0.0), 1), ((math.inf, 0.0), 5)]:
-        monkeypatch.setattr("invfunc.planning.profiling.PATIENCE", patience)
+        monkeypatch.setattr("invfunc.plan.profiling.PATIENCE", patience)
         rounds.clear()
         inv.profile(f, (4, 8))
         assert len(rounds) == expected
@@ -608,7 +608,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_model_sees_every_storage(monkeypatch, name):
-    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
     kinds, schedule = LAYOUTS[name]
     torch.manual_seed(0)
     f, x = inv.chain(*[make_op(kind, 16) for kind in kinds]), torch.randn(256, 16, requires_grad=True)
@@ -626,7 +626,7 @@ def test_shapes_are_enough_for_bytes_and_nothing_is_allocated():
 
 
 def test_what_needs_no_gradient_is_planned_too(monkeypatch):
-    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
     f, x = inv.chain(*make_op("exp", 6).parts, torch.sin, nn.Linear(6, 6), make_op("couple", 6)), torch.randn(64, 6)
     costs, weights = inv.profile(f, x), weights_of(f, x)
     assert all(op.tape < 100 for op in costs.ops[:3])
@@ -680,7 +680,7 @@ def test_no_fixed_strategy_is_better_on_a_real_chain(profiled, name, share):
 @pytest.mark.parametrize("name", ["affine, exponential scales", "dense linears"])
 def test_a_limit_on_errors_holds_on_a_new_batch(monkeypatch, name):
     """Two chains of the suite in benchmarks/planning.py."""
-    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
     torch.set_default_dtype(torch.float32)
     found = list(new_errors(ROUNDING[name], [1.1], [1e-3, 1e-5]))
     assert found and any(error > 0 for _, error in found)
@@ -689,7 +689,7 @@ def test_a_limit_on_errors_holds_on_a_new_batch(monkeypatch, name):
 
 def test_verify_measures_a_step_beside_the_gradients(monkeypatch):
     """Where parameters are as large as activations, gradients that somebody else holds would be seen."""
-    monkeypatch.setattr("invfunc.planning.profiling.timed", given_seconds)
+    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
     torch.manual_seed(0)
     f, x = (
         inv.chain(inv.split(2), *[inv.couple(mlp(16), mlp(16)) for _ in range(8)], inv.concat(2)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import invfunc as inv
-from invfunc import transforms
+from invfunc import _torch
 from invfunc.errors import ReplayError
 
 TOLERANCE = 1e-9
@@ -605,14 +605,14 @@ def test_watching_in_two_threads_leaves_the_compiler_as_it_was() -> None:
     first_is_in, second_is_in = threading.Event(), threading.Event()
 
     def enter_first() -> None:
-        with transforms.uncompiled():
+        with _torch.uncompiled():
             first_is_in.set()
             second_is_in.wait(10)
 
     thread = threading.Thread(target=enter_first)
     thread.start()
     assert first_is_in.wait(10)
-    with transforms.uncompiled():
+    with _torch.uncompiled():
         second_is_in.set()
         thread.join(10)
         assert dynamo._stance.stance == "force_eager"

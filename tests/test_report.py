@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc.__main__ import main
-from invfunc.compare import cosine, largest, largest_difference, relative_error, relative_error_of_numbers
-from invfunc.diagnosis import HAZARDS, Run, cast, stages_of
+from invfunc.core.compare import cosine, largest, largest_difference, relative_error, relative_error_of_numbers
 from invfunc.errors import DomainError, OptionError
-from invfunc.report import Report
+from invfunc.look.diagnosis import HAZARDS, Run, cast, stages_of
+from invfunc.look.report import Report
 
 SINGLE = {"dtype": torch.float32}
 
@@ -331,10 +331,10 @@ def test_a_function_that_does_not_stand_a_hazard(hazard: str, factor: Callable[[
 @pytest.mark.parametrize(
     ("hazard", "what", "broken"),
     [
-        ("random numbers", "invfunc.replay.Streams.put", lambda self: None),
-        ("buffers", "invfunc.replay._swapped", lambda contents: nullcontext()),
-        ("autocast", "invfunc.replay.autocast", lambda state: nullcontext()),
-        ("threads", "invfunc.replay.threads", lambda count: nullcontext()),
+        ("random numbers", "invfunc.engine.replay.Streams.put", lambda self: None),
+        ("buffers", "invfunc.engine.replay._swapped", lambda contents: nullcontext()),
+        ("autocast", "invfunc.engine.replay.autocast", lambda state: nullcontext()),
+        ("threads", "invfunc.engine.replay.threads", lambda count: nullcontext()),
     ],
 )
 def test_what_replay_does_not_restore_is_seen(hazard: str, what: str, broken: Any, monkeypatch: MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import invfunc as inv
 from invfunc import ops
 from invfunc.errors import DomainError, NotInvertibleError, OptionError, WireError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 SCHEMES = "couple", "momentum", "midpoint", "leapfrog"
 

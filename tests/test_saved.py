@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
-from invfunc.saved import Saved
+from invfunc.look.saved import Saved
 
 ACTIVATION = 5 * 8 * 8
 

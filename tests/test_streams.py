@@ -10,7 +10,7 @@ from torch import Tensor, func, nn
 import invfunc as inv
 from invfunc import ops
 from invfunc.errors import OptionError, WireError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 
 class Counted(nn.Module):

@@ -11,10 +11,12 @@ from pytest import MonkeyPatch
 from torch._C._functorch import is_batchedtensor
 
 import invfunc as inv
-from invfunc import combinators, lowering, replay, testing
+from invfunc import testing
 from invfunc.checkpoint import Checkpointed
-from invfunc.combinators import Half, Parallel
-from invfunc.invertible import Chain, Invertible, Pair
+from invfunc.core import combine as combinators
+from invfunc.core.combine import Half, Parallel
+from invfunc.core.op import Chain, Invertible, Pair
+from invfunc.engine import lowering, replay
 from invfunc.testing import LAWS, LawError, check_laws
 from invfunc.wires import map_wire
 

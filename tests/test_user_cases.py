@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc.errors import DonatedError
-from invfunc.memory import measure
+from invfunc.look.memory import measure
 
 TOLERANCE = 1e-9
 

@@ -1,8 +1,20 @@
 """The `torch.nn` face of the same values: modules that own parameters, and the names of InvTorch and MemCNN."""
 
-from . import invtorch, memcnn
+from ..compat import invtorch, memcnn
+from ..compat.invtorch import Module, invertible_checkpoint
+from ..compat.memcnn import (
+    AdditiveBlock,
+    AdditiveCoupling,
+    AffineAdapterNaive,
+    AffineAdapterSigmoid,
+    AffineBlock,
+    AffineCoupling,
+    InvertibleModuleWrapper,
+    ReversibleBlock,
+    create_coupling,
+    is_invertible_module,
+)
 from .distributed import fully_shard_blocks
-from .invtorch import Module, invertible_checkpoint
 from .layers import (
     ActNorm,
     BatchNorm1d,
@@ -22,18 +34,6 @@ from .layers import (
     SplineCoupling,
 )
 from .lowered import Coupling, Layer, Lowered, Sequential
-from .memcnn import (
-    AdditiveBlock,
-    AdditiveCoupling,
-    AffineAdapterNaive,
-    AffineAdapterSigmoid,
-    AffineBlock,
-    AffineCoupling,
-    InvertibleModuleWrapper,
-    ReversibleBlock,
-    create_coupling,
-    is_invertible_module,
-)
 from .module import InvertibleModule, OpModule
 
 __all__ = [

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.op import Invertible
+from ..engine.sharding import is_sharded
+from ..engine.strands import Strand, map_state
 from ..errors import OptionError
-from ..invertible import Invertible
-from ..sharding import is_sharded
-from ..trunk import Strand, map_state
 from .lowered import Lowered, Sequential
 from .module import Live, OpModule
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from .. import ops, transforms
+from .. import _torch, ops
+from ..core.op import Invertible, Pair, chain
 from ..errors import OptionError
-from ..invertible import Invertible, Pair, chain
 from ..ops.shape import missing
 from .lowered import Coupling, Layer
 
@@ -540,7 +540,7 @@ class _Initialising:
         return (self.fn,)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.module.training and not (self.module.initialised or transforms.active()):
+        if self.module.training and not (self.module.initialised or _torch.active()):
             self.module.initialise(x)
         return self.fn(x)
 

@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ..checkpoint import Wrapper, checkpoint
-from ..combinators import Half, additive, couple, split
+from ..core.combine import Half, additive, couple, split
+from ..core.op import Invertible, OneWay, Pair, chain, name_of
 from ..errors import OptionError
-from ..invertible import Invertible, OneWay, Pair, chain, name_of
 from ..wires import Wire
 from .module import InvertibleModule, Live, OpModule, op_of
 

@@ -17,16 +17,16 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import transforms
+from .. import _torch
 from ..checkpoint import Checkpointed, Wrapper, checkpoint, recompute, store
-from ..donation import saved_by_its_maker, why_not_donate
+from ..compat.donation import saved_by_its_maker, why_not_donate
+from ..core.op import Inverse, Invertible, Residue, pair
+from ..engine.lowering import Options, walk
+from ..engine.replay import Streams, cuda_devices
+from ..engine.sharding import is_sharded
+from ..engine.strands import State, Strand, is_tail
 from ..errors import NotInvertibleError, OptionError, WireError
-from ..invertible import Inverse, Invertible, Residue, pair
-from ..lowering import Options, walk
-from ..replay import Streams, cuda_devices
-from ..sharding import is_sharded
 from ..testing import LawError
-from ..trunk import State, Strand, is_tail
 from ..wires import Wire, describe, is_differentiable, leaves
 
 Donate: TypeAlias = bool | tuple[int, ...] | str
@@ -196,7 +196,7 @@ def _is_output(leaf: Tensor) -> bool:
 
 def _storage(leaf: Any) -> int:
     """Where a tensor lives: equal for tensors that share memory; wrapped tensors live nowhere."""
-    plain = isinstance(leaf, Tensor) and not transforms.is_wrapped(leaf)
+    plain = isinstance(leaf, Tensor) and not _torch.is_wrapped(leaf)
     return leaf.untyped_storage()._cdata if plain else id(leaf)
 
 

@@ -20,7 +20,7 @@ What flow libraries call by other names; `inv` is the package, the rest is here:
 zuko's transforms are those of `torch.distributions`, with more of them: `inv.from_transform` takes each as it is.
 """
 
-from ..combinators import additive, affine
+from ..core.combine import additive, affine
 from .conv import conv1d, conv1x1, conv2d, conv3d, mix_channels
 from .elementwise import (
     abs,
@@ -73,15 +73,7 @@ from .shape import (
 )
 from .spectral import dct, fft, rfft
 from .splines import linear_spline, rational_quadratic_spline
-from .streams import (
-    couple_streams,
-    given,
-    masked_couple,
-    per_element,
-    recursive_couple,
-    spline_couple,
-    split_mask,
-)
+from .streams import couple_streams, given, masked_couple, per_element, recursive_couple, spline_couple, split_mask
 
 __all__ = [
     "abs",

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad
 
-from ..combinators import match
+from ..core.combine import match
+from ..core.op import Invertible, chain, named, pair
 from ..errors import OptionError, WireError
-from ..invertible import Invertible, chain, named, pair
 from ..wires import describe
 from .embedding import embedding
 from .linear import check_matrix, check_orthonormal, exactly, left_inverse, regular_log_det, rotation_log_det, widened

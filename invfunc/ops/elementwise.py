@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..combinators import check_meets, match, sum_per_sample
+from ..core.combine import check_meets, match, sum_per_sample
+from ..core.op import Chain, Invertible, invert, pair
+from ..core.packing import pack_bits, unpack_bits
 from ..debug import require
 from ..errors import OptionError
-from ..invertible import Chain, Invertible, invert, pair
-from ..packing import pack_bits, unpack_bits
 from .shape import check_nonzero, check_tensor, no_log_det
 
 

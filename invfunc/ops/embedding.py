@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..invertible import Invertible, OneWay, Pair, Residue
+from ..core.op import Invertible, OneWay, Pair, Residue
 from ..wires import Wire
 
 

@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
-from .. import transforms
-from ..combinators import add_wires, affine, sum_per_sample
+from .. import _torch
+from ..core.combine import add_wires, affine, sum_per_sample
+from ..core.op import VJP, Inverse, Invertible, Pair, Residue, name_of
 from ..debug import checking
+from ..engine.lowering import Options, runs_plainly, walk
+from ..engine.strands import begin, close
 from ..errors import DomainError, OptionError, WireError
-from ..invertible import VJP, Inverse, Invertible, Pair, Residue, name_of
 from ..log_det import log_abs_det, log_det
-from ..lowering import Options, runs_plainly, walk
-from ..trunk import begin, close
 from ..wires import Wire, describe, is_differentiable, map_wire, spread
 
 # ---- a primitive whose inverse is solved for -------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class FixedPoint:
         return (self.fn,)
 
     def __call__(self, y: Tensor, *context: Wire) -> Wire:
-        x = self._solve_forward(y, context) if transforms.forward_mode() else self._solve(y, context)
+        x = self._solve_forward(y, context) if _torch.forward_mode() else self._solve(y, context)
         return (x, *context) if context else x
 
     def _solve(self, y: Tensor, context: tuple[Wire, ...]) -> Tensor:
@@ -220,7 +220,7 @@ def _tolerances(x: Tensor) -> tuple[float, float]:
 
 def _sizes(tensor: Tensor) -> tuple[float, float]:
     """The largest absolute value and the length, over every sample of every transform."""
-    tensor = transforms.unwrapped(tensor)
+    tensor = _torch.unwrapped(tensor)
     if not tensor.numel():
         return 0.0, 0.0
     flat = tensor.detach().flatten()
@@ -593,7 +593,7 @@ class Autoregressive:
         t = self.given(x, context)
         transposed = _transposed(partial(self._alone, context), x)
         diagonal = _transposed(self.op(t).forward, x)(torch.ones_like(x))
-        g, stops = gx / diagonal, not torch.is_grad_enabled() and not transforms.forward_mode()
+        g, stops = gx / diagonal, not torch.is_grad_enabled() and not _torch.forward_mode()
         for _ in range(x.shape[self.dim]):
             new = g + (gx - transposed(g)) / diagonal
             if stops and _largest(new - g) <= 2 * torch.finfo(g.dtype).eps * _largest(new):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..combinators import match
+from ..core.combine import match
+from ..core.op import Invertible, chain, named, pair
 from ..debug import require
 from ..errors import DomainError, OptionError, WireError
-from ..invertible import Invertible, chain, named, pair
 from ..log_det import log_abs_det
 from ..wires import describe
 from .embedding import embedding

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..combinators import sum_per_sample
+from ..core.combine import sum_per_sample
+from ..core.op import Invertible, chain, named, pair
 from ..debug import require
 from ..errors import OptionError, WireError
-from ..invertible import Invertible, chain, named, pair
 from ..wires import describe
 from .elementwise import log_sigmoid, sigmoid
 from .splines import check_parameters

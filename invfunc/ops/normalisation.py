@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..combinators import match
+from ..core.combine import match
+from ..core.op import Invertible, pair
 from ..debug import require
 from ..errors import OptionError, WireError
-from ..invertible import Invertible, pair
 from ..wires import describe
 from .shape import check_nonzero, check_size, check_tensor, meeting, per_position, reach, sum_but
 

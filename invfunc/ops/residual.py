@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..combinators import Half, additive, couple, match, sum_per_sample, swap
+from ..core.combine import Half, additive, couple, match, sum_per_sample, swap
+from ..core.op import Invertible, chain, name_of, named, one_way, pair
 from ..errors import OptionError, WireError
-from ..invertible import Invertible, chain, name_of, named, one_way, pair
 from ..wires import describe
 from .embedding import embedding
 from .shape import check_nonzero, check_size, no_log_det

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.op import Invertible, Rearrangement, chain, named, pair
 from ..debug import require
 from ..errors import OptionError, WireError
-from ..invertible import Invertible, Rearrangement, chain, named, pair
 from ..wires import describe
 from .embedding import embedding
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.op import Invertible, pair
 from ..errors import OptionError, WireError
-from ..invertible import Invertible, pair
 from ..wires import describe
 from .embedding import embedding
 from .shape import as_tuple, check_distinct, check_size, no_log_det, show

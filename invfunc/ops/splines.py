@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..combinators import _broadcasts, sum_per_sample
+from ..core.combine import _broadcasts, sum_per_sample
+from ..core.op import Invertible, pair
 from ..debug import require
 from ..errors import OptionError, WireError
-from ..invertible import Invertible, pair
 from ..wires import describe
 from .shape import check_tensor
 

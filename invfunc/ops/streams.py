@@ -14,21 +14,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpointed, Marked
-from ..combinators import Half, Parallel, Plumbing, additive, check_components, couple, parallel, split
+from ..core.combine import Half, Parallel, Plumbing, additive, check_components, couple, parallel, split
+from ..core.op import ByKind, Chain, Inverse, Invertible, Rearrangement, chain, identity, invert, lift, name_of, named
 from ..errors import OptionError, WireError
-from ..invertible import (
-    ByKind,
-    Chain,
-    Inverse,
-    Invertible,
-    Rearrangement,
-    chain,
-    identity,
-    invert,
-    lift,
-    name_of,
-    named,
-)
 from ..wires import Wire, describe
 from .iterative import Solved, SolvedInverse, with_function
 from .shape import check_tensor

@@ -1,4 +1,4 @@
-"""Run the tests that ship inside the wheel of MemCNN 1.5.2 against `invfunc.nn.memcnn`: ``make parity``.
+"""Run the tests that ship inside the wheel of MemCNN 1.5.2 against `invfunc.compat.memcnn`: ``make parity``.
 
 The wheel goes, without its dependencies, into an environment of its own, which sees this one's torch and pytest.
 """

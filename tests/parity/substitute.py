@@ -1,4 +1,4 @@
-"""A pytest plugin: MemCNN's own tests, with `invfunc.nn.memcnn` in the place of the modules that they import.
+"""A pytest plugin: MemCNN's own tests, with `invfunc.compat.memcnn` in the place of the modules that they import.
 
 Nothing of MemCNN runs but its tests. Where one asserts a documented defect of MemCNN, that assertion is waived, or the
 test is expected to fail, and the summary says so.

@@ -1,0 +1,216 @@
+"""Donation: the storage of a pipeline's input is freed, too, until backward rebuilds it.
+
+NOTE [Donation] A donated tensor must never be read while it is empty, and C++ would read a null pointer.
+
+1.  Its Python object is given another implementation meanwhile, an empty one that raises in every dispatch; its own
+    waits in the `Donation`, with its place in the graph, its hooks and its version.
+2.  Nothing else may hold it, then: not Python (counted on the storage), not C++ (counted on the tensor), nor the
+    pipeline itself (counted again when it has run).
+3.  One holder is let in, the node that made the tensor, so that a ReLU may come before: it runs after the head, where
+    the tensor is back; should it be reached by another way, it raises.
+4.  That node compares with zero what it saved, and what comes back is rounded: a zero that returns as 1e-17 would
+    open the ReLU. So the signs of such a tensor are kept, one bit for each element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..core.packing import pack_bits, unpack_bits
+from ..engine.strands import State, Strand, at_start, carriers, is_tail, map_state
+from ..errors import DonatedError
+from ..wires import Wire, is_differentiable, leaves
+
+
+class Donated(Tensor):
+    """What a donated tensor is while its storage is empty: reading it raises."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> Donated:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=torch.device("meta"))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.storage, Tensor.untyped_storage):  # whether it is empty may be asked
+            return func(torch.empty(0))
+        raise _was_read()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _was_read()
+
+
+def _was_read() -> DonatedError:
+    return DonatedError(
+        "a donated tensor was read",
+        expected="that nobody reads it between forward and backward",
+        cure="use it before the call, keep x.clone(), or leave donate=False",
+    )
+
+
+class Donation:
+    """Frees the storage of a pipeline's inputs until backward rebuilds them; see NOTE [Donation].
+
+    Args:
+        x: The input.
+        which: True for every differentiable tensor on the wire, or the places of some.
+
+    Raises:
+        DonatedError: When a tensor can not be freed, with the reason.
+    """
+
+    def __init__(self, x: Wire, which: bool | tuple[int, ...]) -> None:
+        found = leaves(x)
+        self.x = x
+        self.given: list[Tensor] = []
+        self.signs: list[Tensor | None] = []
+        self.empty: list[tuple[Tensor, Tensor, int, list[bool]]] = []  # object, implementation, bytes, whether empty
+        for place in [i for i, t in enumerate(found) if is_differentiable(t)] if which is True else which or ():
+            tensor = found[place] if 0 <= place < len(found) else None
+            reason = "it is there twice" if any(tensor is t for t in self.given) else why_not_donate(tensor)
+            if reason or tensor is None:
+                raise _not_donated(place, reason or "it is None")
+            self.given.append(tensor)
+
+    def begin(self) -> State:
+        """Open a trunk whose first node puts the rebuilt inputs back."""
+        nonce = torch.zeros((), requires_grad=True)  # backward has to reach the head even if no input needs a gradient
+        out = _Head.apply(self, nonce, *self.given)
+        half = len(self.given)
+        linked = {id(t): Strand(out[i], out[half + i], at_start) for i, t in enumerate(self.given)}
+        return map_state(
+            lambda leaf: linked.get(id(leaf), Strand(leaf, None, at_start)) if is_differentiable(leaf) else leaf, self.x
+        )
+
+    def free(self, y: Wire) -> None:
+        """Empty the storages, unless somebody holds one after the pipeline has run."""
+        outputs = {leaf.untyped_storage().data_ptr() for leaf in leaves(y) if isinstance(leaf, Tensor)}
+        for tensor in self.given:
+            if tensor.untyped_storage().data_ptr() in outputs:
+                raise DonatedError("donate: the output is a view of the input", cure="leave donate=False")
+            if why_not_donate(tensor):
+                raise DonatedError(
+                    "donate: the pipeline itself keeps the input",
+                    expected="one that begins with what can be rebuilt, and closes over no input",
+                    cure="leave donate=False, or move stored and recomputed parts, and cuts, behind the first coupling",
+                )
+        for tensor in self.given:
+            self.signs.append(_signs(tensor))
+            storage, empty, hidden = tensor.untyped_storage(), [True], Donated(tensor)
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(partial(_raise_if, empty))
+            size = storage.nbytes()
+            torch._C._swap_tensor_impl(tensor, hidden)
+            tensor.__class__, hidden.__class__ = Donated, Tensor  # pyright: ignore[reportAttributeAccessIssue]
+            storage.resize_(0)
+            self.empty.append((tensor, hidden, size, empty))
+
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Fill the same storages with the rebuilt values, at the version that others have seen."""
+        for (tensor, hidden, size, empty), value, signs in zip(self.empty, values, self.signs, strict=True):
+            hidden.untyped_storage().resize_(size)
+            with torch.no_grad(), _torch.preserved_version(hidden):
+                hidden.detach().copy_(value if signs is None else _signed(value, signs))
+            torch._C._swap_tensor_impl(tensor, hidden)
+            tensor.__class__, hidden.__class__ = Tensor, Donated  # pyright: ignore[reportAttributeAccessIssue]
+            empty[0] = False
+        self.empty.clear()
+
+
+def _signs(tensor: Tensor) -> Tensor | None:
+    """Rule 4 of NOTE [Donation]: where a tensor is positive, if its maker saved it; a tail does not compare."""
+    if is_tail(tensor.grad_fn) or not tensor.is_floating_point() or not saved_by_its_maker(tensor):
+        return None
+    with torch.no_grad():
+        return pack_bits(tensor > 0)
+
+
+def _signed(value: Tensor, signs: Tensor) -> Tensor:
+    """A rebuilt tensor, positive exactly where the original was."""
+    positive = value.clamp_min(torch.finfo(value.dtype).tiny)
+    return torch.where(unpack_bits(signs, value.shape), positive, value.clamp_max(0))
+
+
+def _raise_if(empty: list[bool], *_: Any) -> None:
+    if empty[0]:
+        raise _was_read()
+
+
+def _not_donated(place: int, reason: str) -> DonatedError:
+    return DonatedError(f"donate: input {place} can not be freed: {reason}", cure="leave it out of donate=...")
+
+
+def why_not_donate(tensor: Any) -> str | None:
+    """The reason why a tensor's storage must not be freed; None if it may."""
+    if tensor is None or not isinstance(tensor, Tensor):
+        return "there is no tensor at this place of the wire"
+    if type(tensor) is Donated:
+        return "it has been donated already"
+    if _torch.active():
+        return "a torch.func transform is active"
+    if tensor.grad_fn is not None and not _can_tell(tensor.grad_fn):
+        return "the operation that made it has already run backward"
+    if tensor.is_leaf and tensor.requires_grad:
+        return "it is a leaf that requires grad, which its owner will read"
+    if type(tensor) is not Tensor or not is_differentiable(tensor):
+        return f"it is a {type(tensor).__name__} of {tensor.dtype}, not a plain floating-point tensor"
+    storage = tensor.untyped_storage()
+    if tensor._is_view() or not storage.resizable() or storage.nbytes() != tensor.numel() * tensor.element_size():
+        return "it is a view, does not fill its storage, or lies in memory that is not torch's own"
+    users = torch._C._storage_Use_Count(storage._cdata) - 1 - saved_by_its_maker(tensor)
+    if users > 1:
+        return f"{users - 1} other tensors share its storage (views, detached aliases, or results saved for backward)"
+    if _torch.use_count(tensor) > 1:
+        return "an operation has saved it for backward, or a view of it is alive"
+    if tensor.retains_grad and not tensor.is_leaf:
+        return "its gradient is to be retained, which needs the tensor itself"
+    return None
+
+
+def _can_tell(node: Any) -> bool:
+    """Whether a node still has what it saved: after its backward it can not tell whether that was the tensor."""
+    try:
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                getattr(node, name)
+        return not is_tail(node) or node.saved_tensors is not None  # pyright: ignore
+    except RuntimeError:
+        return False
+
+
+def saved_by_its_maker(tensor: Tensor) -> int:
+    """How often the node that made a tensor has saved it: rule 3 of NOTE [Donation]."""
+    node = tensor.grad_fn
+    names = [name for name in dir(node) if name.startswith("_saved_")] if node is not None else []
+    saved = [getattr(node, name, None) for name in names]
+    saved += node.saved_tensors if is_tail(node) else []  # pyright: ignore
+    pointer = tensor.untyped_storage().data_ptr()
+    return sum(isinstance(s, Tensor) and s.untyped_storage().data_ptr() == pointer for s in saved)
+
+
+class _Head(torch.autograd.Function):
+    """``(donation, nonce, *xs) -> (*xs, *carriers)``; its backward puts the rebuilt values back where they were."""
+
+    @staticmethod
+    def forward(donation: Donation, nonce: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+        return (*(x.view_as(x) for x in xs), *carriers(xs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        donation, _, *xs = inputs
+        ctx.donation = donation
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o, x in zip(output, xs, strict=False) if not x.requires_grad))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        half = len(grads) // 2
+        if ctx.donation.empty:
+            ctx.donation.restore(grads[half:])
+        return (None, None, *grads[:half])

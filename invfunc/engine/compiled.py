@@ -1,0 +1,549 @@
+"""The trunk under ``torch.compile``: the same nodes, made of what Dynamo can trace.
+
+NOTE [Compiling] What is different while a graph is being traced:
+
+1.  Nothing is recorded. The tensors that an op's functions use are found in its structure (modules, partials, bound
+    methods, containers, closures over these, the package's own values), and the functions run again with others in
+    their place. A closure can not be given another tensor: one that holds a tensor of its own raises, and says what
+    to do instead.
+2.  Backward is one `torch.func.vjp` of the whole op: Dynamo does not trace ``autograd.grad``. What the inverse and the
+    second forward have in common the compiler merges, so that a coupling function still runs twice in a step.
+3.  The compiler would also merge what *forward* and backward have in common, and save it: context nets, untouched
+    halves and products of weights would be kept for every stage. A barrier, tied to the incoming gradients, hides that
+    they are the same.
+4.  No node is made where nothing needs a gradient: Dynamo shifts the arguments of ``forward(*args)`` then.
+5.  Dynamo refuses a node that is given one tensor twice: what passes an op untouched is given as a view.
+6.  Random numbers can not be drawn again in a graph. The masks of dropout are kept; a function that draws other numbers
+    raises, and says what to do instead. Dynamo hides a few of these from function modes, and is told not to.
+7.  Below a `torch.func` transform Dynamo can not trace a backward that is a transform itself: the pipeline runs
+    plainly, and keeps what plain autograd keeps.
+8.  A whole model is one graph, and takes as long to compile as it is deep. `compile_stages` runs the same nodes outside
+    of a graph, and compiles their two functions, once for each kind of op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import _torch
+from ..core.op import Invertible, Residue, name_of
+from ..errors import ReplayError
+from ..wires import Wire, is_differentiable, leaves, map_wire
+from .replay import closes_over_nothing, visible
+from .strands import State, Strand, begin, filled, keep, spec_of, strands, values
+
+T = TypeVar("T")
+
+
+is_active = torch.compiler.is_compiling
+
+
+def runs_plainly() -> bool:
+    """Whether nothing has to be kept, or nothing can be: rules 4 and 7 of NOTE [Compiling]."""
+    return not torch.is_grad_enabled() or _torch.active()
+
+
+# Rule 3 of NOTE [Compiling]: the same values, and the compiler does not know it. (`torch.library.custom_op` would take
+# twice as long to call: it compares the storages of what goes in and out.)
+torch.library.define(
+    "invfunc::barrier", "(Tensor[] tensors, Tensor[] gradients) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.impl("invfunc::barrier", "CompositeExplicitAutograd")
+def _(tensors: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+@torch.library.register_fake("invfunc::barrier")
+def _(tensors: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in tensors]
+
+
+def hidden(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Tensors behind a barrier; outside of a graph, themselves."""
+    if not (is_active() and tensors):
+        return list(tensors)
+    return torch.ops.invfunc.barrier(list(tensors), [g for g in gradients if g is not None])
+
+
+# ---- rule 1: the tensors of an op, and the op with others in their place ------------------------------------------
+
+
+@dataclass
+class Holders:
+    """Where an op keeps tensors: in modules, and loose in its structure; each tensor once, and its places."""
+
+    modules: list[nn.Module]
+    tensors: list[Tensor]
+    count: int  # of those that may have gradients; behind them are buffers, which the modules may write
+    places: list[int]  # of the tensors of each module, by name, and then of the loose ones
+
+
+def holders_of(op: Invertible) -> Holders:
+    """Find them."""
+    held = held_by(op)
+    loose: list[Tensor] = []
+    if held.has_loose:
+        _gather(op, [], loose)
+    slots = [slot for module in held.modules for slot in slots_of(module)]
+    buffers = _distinct([tensor for _, tensor, is_buffer in slots if is_buffer])
+    rest = _distinct([*[tensor for _, tensor, is_buffer in slots if not is_buffer], *loose])
+    found, tensors = [*[tensor for _, tensor, _ in slots], *loose], [*rest, *buffers]
+    return Holders(list(held.modules), tensors, len(rest), [_place(tensor, tensors) for tensor in found])
+
+
+def _place(tensor: Tensor, tensors: list[Tensor]) -> int:
+    for place, other in enumerate(tensors):
+        if tensor is other:
+            return place
+    raise AssertionError("a tensor is among those that were found")
+
+
+def _distinct(items: list[T]) -> list[T]:
+    """Each item once; a module's own are so by themselves, and few are anything else."""
+    found: list[T] = []
+    for item in items:
+        if not _is_among(item, found):
+            found.append(item)
+    return found
+
+
+def _is_among(item: Any, others: list[Any]) -> bool:
+    for other in others:
+        if item is other:
+            return True
+    return False
+
+
+def slots_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
+    """``(name, tensor, is buffer)`` of a module's parameters, and of the buffers that it may write; tied ones, too."""
+    parameters = [(name, tensor, False) for name, tensor in module.named_parameters(remove_duplicate=False)]
+    buffers = [(name, tensor, True) for name, tensor in module.named_buffers(remove_duplicate=False)]
+    return [*parameters, *(buffers if module.training else [])]
+
+
+def _gather(item: Any, modules: list[nn.Module], loose: list[Tensor]) -> None:
+    if isinstance(item, nn.Module):
+        modules.append(item)
+    elif is_differentiable(item):
+        loose.append(item)
+    else:
+        for part in _parts(item):
+            _gather(part, modules, loose)
+
+
+def _parts(item: Any) -> list[Any]:
+    """What a function or a value is made of."""
+    if isinstance(item, partial):
+        return [item.func, *item.args, *item.keywords.values()]
+    if isinstance(item, MethodType):
+        return [item.__self__]
+    if isinstance(item, (tuple, list)):
+        return list(item)
+    if isinstance(item, dict):
+        return list(item.values())
+    if is_dataclass(item) and not isinstance(item, type):
+        return [getattr(item, part.name) for part in fields(item) if part.init]
+    return []
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is known of an op before anything is traced; Dynamo can not look into a cell that it will read."""
+
+    modules: tuple[nn.Module, ...]
+    has_loose: bool
+    closed: tuple[Tensor, ...]  # tensors in closures
+    closure: str
+
+
+def held_by(op: Invertible) -> Held:
+    """What `prepare` has noted; an op that is built in a graph is looked at there."""
+    held = getattr(op, "_held", None) or _held(op)
+    for tensor in held.closed:
+        if tensor.requires_grad:
+            _refuse_closure(held.closure)
+    return held
+
+
+def _refuse_closure(name: str) -> None:
+    raise ReplayError(
+        f"{name}, which is being compiled, closes over a tensor that requires grad",
+        expected="tensors that belong to a module, or are bound in a partial",
+        cure="let a module own the tensor, or bind it: functools.partial(fn, tensor)",
+    )
+
+
+# Called, not traced: Dynamo would show no more than the subject. (Torch has a decorator for it, which imports Dynamo.)
+setattr(_refuse_closure, "_dynamo_marked_constant", True)  # noqa: B010 - pyright knows no such attribute
+
+
+def prepare(op: Invertible) -> None:
+    """Note what an op and its parts hold."""
+    for part in op.parts:
+        prepare(part)
+    object.__setattr__(op, "_held", _held(op))  # values are frozen; this is a cache
+
+
+def _held(op: Invertible) -> Held:
+    modules: list[nn.Module] = []
+    loose: list[Tensor] = []
+    closed: list[Tensor] = []
+    _gather(op, modules, loose)
+    closures = _closures(op)
+    for fn in closures:
+        for item in visible(fn):
+            _gather(item, modules, closed)
+    name = name_of(closures[0]) if closures else ""
+    return Held(tuple(_distinct(modules)), bool(loose), tuple(closed), name)
+
+
+def _closures(item: Any) -> list[FunctionType]:
+    """The functions in the structure of a value that may hold something."""
+    if isinstance(item, FunctionType):
+        return [] if closes_over_nothing(item) else [item]
+    return [] if isinstance(item, nn.Module) else [fn for part in _parts(item) for fn in _closures(part)]
+
+
+def with_tensors(item: Any, loose: Iterator[Tensor]) -> Any:
+    """A function or a value with other loose tensors, taken in the order in which they were gathered."""
+    if is_differentiable(item):
+        return next(loose)
+    if isinstance(item, (nn.Module, FunctionType)):
+        return item
+    parts = [with_tensors(part, loose) for part in _parts(item)]
+    if isinstance(item, partial):
+        count = 1 + len(item.args)
+        return partial(parts[0], *parts[1:count], **dict(zip(item.keywords, parts[count:], strict=True)))
+    if isinstance(item, MethodType):
+        return getattr(parts[0], item.__name__)
+    if isinstance(item, dict):
+        return dict(zip(item, parts, strict=True))
+    if is_dataclass(item) and not isinstance(item, type):
+        return replace(item, **dict(zip([part.name for part in fields(item) if part.init], parts, strict=True)))
+    return tuple(parts) if isinstance(item, tuple) else parts
+
+
+def run(op: Invertible, holders: Holders, tensors: Sequence[Tensor], method: str, *args: Any) -> Any:
+    """``op.method(*args)`` with other tensors in the place of those that the op holds."""
+    found = [tensors[place] for place in holders.places]
+    return _run(op, holders.modules, found, method, args)
+
+
+def _run(op: Invertible, modules: list[nn.Module], found: list[Tensor], method: str, args: Any) -> Any:
+    if not modules:
+        return getattr(with_tensors(op, iter(found)) if found else op, method)(*args)
+    slots = slots_of(modules[0])
+    contents = {name: found[i].clone() if buffer else found[i] for i, (name, _, buffer) in enumerate(slots)}
+    with _torch.swapped(modules[0], contents):
+        return _run(op, modules[1:], found[len(slots) :], method, args)
+
+
+# ---- rule 6: random numbers --------------------------------------------------------------------------------------
+
+
+class Dice(TorchFunctionMode):
+    """Keeps the masks of dropout in forward, and hands them out in backward; refuses what else is random."""
+
+    def __init__(self, masks: list[Tensor], rolls: bool) -> None:
+        super().__init__()
+        self.masks, self.rolls, self.place = masks, rolls, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self.dropout(*args, **kwargs)
+        if func in _DRAWS and _DRAWS[func](*args, **kwargs):
+            _refuse_random(func.__name__)
+        return func(*args, **kwargs)
+
+    def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """`torch.nn.functional.dropout` with a mask that is kept, one byte an element."""
+        if not training or p == 0:
+            return x
+        if self.rolls:
+            self.masks.append(torch.rand(x.shape, device=x.device) >= p)
+        mask, self.place = self.masks[self.place], self.place + 1
+        return x * mask / (1 - p) if p < 1 else x * mask
+
+
+def _always(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+def _in_training(x: Any, p: float = 0.5, training: bool = True, *args: Any, **kwargs: Any) -> bool:
+    return training and p > 0
+
+
+def _in_leaks(x: Any, low: float = 0.0, high: float = 0.0, training: bool = False, *args: Any, **kwargs: Any) -> bool:
+    return training
+
+
+def _in_attention(q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any) -> bool:
+    return dropout_p > 0
+
+
+def _in_heads(*args: Any, training: bool = True, **kwargs: Any) -> bool:
+    return training and args[10] > 0
+
+
+def _in_recurrent(x: Any, h: Any, weights: Any, biases: Any, layers: Any, dropout: float, train: bool, *_: Any) -> bool:
+    return train and dropout > 0
+
+
+_DRAWS: dict[Any, Callable[..., bool]] = {
+    **dict.fromkeys([F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout], _in_training),
+    **dict.fromkeys([torch.dropout, torch.alpha_dropout, torch.feature_dropout], _in_training),
+    **dict.fromkeys([F.rrelu, torch.rrelu, torch.rrelu_], _in_leaks),
+    F.scaled_dot_product_attention: _in_attention,
+    F.multi_head_attention_forward: _in_heads,
+    **dict.fromkeys([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu], _in_recurrent),
+    **dict.fromkeys([F.gumbel_softmax, F.fractional_max_pool2d, F.fractional_max_pool3d], _always),
+    **dict.fromkeys([torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal], _always),
+    **dict.fromkeys([torch.rand_like, torch.randn_like, torch.randint_like], _always),
+    **dict.fromkeys([torch.bernoulli, torch.multinomial, torch.poisson, torch.binomial], _always),
+    **dict.fromkeys([Tensor.bernoulli, Tensor.multinomial], _always),
+    torch._standard_gamma: _always,  # pyright: ignore[reportPrivateImportUsage]
+    **dict.fromkeys([Tensor.bernoulli_, Tensor.normal_, Tensor.uniform_, Tensor.random_], _always),
+    **dict.fromkeys([Tensor.exponential_, Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_], _always),
+}
+
+
+def _show_draws() -> None:
+    _torch.shown_to_modes(_DRAWS)
+
+
+setattr(_show_draws, "_dynamo_marked_constant", True)  # noqa: B010 - as `_refuse_closure`
+
+
+def _refuse_random(name: str) -> None:
+    raise ReplayError(
+        f"a function that is being compiled draws random numbers with {name}",
+        expected="none but those of dropout: a graph can not draw the same again",
+        cure="mark the op inv.store(...), draw outside of it, or leave it out of torch.compile",
+    )
+
+
+setattr(_refuse_random, "_dynamo_marked_constant", True)  # noqa: B010 - as `_refuse_closure`
+
+
+# ---- steps: the functions that are compiled on their own ------------------------------------------------------------
+
+Step: TypeAlias = Callable[..., Any]  # (function, *its arguments) -> its result
+
+
+def in_place(fn: Callable[..., T], *args: Any) -> T:
+    """``fn(*args)``, as part of the graph that is being traced."""
+    return fn(*args)
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """``fn(*args)``, each step of each kind of op compiled once; built by `invfunc.compile_stages`."""
+
+    options: dict[str, Any]
+    compiled: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
+
+    def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """Compile, or call what has been compiled; in double backward, and on fake tensors, neither."""
+        if _torch.on_fake_tensors() or (torch.is_grad_enabled() and fn is not _run_forward):
+            return fn(*args)
+        first = args[0]
+        key = fn.__name__, repr(first.op if isinstance(first, Call) else first)
+        if key not in self.compiled:
+            self.compiled[key] = torch.compile(_twin(fn), **{"fullgraph": True, **self.options})
+        return self.compiled[key](*map(_detached, args))
+
+    def __repr__(self) -> str:
+        return f"Steps({self.options})"
+
+
+def _detached(item: Any) -> Any:
+    """Without a graph: Dynamo looks at the ``.grad`` of what a graph is given, and warns where there is none."""
+    if isinstance(item, (tuple, list)):
+        return type(item)(map(_detached, item))
+    return item.detach() if isinstance(item, Tensor) else item
+
+
+def _twin(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with code of its own: Dynamo limits the graphs of one code object, and kinds of op are many."""
+    code = fn.__code__  # pyright: ignore[reportFunctionMemberAccess]
+    return FunctionType(code.replace(co_firstlineno=code.co_firstlineno), fn.__globals__, fn.__name__)  # pyright: ignore
+
+
+# ---- the nodes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """All that is static in a node that is being traced."""
+
+    op: Invertible
+    holders: Holders
+    x_spec: Wire
+    y_spec: Wire
+    residue_spec: Residue
+    count_x: int
+    count_y: int
+    count_kept: int  # captured tensors, others on the wires, residues, and masks
+    count_masks: int
+    carried: bool
+    step: Step
+
+    def run(self, kept: Sequence[Tensor], method: str, *args: Any) -> Any:
+        """A method of the op, with kept tensors in the place of those that it holds."""
+        if not self.count_masks:
+            return run(self.op, self.holders, kept, method, *args)
+        with Dice(list(kept[len(kept) - self.count_masks :]), False):
+            return run(self.op, self.holders, kept, method, *args)
+
+    def vjp(self, xs: Sequence[Tensor], kept: Sequence[Tensor], gys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """``gys -> (gxs, gcaptured)`` by running the op forward again."""
+        count = self.holders.count
+
+        def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+            inside = [*tensors[self.count_x :], *kept[count:]]
+            y, _ = self.run(inside, "forward_with_residue", filled(self.x_spec, tensors[: self.count_x], inside))
+            return tuple([leaf for leaf in leaves(y) if is_differentiable(leaf)])
+
+        _, pull, *_ = torch.func.vjp(forward, *xs, *kept[:count])
+        return pull(tuple(gys))
+
+
+class TracedStage(torch.autograd.Function):
+    """``(call, *xs, *carriers, *kept, *ys) -> (*ys, *carriers)``; see NOTE [Trunk] and NOTE [Compiling]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ys = tensors[len(tensors) - call.count_y :]
+        return (*[y.view_as(y) for y in ys], *[y.new_zeros(()).expand(y.shape) for y in ys])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *tensors = inputs
+        ctx.call = call
+        first = call.count_x * (1 + call.carried)
+        ctx.save_for_backward(*tensors[first : first + call.count_kept])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept = hidden(ctx.saved_tensors, grads[: ctx.call.count_y])
+        return ctx.call.step(_pull, ctx.call, kept, list(grads))
+
+
+def _pull(call: Call, kept: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """``(gys, ys) -> (gxs, xs, gcaptured)``: the backward of a stage."""
+    gys, ys = grads[: call.count_y], grads[call.count_y :]
+    residue = filled(call.residue_spec, [], kept)
+    x = call.run(kept, "inverse_with_residue", residue, filled(call.y_spec, ys, kept))
+    xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+    gradients = list(call.vjp(xs, kept, gys))
+    none = [None] * (call.count_kept - call.holders.count + call.count_y)
+    return (None, *gradients[: call.count_x], *(xs if call.carried else []), *gradients[call.count_x :], *none)
+
+
+class TracedRecompute(torch.autograd.Function):
+    """``(call, *xs, *kept, *ys) -> ys``; saves xs, and runs the op again in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([y.view_as(y) for y in tensors[len(tensors) - call.count_y :]])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *tensors = inputs
+        ctx.call = call
+        ctx.save_for_backward(*tensors[: call.count_x + call.count_kept])
+
+    @staticmethod
+    def backward(ctx: Any, *gys: Tensor) -> tuple[Tensor | None, ...]:
+        return _rerun(ctx.call, list(ctx.saved_tensors), list(gys))
+
+
+def _rerun(call: Call, saved: list[Tensor], gys: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """``gys -> (gxs, gcaptured)``: the backward of a recomputed op."""
+    saved = hidden(saved, gys)
+    gradients = call.vjp(saved[: call.count_x], saved[call.count_x :], gys)
+    none = [None] * (call.count_kept - call.holders.count + call.count_y)
+    return (None, *gradients, *none)
+
+
+# ---- an op in the trunk ----------------------------------------------------------------------------------------------
+
+
+def traced(
+    op: Invertible, x: Wire, xs: list[Tensor], carried: bool, step: Step
+) -> tuple[Call, list[Tensor], list[Tensor]]:
+    """Run an op outside of autograd: the static part of its node, what it keeps, and its outputs."""
+    holders = holders_of(op)
+    kept = [*holders.tensors[: holders.count], *[buffer.clone() for buffer in holders.tensors[holders.count :]]]
+    y, residue, masks = step(_run_forward, op, x)
+    ys: list[Tensor] = []
+    x_spec, y_spec = spec_of(x, [], kept), spec_of(y, ys, kept)
+    residue_spec = map_wire(lambda leaf: keep(leaf, kept), residue)
+    ys = [y.view_as(y) for y in ys]
+    kept = [*kept, *masks]
+    return (
+        Call(op, holders, x_spec, y_spec, residue_spec, len(xs), len(ys), len(kept), len(masks), carried, step),
+        kept,
+        ys,
+    )
+
+
+def _run_forward(op: Invertible, x: Wire) -> tuple[Wire, Residue, list[Tensor]]:
+    masks: list[Tensor] = []
+    _show_draws()
+    with torch.no_grad(), Dice(masks, True):
+        y, residue = op.forward_with_residue(x)
+    return y, residue, masks
+
+
+def stage(op: Invertible, state: State, step: Step = in_place) -> State:
+    """Put an op on the trunk."""
+    x, found = values(state), strands(state)
+    xs = [strand.value for strand in found]
+    carried = any([strand.carrier is not None for strand in found])
+    call, kept, ys = traced(op, x, xs, carried, step)
+    if not (carried or _need_gradients([*xs, *kept])):
+        return begin(filled(call.y_spec, ys, kept))
+    carriers = [_carrier(strand) for strand in found] if carried else []
+    out = TracedStage.apply(call, *xs, *carriers, *kept, *ys)
+    return filled(call.y_spec, [Strand(y, c) for y, c in zip(out[: len(ys)], out[len(ys) :], strict=True)], kept)
+
+
+def _carrier(strand: Strand) -> Tensor:
+    return strand.value.new_zeros(()).expand(strand.value.shape) if strand.carrier is None else strand.carrier
+
+
+def recompute(op: Invertible, x: Wire) -> Wire:
+    """Run an op from a stored input."""
+    xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+    call, kept, ys = traced(op, x, xs, False, in_place)
+    if _need_gradients([*xs, *kept]):
+        ys = TracedRecompute.apply(call, *xs, *kept, *ys)
+    return filled(call.y_spec, ys, kept)
+
+
+def may_have_gradients(op: Invertible, x: Wire) -> bool:
+    """Whether the input or a tensor that the op holds needs a gradient."""
+    tensors = [*[leaf for leaf in leaves(x) if isinstance(leaf, Tensor)], *holders_of(op).tensors]
+    return torch.is_grad_enabled() and _need_gradients(tensors)
+
+
+def _need_gradients(tensors: Sequence[Tensor]) -> bool:
+    """Rule 4 of NOTE [Compiling]."""
+    return any([tensor.requires_grad for tensor in tensors])

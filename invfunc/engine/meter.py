@@ -1,0 +1,217 @@
+"""The drift meter: how far what a trunk rebuilds in backward is from what it was, estimated from 64 of its values.
+
+NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one before has rounded.
+
+1.  *Where.* At the input of every trunk: the pipeline's own, and each cut, where an activation is stored. There the
+    error is largest, since it has come all the way down. A first stage that only moves values is not undone for the
+    meter's sake: what it moved them to is compared instead.
+2.  *What.* The root of the sum of squared errors over that of the squared values, as a norm would give it, from values
+    at fixed places that are spread over the whole wire. On chains that drift, that lands within a factor of 2 of the
+    true error. It does not find a single wrong element: it measures rounding, it does not search for bugs.
+3.  *Cost.* One small gather in forward and one in backward for each tensor of the wire; nothing is evaluated again, and
+    nothing of the size of an activation is kept. A stage that is not rebuilt, because it is frozen, is not compared.
+4.  *When.* In the ordinary backward of an ordinary forward. Under a transform, in a gradient that is differentiated
+    again, and while compiling, there is no meter.
+5.  *CUDA.* Reading a number from the device would wait for it. The samples travel to the host on their own, and are
+    judged when a later trunk passes by: a warning, or an error, comes up to one step late.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .. import _torch
+from ..core.compare import relative_error_of_numbers
+from ..errors import DriftError, OptionError
+
+Drift: TypeAlias = str | float  # "warn", "raise", "off", or the tolerance from which on to warn
+Sample: TypeAlias = list[float] | Tensor  # numbers; on CUDA a tensor on the host, which they are travelling to
+
+COUNT = 64
+"""How many values of a wire are compared."""
+
+TOLERANCES: dict[torch.dtype, float] = {
+    torch.float64: 1e-6,
+    torch.complex128: 1e-6,
+    torch.float32: 1e-3,
+    torch.complex64: 1e-3,
+    torch.float16: 3e-2,
+    torch.bfloat16: 3e-2,
+}
+"""The relative error from which on the meter speaks: far above what a healthy chain shows, far below what hurts."""
+
+CURE = (
+    "store more on the way (checkpoint(..., anchors=...)), keep the stream exactly (inv.exact), or let the error grow "
+    "less: a wider stream dtype, normalised branches, bounded scales (inv.tanh_scale)"
+)
+
+
+class DriftWarning(UserWarning):
+    """What backward rebuilds has drifted from what it was; see ``checkpoint(..., drift=...)``."""
+
+
+def checked_drift(drift: Drift) -> Drift:
+    """The option as it is, if it is one."""
+    number = isinstance(drift, (int, float)) and not isinstance(drift, bool) and 0 < drift < math.inf
+    if not number and drift not in ("warn", "raise", "off"):
+        raise OptionError(f"checkpoint: drift={drift!r}", expected="'warn', 'raise', 'off', or a tolerance above 0")
+    return drift
+
+
+def resolvable(subject: str, tolerance: float, dtype: torch.dtype) -> float:
+    """A tolerance, if values of a dtype can be that close.
+
+    Raises:
+        OptionError: When their rounding alone is more.
+    """
+    if tolerance < torch.finfo(dtype).eps:
+        raise OptionError(
+            f"{subject}={tolerance:g}",
+            expected=f"at least {torch.finfo(dtype).eps:.2g}, the rounding of {str(dtype)[6:]}",
+            cure="ask for less, or widen the stream",
+        )
+    return tolerance
+
+
+# ---- samples -----------------------------------------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """Where the tensors of a wire are read, and how far apart what is read there may be."""
+
+    indices: tuple[Tensor, ...]
+    dtype: torch.dtype
+    tolerance: float
+
+
+@lru_cache(maxsize=256)
+def _places(drift: Drift, *kinds: tuple[int, torch.dtype, torch.device]) -> Places:
+    """For tensors of these sizes, dtypes and devices; the largest is read most, the coarsest tells the tolerance."""
+    whole = sum(size for size, *_ in kinds)
+    indices = tuple(_spread(size, max(1, COUNT * size // whole), device) for size, _, device in kinds)
+    dtype = max((dtype for _, dtype, _ in kinds), key=lambda dtype: torch.finfo(dtype).eps)
+    default = TOLERANCES.get(dtype, 3e-2)
+    return Places(indices, dtype, default if isinstance(drift, str) else resolvable("checkpoint: drift", drift, dtype))
+
+
+def _spread(size: int, count: int, device: torch.device) -> Tensor:
+    """Places in a flat tensor, spread by the golden ratio: in step with no dimension of it."""
+    places = range(size) if size <= count else (int(size * (i * 0.6180339887498949 % 1)) for i in range(1, count + 1))
+    with _torch.outside_modes():  # what is kept for later calls must not belong to a mode of this one
+        return torch.tensor(list(places), device=device)
+
+
+def _sample(tensor: Tensor, indices: Tensor) -> Sample:
+    """Values of a tensor, whatever its strides; on their way to the host if it is on another device."""
+    found = torch.take(tensor.detach() if tensor.requires_grad else tensor, indices)
+    if found.is_complex():
+        found = torch.view_as_real(found).flatten()
+    return _to_host(found) if found.is_cuda else found.tolist()
+
+
+def _can_be_sampled(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not plain or tensor.is_meta or not tensor.numel():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _numbers(samples: Sequence[Sample]) -> list[float]:
+    return [number for sample in samples for number in (sample.tolist() if isinstance(sample, Tensor) else sample)]
+
+
+# ---- the probe of a trunk --------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Probe:
+    """Some values of a wire as they were in forward, and what to do when backward rebuilds others."""
+
+    place: Callable[[], str]
+    drift: Drift
+    places: Places
+    samples: list[Sample]
+
+    def compare(self, rebuilt: Sequence[Tensor | None]) -> None:
+        """Compare what was rebuilt with the samples; later, where reading it would wait for the device."""
+        was, now = [], []
+        for sample, tensor, indices in zip(self.samples, rebuilt, self.places.indices, strict=True):
+            if tensor is not None:
+                was.append(sample)
+                now.append(_sample(tensor, indices))
+        if Tensor in map(type, was):
+            _travel(self, was, now)
+        else:
+            self.judge(was, now)
+
+    def judge(self, was: Sequence[Sample], now: Sequence[Sample]) -> None:
+        """Warn or raise if samples are further apart than they may be."""
+        error = relative_error_of_numbers(_numbers(now), _numbers(was))
+        if error > self.places.tolerance:
+            self._speak(error)
+
+    def _speak(self, error: float) -> None:
+        found = self._error(error)
+        if self.drift == "raise":
+            raise found
+        warnings.warn(DriftWarning(str(found)), stacklevel=2)
+
+    def _error(self, error: float) -> DriftError:
+        # One digit: no more is known, and Python shows a warning of the same text once.
+        size = f"off by about {error:.0e} of its size" if error < math.inf else "not finite where it was"
+        return DriftError(
+            f"{self.place()}, rebuilt in backward, is {size}",
+            expected=f"at most {self.places.tolerance:.0e} ({str(self.places.dtype)[6:]})",
+            cure=CURE,
+        )
+
+
+def probe(tensors: Sequence[Tensor], drift: Drift, place: Callable[[], str]) -> Probe | None:
+    """A probe of the tensors of a wire; None where there is no meter (rule 4 of NOTE [Drift])."""
+    if torch.compiler.is_compiling() or _torch.active() or not all(map(_can_be_sampled, tensors)):
+        return None
+    if _TRAVELLING:
+        settle()
+    places = _places(drift, *[(t.numel(), t.dtype, t.device) for t in tensors])
+    return Probe(place, drift, places, list(map(_sample, tensors, places.indices)))
+
+
+# ---- CUDA: rule 5 of NOTE [Drift] ------------------------------------------------------------------------------------
+
+
+_TRAVELLING: deque[tuple[Any, Probe, list[Sample], list[Sample]]] = deque()
+
+
+def _travel(probe: Probe, was: list[Sample], now: list[Sample]) -> None:
+    """Judge samples when they have arrived."""
+    event = torch.cuda.Event()
+    event.record()
+    _TRAVELLING.append((event, probe, was, now))
+    settle()
+
+
+def _to_host(samples: Tensor) -> Tensor:
+    return torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True).copy_(samples, non_blocking=True)
+
+
+def settle() -> None:
+    """Judge the samples that have arrived."""
+    while _TRAVELLING:
+        try:
+            arrived = _TRAVELLING.popleft()
+        except IndexError:  # another thread was faster
+            return
+        event, probe, was, now = arrived
+        if not event.query():
+            _TRAVELLING.appendleft(arrived)
+            return
+        probe.judge(was, now)

@@ -1,0 +1,295 @@
+"""The trunk: strands with carriers, the tail that closes it, and specs of what a node returns.
+
+NOTE [Trunk] One node for each primitive, linked by carriers, closed by a tail.
+
+1.  A *stage* runs outside of autograd, once, while it is recorded. Its outputs are handed to `_Stage` as inputs whose
+    gradient is None and come back as views: no user code runs inside a Function, and every functorch level unwraps
+    them by itself. Saved are captured tensors and residues, nothing of the size of an activation.
+2.  A *carrier* is a one-element stand-in, expanded to the shape of an output. Its *gradient* is that output's value:
+    backward receives ``(gys, ys)`` and returns ``(gxs, xs)``, so the values travel down the trunk as the gradients do,
+    without shared state, and every backward rebuilds them afresh.
+3.  The *tail* is the only node that saves activations: the trunk's output. Its backward starts the reconstruction.
+4.  Carriers are private. Each is used once; a trunk is closed before a value leaves it and a new one is begun after.
+5.  The tail saves its *outputs*: a second backward then flows through the tail, which hands out the values again.
+6.  The tail returns ``y.detach()``: a view would forbid ``y.relu_()``, while detach shares the version counter, so that
+    a changed output raises in backward instead of giving wrong gradients.
+7.  When gradients must be differentiable, or belong to a transform, backward uses ``torch.func.vjp``:
+    ``autograd.grad(create_graph=True)`` would walk through the saved output into the same node without end.
+8.  Forward mode needs nothing kept: the pipeline runs plainly.
+9.  A residue that may have a gradient is an *output* of its stage and saved as one, so that a second backward, to which
+    it is a function of x like y itself, goes through the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..core.op import Residue
+from ..errors import ReplayError
+from ..wires import Wire, describe, is_differentiable, leaves
+from .replay import Kept, fetch
+
+# ---- what flows along a trunk --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Strand:
+    """A tensor on its way through a trunk, with the carrier that will bring its value back."""
+
+    value: Tensor
+    carrier: Tensor | None
+    opened: Callable[[], str] | None = None  # where the trunk begins, if it begins here, for the drift meter
+
+    @property
+    def shape(self) -> torch.Size:
+        """The tensor's, for error messages."""
+        return self.value.shape
+
+
+State = Any  # a wire whose differentiable tensors are strands
+
+
+def at_start() -> str:
+    """Where the first trunk of a pipeline begins."""
+    return "the input of the pipeline"
+
+
+def within() -> str:
+    """Where another begins."""
+    return "an activation that is stored"
+
+
+def begin(x: Wire, opened: Callable[[], str] = within) -> State:
+    """Open a trunk: no carriers yet, since nobody upstream needs the values of x."""
+    return map_state(lambda leaf: Strand(leaf, None, opened) if is_differentiable(leaf) else leaf, x)
+
+
+def values(state: State) -> Wire:
+    """The wire that a state stands for."""
+    return taken(state, [])
+
+
+def taken(state: State, found: list[Strand]) -> Wire:
+    """`values`; collects the strands of the state as well, left to right."""
+    if isinstance(state, Strand):
+        found.append(state)
+        return state.value
+    if not isinstance(state, tuple):
+        return state
+    wire = []
+    for part in state:
+        if type(part) is Strand:  # the ordinary case; a call for each would take as long as all that a stage does here
+            found.append(part)
+            wire.append(part.value)
+        else:
+            wire.append(taken(part, found))
+    return tuple(wire)
+
+
+def strands(state: State) -> list[Strand]:
+    """The strands of a state, left to right."""
+    if isinstance(state, tuple):
+        return [strand for part in state for strand in strands(part)]
+    return [state] if isinstance(state, Strand) else []
+
+
+def map_state(fn: Callable[[Any], Any], state: State) -> Any:
+    """Apply ``fn`` to every leaf of a state."""
+    if isinstance(state, tuple):
+        return tuple([map_state(fn, part) for part in state])
+    return fn(state)
+
+
+def close(state: State) -> Wire:
+    """Close a trunk: the tail saves its outputs, and hands out ordinary tensors."""
+    open_ends = [s for s in strands(state) if s.carrier is not None]
+    if not open_ends:
+        return values(state)
+    closed = iter(apply_node(Tail, *(s.value for s in open_ends), *(s.carrier for s in open_ends)))
+    return map_state(
+        lambda leaf: leaf if not isinstance(leaf, Strand) else leaf.value if leaf.carrier is None else next(closed),
+        state,
+    )
+
+
+# ---- carriers and the tail -----------------------------------------------------------------------------------------
+
+
+_ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+_CARRIERS: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}  # views of a zero: they cost no memory
+
+
+def carriers(ys: Iterable[Tensor]) -> list[Tensor]:
+    """A one-element stand-in of the shape of each value."""
+    if _torch.active():
+        return [y.new_zeros(()).expand(y.shape) for y in ys]
+    made = []
+    for y in ys:
+        stand_in = _CARRIERS.get((y.shape, y.dtype, y.device)) if type(y) is Tensor else y.new_zeros(()).expand(y.shape)
+        made.append((_stand_in(y) if stand_in is None else stand_in).detach())  # not a view: FSDP2 warns of those
+    return made
+
+
+def _stand_in(value: Tensor) -> Tensor:
+    if len(_CARRIERS) > 1000:  # of as many shapes: they come from somewhere that has ever new ones
+        _CARRIERS.clear()
+    made = _CARRIERS[value.shape, value.dtype, value.device] = _zero(value).expand_as(value)
+    return made
+
+
+def _zero(like: Tensor) -> Tensor:
+    key = like.dtype, like.device
+    if key not in _ZEROS:
+        _ZEROS[key] = torch.zeros((), dtype=like.dtype, device=like.device)
+    return _ZEROS[key]
+
+
+class Tail(torch.autograd.Function):
+    """``(*ys, *carriers) -> ys``; saves them, and hands them to the carriers in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.detach() for y in tensors[: len(tensors) // 2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+        half = len(inputs) // 2
+        ctx.mark_non_differentiable(*(o for o, y in zip(output, inputs[:half], strict=True) if not needs_gradient(y)))
+
+    @staticmethod
+    def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
+        ys = ctx.saved_tensors
+        if _torch.in_compiled_backward():  # it adds gradients up without looking for None
+            gys = tuple(torch.zeros_like(y) if gy is None else gy for gy, y in zip(gys, ys, strict=True))
+        return (*gys, *ys)
+
+
+def is_tail(node: Any) -> bool:
+    """Whether an autograd node is a `Tail`'s."""
+    return isinstance(node, Tail._backward_cls)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def apply_node(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """``node.apply``, or what Dynamo knows it by."""
+    if _torch.active() or torch.compiler.is_compiling():
+        return node.apply(*args)
+    return applicable(node)(*args)
+
+
+def applicable(node: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``node.apply`` outside of transforms: without binding a signature, which costs more than the node itself."""
+    return super(torch.autograd.Function, node).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def need_gradients(tensors: Sequence[Tensor]) -> list[bool]:
+    """`needs_gradient` of each."""
+    if _torch.active():
+        return [tensor.requires_grad or _torch.is_wrapped(tensor) for tensor in tensors]
+    return [tensor.requires_grad for tensor in tensors]
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether a tensor may get a gradient: it requires one, or belongs to a transform."""
+    return tensor.requires_grad or (_torch.active() and _torch.is_wrapped(tensor))
+
+
+# ---- specs: the structure of a wire without its tensors --------------------------------------------------------------
+
+
+class _Strand:
+    """The place of a differentiable tensor in a spec."""
+
+    def __repr__(self) -> str:
+        return "STRAND"
+
+
+STRAND = _Strand()
+
+
+class Flat(tuple[Any, ...]):
+    """The spec of a tuple of differentiable tensors: the ordinary case, in which there is nothing to walk over."""
+
+
+def is_flat(spec: Wire) -> bool:
+    """Whether a spec is one differentiable tensor's, or that of a tuple of them."""
+    return spec is STRAND or type(spec) is Flat
+
+
+def _spec(parts: list[Any]) -> Wire:
+    for part in parts:
+        if part is not STRAND:
+            return tuple(parts)
+    return Flat(parts)
+
+
+def spec_of(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
+    """The structure of a wire; collects its differentiable tensors, and the others to be kept."""
+    if is_differentiable(wire):
+        on_strands.append(wire)
+        return STRAND
+    if isinstance(wire, tuple):
+        return _spec([spec_of(part, on_strands, kept) for part in wire])
+    return None if kept is None else keep(wire, kept)
+
+
+def outline(state: State) -> Wire:
+    """The spec of the wire that a state stands for, without its other leaves."""
+    if isinstance(state, tuple):
+        return _spec([outline(part) for part in state])
+    return STRAND if isinstance(state, Strand) else None
+
+
+def residue_spec_of(residue: Residue, lost: list[Tensor], kept: list[Tensor]) -> Residue:
+    """The structure of a residue; what may have a gradient of its own is lost by the op, the rest is kept."""
+    if isinstance(residue, (tuple, list)):
+        return tuple([residue_spec_of(part, lost, kept) for part in residue])
+    if is_differentiable(residue):
+        lost.append(residue)
+        return STRAND
+    return keep(residue, kept)
+
+
+def keep(leaf: Any, kept: list[Tensor]) -> Any:
+    """What stands for a leaf in a spec: the place of a tensor, which is kept, or the leaf itself."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    kept.append(leaf)
+    return Kept(len(kept) - 1)
+
+
+def filled(spec: Wire, found: Sequence[Any], kept: Sequence[Tensor] | None) -> Wire:
+    """A wire from its spec; without kept tensors, None stands where no strand is."""
+    return tuple(found) if type(spec) is Flat else fill(spec, iter(found), kept)
+
+
+def on_strands(spec: Wire, wire: Wire) -> Sequence[Any]:
+    """What a wire has where its spec has tensors; the inverse of `filled`."""
+    if type(spec) is Flat and isinstance(wire, tuple) and len(wire) == len(spec):
+        return wire
+    found, places = leaves(wire), leaves(spec)
+    if len(found) != len(places):
+        raise ReplayError(
+            f"a pullback returned the gradient {describe(wire)}",
+            expected=f"{len(places)} leaves, as the input of its op has",
+            cure="return one gradient, or None, for each component",
+        )
+    return [leaf for leaf, place in zip(found, places, strict=True) if place is STRAND]
+
+
+def fill(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire:
+    """`filled`, from what an iterator has left."""
+    if spec is STRAND:
+        return next(left)
+    if isinstance(spec, tuple) and not isinstance(spec, Kept):
+        return tuple([fill(part, left, kept) for part in spec])
+    return None if kept is None else fetch(spec, kept)

@@ -1,0 +1,5 @@
+"""Bit-exact inverses."""
+
+from .transform import exact
+
+__all__ = ["exact"]

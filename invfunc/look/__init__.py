@@ -1,0 +1,1 @@
+"""What is drawn, measured and checked."""

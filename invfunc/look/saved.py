@@ -1,0 +1,191 @@
+"""What a call keeps for backward: node by node, in bytes, and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from .. import _torch
+from ..core.combine import Parallel
+from ..core.op import Chain, Invertible
+from ..engine.lowering import Call, owners_of
+from ..engine.strands import is_tail
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One tensor, or one state, that a call keeps until backward.
+
+    Attributes:
+        where: The stage, as error messages name it, or the autograd node of a part that runs as plain autograd.
+        what: What it is, with its shape and dtype.
+        bytes: The memory of its storage; 0 if an earlier row has counted it.
+        why: What backward needs it for.
+    """
+
+    where: str
+    what: str
+    bytes: int
+    why: str
+
+
+def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
+    """What one call of a lowered pipeline, or of any other function, keeps for backward.
+
+    Args:
+        op: An op, lowered or not, a checkpointed function, a module, or any callable.
+        inputs: Its arguments; they require grad or not as in training.
+
+    Returns:
+        A row for everything that is kept, in the order in which the call made the nodes that keep it. What lives anyway
+        is left out: parameters, and what the functions close over.
+
+    Cost:
+        The call is made once, in earnest: it draws random numbers and moves running statistics as any other does.
+
+    Limits:
+        A tensor that a function of torch keeps below Python (a workspace of cuDNN) is not seen.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> net = inv.checkpoint(inv.chain(inv.pair(torch.sinh, torch.asinh), inv.pair(torch.atan, torch.tan)))
+        >>> saved(net, torch.ones(3, requires_grad=True))
+        [Saved(where='end of a trunk', what='output (3,) float32', bytes=12, why='backward rebuilds the rest from it')]
+
+    Source:
+        JAX's ``saved_residuals``.
+    """
+    before = _torch.graph_position()
+    out = op(*inputs)
+    owned = _owned(op)
+    book = _Book({_storage(t) for t in owned}, _places(op))
+    tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    return [row for node in _nodes(tensors, before) for row in book.rows(node)]
+
+
+def print_saved(op: Callable[..., Any], *inputs: Any) -> None:
+    """Print what one call keeps for backward: a table of `saved`, and its total.
+
+    Args:
+        op: An op, lowered or not, a checkpointed function, a module, or any callable.
+        inputs: Its arguments.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> net = inv.chain(inv.pair(torch.sinh, torch.asinh), inv.store(inv.pair(torch.exp, torch.log)))
+        >>> print_saved(inv.checkpoint(net), torch.ones(3, requires_grad=True))
+        where           what                 bytes  why
+        end of a trunk  output (3,) float32     12  backward rebuilds the rest from it
+        ExpBackward0    result (3,) float32     12  stored by plain autograd
+        total                                   24
+    """
+    rows = saved(op, *inputs)
+    rows.append(Saved("total", "", sum(row.bytes for row in rows), ""))
+    cells = [("where", "what", "bytes", "why"), *((r.where, r.what, f"{r.bytes:,}", r.why) for r in rows)]
+    where, what, size, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
+    for row in cells:
+        print(f"{row[0]:{where}}  {row[1]:{what}}  {row[2]:>{size}}  {row[3]}".rstrip())
+
+
+# ---- the nodes of the call -----------------------------------------------------------------------------------------
+
+
+def _nodes(outputs: Sequence[Tensor], before: int) -> list[Any]:
+    """The autograd nodes that the call has made, in the order in which it made them."""
+    todo, found = [t.grad_fn for t in outputs], {}
+    while todo:
+        node = todo.pop()
+        if node is None or node in found or hasattr(node, "variable") or node._sequence_nr() < before:
+            continue
+        found[node] = node._sequence_nr()
+        todo += [parent for parent, _ in node.next_functions]
+    return sorted(found, key=lambda node: found[node])
+
+
+def _owned(op: Callable[..., Any]) -> list[Tensor]:
+    """The tensors that live whether the call keeps them or not."""
+    if not isinstance(op, Invertible):
+        op = getattr(op, "op", op)
+    if isinstance(op, nn.Module):
+        return [*op.parameters(), *op.buffers()]
+    if not isinstance(op, Invertible):
+        return []
+    found = owners_of(op)
+    modules = [*found.modules, *found.nearby]
+    return [*found.tensors, *(t for module in modules for t in [*module.parameters(), *module.buffers()])]
+
+
+def _places(op: Any, path: tuple[str, ...] = ()) -> dict[int, list[str]]:
+    """The paths of the primitives in an op, by identity: a block that is used twice has two."""
+    found: dict[int, list[str]] = defaultdict(list)
+    if not isinstance(op, Invertible):
+        return found
+    if not op.parts:
+        found[id(op)].append(": ".join(path) or repr(op))
+    for index, part in enumerate(op.parts):
+        place = op.place(index) if isinstance(op, (Chain, Parallel)) else ""
+        for key, places in _places(part, (*path, place) if place else path).items():
+            found[key] += places
+    return found
+
+
+class _Book:
+    """Counts every storage once."""
+
+    def __init__(self, counted: set[int], places: dict[int, list[str]]) -> None:
+        self.counted, self.places = counted, places
+
+    def rows(self, node: Any) -> Iterator[Saved]:
+        """What a node keeps."""
+        call = getattr(node, "call", None)
+        if isinstance(call, Call):
+            yield from self._rows_of_stage(node, call)
+        elif is_tail(node):
+            for tensor in node.saved_tensors:
+                yield from self._row("end of a trunk", "output", tensor, "backward rebuilds the rest from it")
+        else:
+            for name, tensor in _taped(node):
+                yield from self._row(node.name(), name, tensor, "stored by plain autograd")
+
+    def _rows_of_stage(self, node: Any, call: Call) -> Iterator[Saved]:
+        left = self.places.get(id(call.op), [])
+        where = left.pop(0) if len(left) > 1 else left[0] if left else repr(call.op)
+        self.counted |= {_storage(t) for t in call.recording.captured}
+        for tensor in node.saved_tensors:
+            recomputed = type(node).__name__.startswith("_Recompute")
+            what, why = ("input", "the part runs again from it") if recomputed else ("residue", "what the op loses")
+            yield from self._row(where, what, tensor, why)
+        for _, name, copy in call.recording.written:
+            yield from self._row(where, f"buffer {name}", copy, "the function runs again on what it was before")
+        if call.recording.random is not None:
+            yield Saved(where, "random state", call.recording.random.nbytes, "the same numbers are drawn again")
+
+    def _row(self, where: str, what: str, tensor: Tensor, why: str) -> Iterator[Saved]:
+        storage = _storage(tensor)
+        if storage in self.counted:
+            return
+        self.counted.add(storage)
+        kind = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        yield Saved(where, f"{what} {kind}", tensor.untyped_storage().nbytes(), why)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _taped(node: Any) -> Iterator[tuple[str, Tensor]]:
+    """``(name, tensor)`` of what a node of torch, or of a Function of somebody else, has saved."""
+    for name in dir(node):
+        if name.startswith("_saved_") and not name.startswith("_saved_tensors"):
+            value = getattr(node, name)
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, Tensor):
+                    yield name.removeprefix("_saved_"), tensor
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        yield from (("saved", tensor) for tensor in node.saved_tensors if isinstance(tensor, Tensor))

@@ -1,0 +1,213 @@
+"""The executor: a chain lowered as a schedule says, out of the mechanisms that `checkpoint` has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from .. import _torch
+from ..checkpoint import Checkpointed, Marked, Wrapper, forced_mode
+from ..core.combine import Plumbing, is_coupling
+from ..core.op import Chain, Inverse, Invertible, OneWay, Rearrangement
+from ..engine.lowering import Options, recompute, runs_plainly, walk
+from ..engine.strands import State, begin, close, values
+from ..errors import place_error
+from ..exact.transform import Exact, Gridded
+from ..wires import Wire, leaves
+from .schedule import Recompute, Schedule, Store
+
+
+def flat_stages(op: Invertible) -> list[Invertible]:
+    """The ops of a chain, nested ones included; a chain with a name (a coupling, a block) is one op."""
+    if type(op) in (Checkpointed, Planned):
+        return flat_stages(op.parts[0])
+    if isinstance(op, Chain) and op.labels is None:
+        return [stage for part in op.parts for stage in flat_stages(part)]
+    return [op]
+
+
+def flat_ops(op: Invertible) -> list[Invertible]:
+    """What a plan decides on: the ops of a chain, and of a coupling its halves."""
+    return [part for stage in flat_stages(op) for part in halves(stage)]
+
+
+def halves(stage: Invertible) -> tuple[Any, ...]:
+    """The halves of a coupling; another op as it is."""
+    return stage.parts if is_coupling(stage) else (stage,)
+
+
+def grouped(ops: Sequence[Invertible], counts: Sequence[int]) -> tuple[Invertible, ...]:
+    """Ops in groups of these sizes."""
+    left = iter(ops)
+    groups = [tuple(next(left) for _ in range(count)) for count in counts]
+    return tuple(group[0] if len(group) == 1 else Chain(group) for group in groups)
+
+
+def has_inverse(op: Invertible) -> bool:
+    """Whether the structure of an op says that it can be undone; what is marked keeps its mark."""
+    if isinstance(op, (OneWay, Marked)) or (isinstance(op, Inverse) and not has_inverse(op.op)):
+        return False
+    return all(map(has_inverse, op.parts))
+
+
+def only_moves(op: Invertible) -> bool:
+    """Whether an op moves elements without arithmetic."""
+    return consists_of(op, Rearrangement, Plumbing)
+
+
+def is_exact(op: Invertible) -> bool:
+    """Whether an inverse gives the same bits: of what only moves elements, and of `invfunc.exact` ops."""
+    return consists_of(op, Rearrangement, Plumbing, Exact, Gridded)
+
+
+def consists_of(op: Invertible, *kinds: type) -> bool:
+    """Whether an op, or each of its parts, is of some kinds."""
+    return isinstance(op, kinds) or (bool(op.parts) and all([consists_of(part, *kinds) for part in op.parts]))
+
+
+@dataclass(frozen=True, repr=False)
+class Stretch(Chain):
+    """Ops of a longer chain, which are named by their places in that."""
+
+    places: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, op: Invertible) -> Stretch:
+        """All ops of a chain; the halves of a coupling are at one place."""
+        places = [f"chain stage {i} ({s.name})" for i, s in enumerate(flat_stages(op)) for _ in halves(s)]
+        return cls(tuple(flat_ops(op)), places=tuple(places))
+
+    def place(self, index: int) -> str:
+        """As in the longer chain."""
+        return self.places[index]
+
+    def part(self, first: int, stop: int) -> Stretch:
+        """A stretch of this one."""
+        return Stretch(self.parts[first:stop], places=self.places[first:stop])
+
+    def opens(self) -> str:
+        """What a trunk that begins here is called, when it drifts."""
+        return f"{self.place(0)}: its input"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do on the way through a schedule: with one op, or with a stretch."""
+
+    kind: str  # "store" or "invert" an op, "open" a trunk, or "recompute" a region
+    ops: Stretch
+    options: Options
+    region: Region | None = None
+
+    def take(self, handed: list[State]) -> None:
+        """Take the state in a list further; no frame keeps what is used up."""
+        if self.kind == "open":
+            handed.append(begin(close(handed.pop()), self.ops.opens))
+        elif self.region is not None:
+            handed.append(recompute(self.ops, handed.pop(), self.options, self.region.again))
+        else:
+            handed.append(walk(self.ops.parts[0], handed.pop(), self.options))
+
+    @property
+    def place(self) -> str:
+        """Where it happens; a region finds the place by itself."""
+        return "" if self.region else self.ops.place(0)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Ops that run again in backward, as a schedule of their own says."""
+
+    ops: Stretch
+    steps: tuple[Step, ...]
+
+    def again(self, handed: list[Wire]) -> Wire:
+        """Run from the input in the list, which is taken out as soon as it has been used."""
+        if runs_plainly():
+            return self.ops.forward(handed.pop())
+        handed[0] = begin(handed[0], self.ops.opens)
+        follow(self.steps, handed)
+        return close(handed.pop())
+
+
+def steps_of(ops: Stretch, starts: Sequence[int], schedule: Schedule, options: Options) -> tuple[Step, ...]:
+    """A schedule as the steps that take a state through it; ``starts`` tells which ops a node's numbers stand for."""
+    steps: list[Step] = []
+    for node in schedule:
+        span = starts[node.first], starts[node.stop]
+        stretch, each = ops.part(*span), [ops.part(i, i + 1) for i in range(*span)]
+        if isinstance(node, Recompute):
+            region = Region(stretch, steps_of(ops, starts, node.inner, options))
+            steps.append(Step("recompute", stretch, options, region))
+        elif isinstance(node, Store):
+            steps += [Step("store", op, replace(options, mode="store")) for op in each]
+        else:
+            steps += [Step("open", stretch, options)] * bool(steps)
+            steps += [Step("invert", op, replace(options, mode="invert")) for op in each]
+    return tuple(steps)
+
+
+def follow(steps: Sequence[Step], handed: list[State]) -> None:
+    """Take the state in a list through steps."""
+    for step in steps:
+        try:
+            step.take(handed)
+        except Exception as error:
+            place_error(error, step.place)
+            raise
+
+
+@dataclass(frozen=True, repr=False)
+class Planned(Wrapper):
+    """A chain with a plan; built by ``checkpoint(f, plan=plan)``."""
+
+    plan: Any
+    ops: tuple[Invertible, ...]  # as the costs count them: some joined to a neighbour, as `OpCosts.parts` says
+    steps: dict[Options, tuple[Step, ...]] = field(default_factory=dict, compare=False)
+    shapes: set[tuple[Any, ...]] = field(default_factory=set, compare=False)  # those that were looked at
+
+    def forward(self, x: Wire) -> Wire:
+        return self.op.forward(x)
+
+    def inverse(self, y: Wire) -> Wire:
+        return self.op.inverse(y)
+
+    def inverted(self) -> Invertible:
+        """The inverse has no plan: it is lowered as its options say."""
+        return self.op.inverted()
+
+    def steps_for(self, options: Options) -> tuple[Step, ...]:
+        """The plan's steps, made once, so that what is known of each op is found once."""
+        if options not in self.steps:
+            starts = tuple(accumulate((cost.parts for cost in self.plan.costs.ops), initial=0))
+            inner = replace(options, segments=1)
+            self.steps[options] = steps_of(Stretch.of(self.op), starts, self.plan.schedule, inner)
+        return self.steps[options]
+
+    def check_shape(self, x: Wire) -> None:
+        """Once for each shape: `Plan.check_shape`."""
+        if torch.compiler.is_compiling() or _torch.active():
+            return
+        shapes = tuple(t.shape if isinstance(t, torch.Tensor) else None for t in leaves(x))
+        if shapes not in self.shapes:
+            self.shapes.add(shapes)
+            self.plan.check_shape(self.ops, x)
+
+    def __repr__(self) -> str:
+        return f"planned({self.op!r})"
+
+
+@walk.register
+def _(op: Planned, state: State, options: Options) -> State:
+    if forced_mode() is not None:
+        return walk(op.op, state, options)
+    op.check_shape(values(state))
+    steps = op.steps_for(options)
+    handed = [state]
+    del state
+    follow(steps, handed)
+    return handed.pop()

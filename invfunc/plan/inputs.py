@@ -1,0 +1,100 @@
+"""Inputs to measure with: fake ones for bytes, real ones for seconds, smaller ones where the real do not fit."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import FakeTensor, FakeTensorMode
+from ..wires import Wire, is_differentiable, leaves, map_wire
+
+
+def faked(x: Any, mode: FakeTensorMode) -> Wire:
+    """An input, or a shape, as fake tensors."""
+    if isinstance(x, FakeTensor):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
+    if isinstance(x, Tensor):
+        return mode.from_tensor(x.detach()).requires_grad_(x.requires_grad)
+    if is_shape(x):
+        return torch.empty(tuple(x)).requires_grad_()
+    return tuple(faked(part, mode) for part in x) if isinstance(x, tuple) else x
+
+
+def is_shape(x: Any) -> bool:
+    """Whether an input is given by its shape."""
+    return isinstance(x, (torch.Size, list)) or (isinstance(x, tuple) and bool(x) and all(type(n) is int for n in x))
+
+
+def is_real(x: Any) -> bool:
+    """Whether an input is given by its values."""
+    found = [] if is_shape(x) else [leaf for leaf in leaves(x) if isinstance(leaf, Tensor) or is_shape(leaf)]
+    return bool(found) and not any(isinstance(leaf, FakeTensor) or is_shape(leaf) for leaf in found)
+
+
+def realised(x: Any, fake: Wire, part: int = 1) -> Wire:
+    """Real values for an input, or for one part of its batch; random numbers where only shapes are given."""
+    if isinstance(fake, tuple):
+        parts = x if isinstance(x, tuple) and not is_shape(x) else (None,) * len(fake)
+        return tuple(realised(given, like, part) for given, like in zip(parts, fake, strict=True))
+    if not isinstance(fake, Tensor):
+        return x
+    shape = [-(-size // part) if i == 0 else size for i, size in enumerate(fake.shape)]
+    if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+        return x if list(x.shape) == shape else x[: shape[0]]
+    make = torch.randn if is_differentiable(fake) else torch.zeros
+    return make(shape, dtype=fake.dtype, device=fake.device).requires_grad_(fake.requires_grad)
+
+
+def rows(x: Wire) -> int:
+    """The size of a batch: that of the first dimension of its first tensor."""
+    return next((leaf.shape[0] for leaf in leaves(x) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def as_input(y: Wire) -> Wire:
+    """An op's output as the next one's input: in a training step it needs a gradient wherever it can have one."""
+    return map_wire(lambda leaf: leaf.detach().requires_grad_() if is_differentiable(leaf) else leaf, y)
+
+
+def storages(x: Wire) -> list[torch.UntypedStorage]:
+    """The storages of a wire, each once, in order."""
+    found: dict[int, torch.UntypedStorage] = {}
+    for leaf in leaves(x):
+        if isinstance(leaf, Tensor):
+            found.setdefault(leaf.untyped_storage()._cdata, leaf.untyped_storage())
+    return list(found.values())
+
+
+def nbytes(x: Wire) -> int:
+    """The bytes of the storages of a wire."""
+    return sum(storage.nbytes() for storage in storages(x))
+
+
+def copied(x: Wire) -> Wire:
+    """A copy of a wire whose tensors share storages as the original's do."""
+    bases: dict[int, Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        storage, plain = leaf.untyped_storage(), leaf.detach()
+        if storage._cdata not in bases:
+            count = storage.nbytes() // leaf.element_size()
+            bases[storage._cdata] = plain.as_strided((count,), (1,), 0).clone()
+        base = bases[storage._cdata]
+        return base.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset()).requires_grad_(leaf.requires_grad)
+
+    with torch.no_grad():
+        return map_wire(copy, x)
+
+
+def free_bytes(x: Wire) -> float:
+    """The memory that is left where an input lies, as far as anybody knows."""
+    device = next((leaf.device for leaf in leaves(x) if isinstance(leaf, Tensor)), torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")

@@ -1,0 +1,321 @@
+"""Profiling: what each op of a chain costs, measured on the very mechanisms that a plan is made of.
+
+NOTE [Profile]
+
+1.  *Bytes* come from fake tensors, which have shapes and storages but no memory: exact, so that one can plan
+    what does not fit. Each op runs alone, as in a plan: without a tape, with one, and on a trunk. An op that looks at
+    its values (an iterative inverse) can not run on fake tensors; it is measured on real ones.
+2.  *Time* comes from running each kind of op on real values, in rounds through the chain: the least of a few rounds
+    counts, less what a trial of no op takes. Rounds end early where they would take longer than some plain steps: the
+    least of several matters where an op is short. Where an op does not fit, a part of the batch is timed and scaled.
+3.  *Kinds.* Ops of the same structure, on inputs of the same layout, are run and measured once; and what flows between
+    them is made once. How what comes back to an op lies in memory is a part of its kind where bytes are counted.
+4.  *Views.* An op whose output lies in its input's storages costs nothing to keep: it belongs to the op before it.
+5.  *Errors* come from sweeps: from an exact value and an exact gradient at an anchor, fused inverses go down the chain,
+    and each gradient on the way is compared with the exact one. Products of gains would be off by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes
+from ..core.combine import Half
+from ..core.op import Invertible, OneWay, lift, name_of
+from ..wires import Wire, is_differentiable, leaves
+from .clock import Seconds, costs_in, timed
+from .costs import Costs, OpCosts, parse_bytes
+from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
+from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
+from .sizes import Books, Sizes, Subject
+from .sweeps import sweep
+from .trials import APART, Loss, Through, rerun, untouched
+
+
+def mean_square(y: Wire) -> Tensor:
+    """The loss that is assumed where none is given."""
+    return torch.stack([leaf.square().mean() for leaf in leaves(y) if is_differentiable(leaf)]).sum()
+
+
+def profile(
+    f: Invertible | Callable[..., Any],
+    x: Any,
+    *,
+    loss: Loss = mean_square,
+    errors: bool = False,
+    repeats: int = 5,
+    memory: int | str | None = None,
+) -> Costs:
+    """Measure what each op of a chain costs in bytes and seconds: what a plan is made from.
+
+    Args:
+        f: A chain of ops. Nested chains flatten; `parallel` and named blocks are taken whole, and couplings half by
+            half, but in chains of more than 160 halves and other ops.
+        x: An input: tensors, fake tensors, or a shape like ``(32, 64)`` (a wire of shapes for a tuple wire).
+        loss: What turns the output into a number; it counts for the memory between forward and backward.
+        errors: Whether to measure the gradient error of runs of inverses too, which takes several steps more and
+            keeps every value and gradient of the chain meanwhile.
+        repeats: How often each kind of op is timed, at most; the least counts.
+        memory: What timing may take, in bytes or as ``"2GiB"``; what is free now, if not given. Where an op takes more,
+            a part of the batch is timed, and `Costs.scaled` says how small a part.
+
+    Returns:
+        The costs, pure data: save them, load them, edit them, plan from them.
+
+    Cost:
+        Each kind of op runs forward, forward and backward, again from its input, and back by its inverse: about
+        ``4 * kinds / ops`` plain steps a round, and rounds are left out that would take more than 4 in all and more
+        than half a second. Bytes are found without allocating, in the time that Python takes to go through each kind
+        some five times (0.1 s each).
+
+    Raises:
+        OptionError: When ``memory`` is not a size.
+
+    Limits:
+        Times depend on the machine, and those of iterative inverses on the data.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> costs = inv.profile(inv.chain(inv.pair(torch.exp, torch.log), torch.tanh), (16, 8))
+        >>> [op.bytes == 16 * 8 * torch.finfo(torch.get_default_dtype()).bits // 8 for op in costs.ops]
+        [True, True]
+    """
+    op = lift(f)
+    with untouched(op):
+        return _profile(op, x, loss, errors, repeats, memory)
+
+
+def _profile(op: Invertible, x: Any, loss: Loss, errors: bool, repeats: int, memory: int | str | None) -> Costs:
+    ops = flat_ops(op)
+    fine = len(ops) <= FINE
+    whole = [1] * len(ops) if fine else [len(halves(stage)) for stage in flat_stages(op)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = faked(x, mode)
+    with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
+        units, inputs = _units(ops, whole, fake)
+        loss_bytes = _loss_bytes(loss, inputs[-1])
+    chain = [unit for unit, _ in units]
+    found = _all_bytes(chain, inputs, mode)
+    part = _part(found, inputs, free_bytes(fake) if memory is None else parse_bytes(memory, "profile: memory"))
+    given = realised(x, fake, part)
+    scale = rows(fake) / rows(given)
+    seconds = _all_seconds(chain, inputs, given, found, repeats)
+    titles = iter([title for stage in flat_stages(op) for title in _titles(stage, fine)])
+    costs = [
+        replace(
+            bytes_,
+            name=_joined([next(titles) for _ in range(count)]),
+            parts=count,
+            exact=is_exact(unit),
+            **{k: scale * v for k, v in times.items()},
+        )
+        for (unit, count), bytes_, times in zip(units, found, seconds, strict=True)
+    ]
+    measured = sweep(chain, given, loss) if errors else None
+    return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale)
+
+
+def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
+    """The costs of ops as they are grouped already, with bytes and without seconds."""
+    with untouched(*ops), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = [faked(x, mode)]
+        for op in ops:
+            inputs.append(_output(op, inputs[-1])[0])
+        loss_bytes = _loss_bytes(mean_square, inputs[-1])
+    with untouched(*ops):
+        return Costs(tuple(_all_bytes(ops, inputs, mode)), nbytes(inputs[0]), loss_bytes)
+
+
+def key_of(op: Invertible, x: Wire) -> tuple[str, ...]:
+    """Which chain on which input: the names of its stages, and the shapes and dtypes."""
+    return (" > ".join(stage.name for stage in flat_stages(op)), shape_key(x))
+
+
+def shape_key(x: Wire) -> str:
+    """Shapes and dtypes of a wire as a text."""
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in leaves(x) if isinstance(t, Tensor))
+
+
+# ---- the ops, one by one ---------------------------------------------------------------------------------------------
+
+
+def _units(ops: Sequence[Invertible], whole: Sequence[int], x: Wire) -> tuple[list[tuple[Invertible, int]], list[Wire]]:
+    """The ops, in groups, with those that only make views joined to a neighbour; and the wires between them."""
+    counts, inputs, pending = [], [x], 0
+    known: dict[Any, tuple[Wire, bool]] = {}
+    for op, count in zip(grouped(ops, whole), whole, strict=True):
+        kind = _kind(op, x)
+        if kind not in known:
+            known[kind] = _output(op, x)
+        x, is_new = known[kind]
+        pending += count
+        if is_new:
+            counts.append(pending)
+            inputs.append(x)
+            pending = 0
+        elif counts:
+            counts[-1] += pending
+            inputs[-1], pending = x, 0
+    if pending:
+        counts.append(pending)
+        inputs.append(x)
+    return list(zip(grouped(ops, counts), counts, strict=True)), inputs
+
+
+def _output(op: Invertible, x: Wire) -> tuple[Wire, bool]:
+    """What an op gives, as an input, and whether it makes storages; from real values where it looks at them."""
+    try:
+        with torch.no_grad():
+            y = as_input(op.forward(x))
+    except LOOKS_AT_VALUES:
+        mode = fake_mode()
+        assert mode is not None
+        with outside_modes(), torch.no_grad():
+            y = faked(as_input(op.forward(realised(None, x))), mode)
+    return y, _makes_storage(x, y)
+
+
+def _makes_storage(x: Wire, y: Wire) -> bool:
+    before, after = ({storage._cdata for storage in storages(wire)} for wire in (x, y))
+    return not after <= before
+
+
+def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTensorMode) -> list[OpCosts]:
+    """The bytes of each op, from the last to the first: how what comes back lies in memory is up to the op after."""
+    known: dict[Any, Sizes] = {}
+    found: list[OpCosts] = []
+    layouts = APART
+    for op, like in zip(reversed(ops), reversed(inputs[:-1]), strict=True):
+        kind = _kind(op, like), layouts
+        if kind not in known:
+            known[kind] = Subject(op, like, mode, layouts).measured()
+        costs, layouts = known[kind]
+        found.append(costs)
+    return found[::-1]
+
+
+FINE = 160  # ops: of longer chains, whose plans take longest to find, couplings are taken whole
+PATIENCE = 4.0, 0.5  # how long the rounds may take: in plain steps, and in seconds where those are shorter
+
+
+def _all_seconds(
+    ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, found: Sequence[OpCosts], repeats: int
+) -> list[Seconds]:
+    """The seconds of each op: rule 2 of NOTE [Profile]."""
+    kinds = [_kind(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
+    ways: dict[Any, tuple[bool, Through]] = {}
+    for op, kind, sizes in zip(ops, kinds, found, strict=True):
+        ways.setdefault(kind, (math.isfinite(sizes.inverse), rerun(op)))
+    begin, least = time.perf_counter(), _round(ops, kinds, ways, given)
+    for done in range(1, repeats):
+        costs = [costs_in(least[kind]) for kind in kinds]
+        plain, spent = sum(c["forward"] + c["backward"] for c in costs), time.perf_counter() - begin
+        if spent * (done + 1) / done > max(PATIENCE[0] * plain, PATIENCE[1]):
+            break
+        other = _round(ops, kinds, ways, given)
+        least = {kind: {name: min(value, other[kind][name]) for name, value in least[kind].items()} for kind in least}
+    return [costs_in(least[kind]) for kind in kinds]
+
+
+def _round(
+    ops: Sequence[Invertible], kinds: Sequence[Any], ways: dict[Any, tuple[bool, Through]], x: Wire
+) -> dict[Any, Seconds]:
+    """One trial of each kind of op, on real values that go through the chain until every kind has been met."""
+    found: dict[Any, Seconds] = {}
+    for op, kind in zip(ops, kinds, strict=True):
+        if kind in found:
+            with torch.no_grad():
+                x = as_input(op.forward(x))
+        else:
+            x, found[kind] = timed(op, x, *ways[kind])
+        if len(found) == len(ways):
+            break
+    return found
+
+
+def _part(found: Sequence[OpCosts], inputs: Sequence[Wire], memory: float) -> int:
+    """Into how many parts a batch has to be divided, so that each op fits into memory."""
+    peaks = [
+        nbytes(x) + max(op.peak_taped, op.peak_backward, op.peak_inverse) + op.bytes
+        for op, x in zip(found, inputs[:-1], strict=True)
+    ]
+    count = 1
+    while max(peaks, default=0) > count * memory and count < rows(inputs[0]):
+        count *= 2
+    return min(count, rows(inputs[0]))
+
+
+def _loss_bytes(loss: Loss, y: Wire) -> int:
+    """The most memory between forward and backward, beyond the output."""
+    y = as_input(y)
+    inputs = [t for t in leaves(y) if is_differentiable(t)]
+    with Books() as books:
+        number = loss(y)
+        gradients = torch.autograd.grad(number, inputs, allow_unused=True)
+        del gradients
+        return books.take_peak()
+
+
+# ---- kinds -----------------------------------------------------------------------------------------------------------
+
+
+def _kind(op: Invertible, x: Wire) -> Any:
+    places = {s._cdata: i for i, s in enumerate(storages(x))}
+    layout = [
+        (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, places[t.untyped_storage()._cdata])
+        if isinstance(t, Tensor) else repr(t)
+        for t in leaves(x)
+    ]  # fmt: skip
+    return _structure(op), tuple(layout)
+
+
+def _structure(item: Any) -> Any:
+    """What tells one kind of op from another: code, configuration and shapes, but not values."""
+    if isinstance(item, nn.Module):
+        shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in [*item.parameters(), *item.buffers()])
+        return repr(item), item.training, shapes
+    if isinstance(item, Tensor):
+        return item.shape, item.dtype, item.requires_grad
+    if isinstance(item, partial):
+        return _structure([item.func, *item.args, *sorted(item.keywords.items())])
+    if isinstance(item, MethodType):
+        return _structure([item.__self__, item.__func__])
+    if isinstance(item, FunctionType):
+        cells = [cell.cell_contents for cell in item.__closure__ or ()]
+        return item.__code__, _structure([*(item.__defaults__ or ()), *cells])
+    if isinstance(item, (tuple, list)):
+        return tuple(map(_structure, item))
+    if is_dataclass(item) and not isinstance(item, type):
+        return type(item), tuple(_structure(getattr(item, f.name)) for f in fields(item))
+    return item if isinstance(item, (int, float, str, bytes, bool, type(None), torch.dtype, torch.Size)) else id(item)
+
+
+WIDTH = 24  # of how an op is shown
+
+
+def _titles(stage: Invertible, fine: bool) -> list[tuple[str, bool]]:
+    """How each op of a stage is shown, a coupling's half by half or as one; and whether it only moves elements."""
+    parts = halves(stage)
+    if fine and len(parts) > 1:
+        return [(_half_title(stage.name, half), False) for half in parts]
+    text = name_of(stage.fn) if isinstance(stage, OneWay) else repr(stage)
+    return [(text if len(text) <= WIDTH else stage.name, only_moves(stage))] * len(parts)
+
+
+def _half_title(stage: str, half: Half) -> str:
+    text = f"{stage}: {half.label}={name_of(half.fn)}"
+    return text if len(text) <= WIDTH else f"{stage}: {half.label}"
+
+
+def _joined(titles: Sequence[tuple[str, bool]]) -> str:
+    """How ops are shown as one: by those that do more than move elements."""
+    return " > ".join(dict.fromkeys(title for title, moves in titles if not moves)) or titles[0][0]

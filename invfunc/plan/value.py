@@ -1,0 +1,344 @@
+"""The plan: a frozen value that says what to do with each op, and what that is expected to cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import checkpoint
+from ..core.op import Invertible, lift
+from ..errors import OptionError
+from ..look.memory import measure
+from ..wires import Wire, is_differentiable, leaves, map_wire
+from . import report
+from .clock import least_seconds
+from .costs import Costs, parse_bytes, show_bytes
+from .executor import Planned, flat_ops, grouped
+from .inputs import is_real
+from .profiling import bytes_only, key_of, mean_square, profile, shape_key
+from .schedule import Prediction, Schedule, check, fixed_schedules, from_data, predict, recompute_every, to_data
+from .search import Limits, Point, best, curve_of
+from .sweeps import relative
+from .trials import Loss, parameters_of, untouched
+
+TRIES = 6  # how often a plan whose gradients are off is made again, at last with bit-exact inverses alone
+
+
+class Verified(NamedTuple):
+    """What a plan did on a batch: the worst tensor's relative gradient error, the peak, and the time over plain.
+
+    The peak is that of a training step, beside what `Plan.peak_bytes` leaves out.
+    """
+
+    error: float
+    peak_bytes: int
+    time: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with each op of a chain: store, recompute or invert; made by `invfunc.plan`.
+
+    A plan is never changed behind your back, since another schedule rounds otherwise. Print it to see what it does.
+
+    Attributes:
+        schedule: The tree of choices.
+        costs: What they were made from.
+        limits: What they keep to.
+        f: The op that was planned, if one was given.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> costs = inv.profile(inv.chain(inv.pair(torch.exp, torch.log), torch.tanh), (16, 8))
+        >>> inv.plan(costs, max_time=1.0).modes
+        (('store', 0), ('store', 1))
+    """
+
+    schedule: Schedule
+    costs: Costs
+    limits: Limits = Limits()
+    f: Invertible | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check(self.costs, self.schedule)
+
+    # ---- what it costs ----
+
+    @cached_property
+    def predicted(self) -> Prediction:
+        """Seconds, peak, error, and the op whose moment the peak is."""
+        return predict(self.costs, self.schedule)
+
+    @property
+    def time(self) -> float:
+        """The time of a step over that of a plain one."""
+        return self.predicted.seconds / self.costs.seconds if self.costs.seconds else 1.0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory of a step, beside the input, the parameters and the ``grad`` of both; the output counts."""
+        return self.predicted.peak_bytes
+
+    @property
+    def error(self) -> float | None:
+        """The relative gradient error to expect; 0.0 if no inverse rounds, None if it was not profiled."""
+        return self.predicted.error
+
+    @cached_property
+    def curve(self) -> tuple[Point, ...]:
+        """Least time against peak, from the least possible memory to plain training."""
+        return curve_of(self.costs, self.limits.max_error)
+
+    @property
+    def modes(self) -> tuple[Any, ...]:
+        """The schedule as plain data: ``("store", i)``, ``("invert", i, k)``, ``("recompute", i, (...))``."""
+        return _tuples(to_data(self.schedule))
+
+    def with_modes(self, modes: Any) -> Plan:
+        """The same with a schedule of one's own, in the form of `modes`."""
+        return replace(self, schedule=from_data(modes))
+
+    def at(self, budget: int | str) -> Plan:
+        """The fastest plan of the same costs in another budget."""
+        limits = replace(self.limits, budget=parse_bytes(budget), max_time=None)
+        return Plan(best(self.costs, limits), self.costs, limits, self.f)
+
+    def fixed(self) -> dict[str, Prediction]:
+        """The fixed strategies, for comparison."""
+        return {name: predict(self.costs, schedule) for name, schedule in fixed_schedules(self.costs).items()}
+
+    def verify(self, x: Wire, f: Invertible | None = None, loss: Loss = mean_square) -> Verified:
+        """Run a plain and a planned step on a batch and compare.
+
+        Args:
+            x: The batch.
+            f: The op, where the plan was made from costs alone.
+            loss: What turns the output into a number.
+
+        Returns:
+            The gradient error of the worst tensor, the measured peak, and the time over plain.
+        """
+        op = self.f if f is None else f
+        if op is None:
+            raise OptionError("plan.verify: the plan was made from costs alone", cure="pass the op: plan.verify(x, f)")
+        x, fast = _leaves(x), checkpoint(op, plan=self)
+        with untouched(op):
+            weights = parameters_of(op, x)
+            exact, found = (gradients(g, x, loss, weights) for g in (op, fast))
+            peak = peak_of_step(fast, x, loss, weights)
+            plain, planned = (least_seconds(partial(gradients, g, x, loss, weights), 3, x) for g in (op, fast))
+        return Verified(distance(found, exact), peak, planned / plain)
+
+    # ---- what it is for ----
+
+    def applied_to(self, f: Invertible | Callable[..., Any]) -> Planned:
+        """The op with its plan, to be lowered by `invfunc.checkpoint`.
+
+        Raises:
+            OptionError: When the plan is for another op.
+        """
+        op = lift(f)
+        ops, count = flat_ops(op), sum(c.parts for c in self.costs.ops)
+        expected = self.costs.key[0] if self.costs.key else f"{count} ops"
+        got = key_of(op, ())[0] if self.costs.key else f"{len(ops)} ops"
+        if len(ops) != count or expected != got:
+            raise OptionError(
+                "this plan is for another op", expected=expected, got=got, cure="plan again: inv.plan(f, x, ...)"
+            )
+        return Planned(op, self, grouped(ops, [c.parts for c in self.costs.ops]))
+
+    def check_shape(self, ops: tuple[Invertible, ...], x: Wire) -> None:
+        """Warn when an input of another shape than the planned one will take more than the budget."""
+        if len(self.costs.key) < 2 or shape_key(x) == self.costs.key[1]:
+            return
+        limit = self.limits.budget or self.peak_bytes
+        peak = predict(bytes_only(ops, x), self.schedule).peak_bytes
+        if peak > limit:
+            warnings.warn(
+                f"the plan is for {self.costs.key[1]}; with {shape_key(x)} it takes {show_bytes(peak)}, more than "
+                f"{show_bytes(limit)}; plan again for this shape",
+                stacklevel=2,
+            )
+
+    # ---- as text ----
+
+    def __str__(self) -> str:
+        return report.text(self)
+
+    def plot(self, figure: Any = None) -> Any:
+        """Draw the curve with the fixed strategies, and the memory over a step; needs matplotlib."""
+        return report.plot(self, figure)
+
+    def to_json(self) -> str:
+        """The plan as text; `from_json` reads it back."""
+        data = {
+            "schedule": to_data(self.schedule),
+            "limits": vars(self.limits),
+            "costs": json.loads(self.costs.to_json()),
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` has written.
+
+        Raises:
+            OptionError: When the text is not that of a plan.
+        """
+        try:
+            data = json.loads(text)
+            limits = Limits(**data["limits"])
+            return cls(from_data(data["schedule"]), Costs.from_dict(data["costs"]), limits)
+        except (TypeError, KeyError, ValueError) as error:
+            if isinstance(error, OptionError):
+                raise
+            raise OptionError("this is not a plan", expected="what Plan.to_json wrote", got=str(error)) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """The plan that `save` has written."""
+        return cls.from_json(Path(path).read_text())
+
+
+def _tuples(data: Any) -> Any:
+    return tuple(map(_tuples, data)) if isinstance(data, list) else data
+
+
+def gradients(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a step: of the input, and of what the op's functions close over; each step draws the same."""
+    torch.manual_seed(0)
+    inputs = [t for t in leaves(x) if is_differentiable(t)]
+    found = torch.autograd.grad(loss(op(x)), [*inputs, *weights], allow_unused=True)
+    return [t.new_zeros(()) if g is None else g for t, g in zip([*inputs, *weights], found, strict=True)]
+
+
+def peak_of_step(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Tensor]) -> int:
+    """The peak of a step beside every ``grad``: gradients are added to those that are there, and not kept besides."""
+    inputs = [*(t for t in leaves(x) if is_differentiable(t)), *weights]
+    before = [t.grad for t in inputs]
+    for t in inputs:
+        t.grad = torch.zeros_like(t)
+
+    def step() -> None:
+        y = op(x)  # the caller's until backward is through
+        torch.autograd.backward(loss(y), inputs=inputs)
+
+    try:
+        return measure(step).peak_bytes
+    finally:
+        for t, grad in zip(inputs, before, strict=True):
+            t.grad = grad
+
+
+def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    return max((relative(a, b) for a, b in zip(found, exact, strict=True)), default=0.0)
+
+
+def _leaves(x: Wire) -> Wire:
+    return map_wire(lambda t: t.detach().requires_grad_() if is_differentiable(t) else t, x)
+
+
+# ---- making one ------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    f: Invertible | Callable[..., Any] | Costs,
+    x: Any = None,
+    *,
+    budget: int | str | None = None,
+    max_time: float | None = None,
+    max_error: float | None = None,
+    loss: Loss = mean_square,
+) -> Plan:
+    """The best way to train a chain within limits: what to store, what to recompute, what to invert.
+
+    What is not limited is what is made small: with ``budget``, the time; with ``max_time``, the memory; with both, the
+    gradient error. ``max_error`` may be added to either.
+
+    Args:
+        f: A chain of ops, or the `Costs` of one.
+        x: An input, real or fake, or its shape; none with costs.
+        budget: The most memory of a step, in bytes or as ``"2GiB"``, beside the input, the parameters and the
+            ``grad`` of both. The output counts: the caller is taken to hold it until backward is through.
+        max_time: The most time of a step, over that of a plain one.
+        max_error: The largest relative gradient error of a run of inverses. An estimate, not a bound: with a real x the
+            plan is verified on it and made stricter until it holds there; `Plan.verify` tries another batch.
+        loss: What turns the output into a number.
+
+    Returns:
+        A frozen `Plan`; print it, and hand it to ``invfunc.checkpoint(f, plan=plan)``.
+
+    Raises:
+        OptionError: When nothing or everything is limited, or the limits can not be met; the message says what can.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> block = inv.couple(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> f = inv.chain(inv.split(2), *[block] * 6, inv.concat(2))
+        >>> plan = inv.plan(f, (512, 16), max_time=10.0)
+        >>> inv.checkpoint(f, plan=plan)(torch.randn(512, 16)).sum().backward()
+
+    Limits:
+        Bytes and seconds are those of a plan that runs as written. Under ``torch.compile`` values and gradients are the
+        same, but a region that is run again keeps its whole tape meanwhile, whatever the plan has chosen inside.
+
+    Source:
+        Herrmann et al., Optimal checkpointing for heterogeneous chains (2019), with a third choice, the inverse.
+    """
+    limits = Limits(None if budget is None else parse_bytes(budget), max_time, max_error)
+    _check_limits(limits)
+    if isinstance(f, Costs):
+        return Plan(best(f, limits), f, limits)
+    if x is None:
+        raise OptionError("plan: no input", expected="plan(f, x, ...), or plan(costs, ...)", cure="x may be a shape")
+    op, by_error = lift(f), max_error is not None or (budget is not None and max_time is not None)
+    costs = profile(op, x, loss=loss, errors=by_error)
+    found = Plan(best(costs, limits), costs, limits, op)
+    return verified(found, op, _leaves(x), loss) if max_error is not None and is_real(x) else found
+
+
+def _check_limits(limits: Limits) -> None:
+    given = [name for name, value in vars(limits).items() if value is not None]
+    if given in ([], ["max_error"]) or len(given) == 3:
+        raise OptionError(
+            f"plan: {'everything' if len(given) == 3 else ' and '.join(given) or 'nothing'} is limited",
+            expected="budget (for the least time), max_time (for the least memory), or both (for the least error)",
+            cure="leave one out" if len(given) == 3 else "max_error may be added to budget or to max_time",
+        )
+    for name in ("max_time", "max_error"):
+        value = getattr(limits, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise OptionError(f"plan: {name} is {value}", expected="a number, not negative")
+
+
+def verified(found: Plan, f: Invertible, x: Wire, loss: Loss) -> Plan:
+    """Stricter and stricter, until the gradients on this batch keep to the limit; they are compared with exact ones."""
+    limits, costs = found.limits, found.costs
+    limit = strict = limits.max_error or 0.0
+    with untouched(f):
+        weights = parameters_of(f, x)
+        anchored = recompute_every(costs, max(math.isqrt(len(costs.ops)), 1))  # plain training may not fit
+        exact = gradients(checkpoint(f, plan=replace(found, schedule=anchored)), x, loss, weights)
+        for tries in range(TRIES):
+            error = distance(gradients(checkpoint(f, plan=found), x, loss, weights), exact)
+            if error <= limit or found.error == 0:
+                break
+            strict = min(strict, found.error or strict) * limit / error / 2 if tries < TRIES - 1 else 0.0
+            found = replace(found, schedule=best(costs, replace(limits, max_error=strict)))
+    return found
+
+
+__all__ = ["Limits", "Plan", "Point", "Verified", "plan"]
