@@ -2,19 +2,8 @@
 
 from . import errors, nn, ops, testing
 from .checkpoint import checkpoint, compile_stages, mode, recompute, reconstruct, store
-from .core.combine import (
-    additive,
-    affine,
-    concat,
-    couple,
-    exp_scale,
-    parallel,
-    permute_wires,
-    sigmoid_scale,
-    split,
-    swap,
-    tanh_scale,
-)
+from .core.combine import concat, parallel, permute_wires, split, swap
+from .core.couple import additive, affine, couple, exp_scale, sigmoid_scale, tanh_scale
 from .core.op import Invertible, chain, identity, invert, one_way, pair
 from .debug import debug
 from .engine.meter import DriftWarning

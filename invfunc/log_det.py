@@ -17,17 +17,8 @@ from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
 from .checkpoint import Wrapper
-from .core.combine import (
-    DerivedLaw,
-    Half,
-    InverseLaw,
-    Parallel,
-    Plumbing,
-    check_components,
-    invert_law,
-    parallel,
-    sum_per_sample,
-)
+from .core.combine import Parallel, Plumbing, check_components, parallel
+from .core.couple import DerivedLaw, Half, InverseLaw, Law, sum_per_sample
 from .core.op import (
     VJP,
     ByKind,
@@ -235,9 +226,9 @@ class LogDetLaw(DerivedLaw):
         return super().acts_on(x1[0])
 
 
-def lift_law(law: Callable[..., Invertible], exact: str | None) -> Callable[..., Invertible]:
+def lift_law(law: Law, exact: str | None) -> Law:
     """``t -> with_log_det(law(t))``; that of an inverse law is the inverse of its law's."""
-    return invert_law(lift_law(law.law, exact)) if isinstance(law, InverseLaw) else LogDetLaw(law, exact)
+    return lift_law(law.law, exact).inverted() if isinstance(law, InverseLaw) else LogDetLaw(law, exact)
 
 
 # ---- primitives ----------------------------------------------------------------------------------------------------

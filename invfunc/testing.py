@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import checkpoint
-from .core.combine import Half, _concat, _split, parallel
+from .core.combine import _concat, _split, parallel
 from .core.compare import largest, largest_difference
+from .core.couple import Half
 from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, identity, invert, pair
 from .engine.meter import DriftWarning
 from .engine.replay import owners

@@ -14,7 +14,8 @@ import invfunc as inv
 from invfunc import testing
 from invfunc.checkpoint import Checkpointed
 from invfunc.core import combine as combinators
-from invfunc.core.combine import Half, Parallel
+from invfunc.core.combine import Parallel
+from invfunc.core.couple import Half
 from invfunc.core.op import Chain, Invertible, Pair
 from invfunc.engine import lowering, replay
 from invfunc.testing import LAWS, LawError, check_laws

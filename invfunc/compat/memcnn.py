@@ -17,7 +17,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..core.combine import additive, affine, couple, split
+from ..core.combine import split
+from ..core.couple import additive, affine, couple
 from ..core.op import Invertible, Rearrangement, chain, pair
 from ..engine.replay import cuda_devices
 from ..errors import NotInvertibleError, OptionError, WireError

@@ -102,6 +102,16 @@ class Invertible(abc.ABC):
         _, pull = vjp(lambda *x: self.forward(_pack(x)), x, needs)
         return x, pull(gy)
 
+    def rebuild(self, residue: Residue, y: Wire, again: Again) -> Wire:
+        """``y -> x`` in backward, evaluating again what forward's graph saved tensors of; see NOTE [Trunk].
+
+        Generic rule: the inverse, then forward again until it has handed over the last of what it saved.
+        """
+        x = again.quietly(self.inverse_with_residue, residue, y)
+        again.rewind()
+        again.hand_over(self.forward_with_residue, x, again.like)
+        return x
+
     @property
     def name(self) -> str:
         """The constructor's name, for paths in error messages."""
@@ -144,7 +154,29 @@ def _pack(xs: tuple[Wire, ...]) -> Wire:
     return xs[0] if len(xs) == 1 else xs
 
 
-# ---- the engine of reverse mode, as ops see it ------------------------------------------------------------------
+# ---- the engines of reverse mode, as ops see them ---------------------------------------------------------------
+
+
+class Again(abc.ABC):
+    """Evaluates functions again for `Invertible.rebuild`, as they ran in forward, and hands over what they save."""
+
+    like: Wire  # of the structure of forward's input: what autograd knew of each leaf
+
+    @abc.abstractmethod
+    def quietly(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """``fn(*args)`` without gradients."""
+
+    @abc.abstractmethod
+    def evaluate(self, fn: Callable[..., Any], x: Wire, like: Wire) -> Any:
+        """``fn(*x)`` with gradients; its graph's saved tensors are handed over, in the order of forward."""
+
+    @abc.abstractmethod
+    def hand_over(self, fn: Callable[[Wire], Any], x: Wire, like: Wire) -> None:
+        """`evaluate` of ``fn(x)``, whose value nobody wants: it stops when the last tensor has been handed over."""
+
+    @abc.abstractmethod
+    def rewind(self) -> None:
+        """Go back to the random numbers, pins and buffers with which forward began."""
 
 
 class VJP(abc.ABC):

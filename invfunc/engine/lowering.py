@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .. import _torch
 from ..compat.donation import Donation
-from ..core.combine import Half, Parallel, Plumbing, additive, match
+from ..core.combine import Parallel, Plumbing
+from ..core.couple import Half, additive, match
 from ..core.op import ByKind, Chain, Invertible, OneWay, Rearrangement, Residue
 from ..errors import ReplayError, place_error
 from ..wires import Wire, is_differentiable, leaves, map_wire

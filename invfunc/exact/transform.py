@@ -37,8 +37,9 @@ from torch import Tensor
 
 from .. import _torch
 from ..checkpoint import Wrapper
-from ..core.combine import DerivedLaw, Half, Parallel, Plumbing, additive, match, original_law
-from ..core.op import VJP, Chain, Invertible, OneWay, Rearrangement, Residue, name_of
+from ..core.combine import Parallel, Plumbing
+from ..core.couple import Additive, DerivedLaw, Half
+from ..core.op import VJP, Again, Chain, Invertible, OneWay, Rearrangement, Residue, name_of
 from ..core.packing import pack_codes, unpack_codes
 from ..debug import checking
 from ..engine import compiled
@@ -150,33 +151,31 @@ class ExactHalf(Exact, Half):
     """Half of a coupling, with an exact inverse."""
 
     def forward(self, x: Wire) -> Wire:
-        x1, x2 = self._target_first(map_wire(dense, x))
-        return self.in_place((self._law(spread(self.fn, x2), x1).forward(x1), x2))
+        x1, x2 = self.target_first(map_wire(dense, x))
+        t = spread(self.fn, x2)
+        self.check_given(t, x1)
+        return self.in_place((self.law.op(t).forward(x1), x2))
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return super().forward_with_residue(map_wire(dense, x))
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """Fused, as `Half.pull`; the gradient of the untouched component is a seed (rule 5)."""
-        (y1, x2), (gy1, gy2) = self._target_first(map_wire(dense, y)), self._target_first(gy)
-        need1, need2 = (None, None) if needs is None else self._target_first(needs)
+        (y1, x2), (gy1, gy2) = self.target_first(map_wire(dense, y)), self.target_first(gy)
+        need1, need2 = (None, None) if needs is None else self.target_first(needs)
         (t, _), pull_fn = vjp(self._beside_its_input, x2, need2)
-        x1, gx1, gt = self._pull_law(residue, t, y1, gy1, vjp, need1)
+        x1, gx1, gt = self.law.pull(t, residue, y1, gy1, vjp, need1)
         del t
         return self.in_place((x1, x2)), self.in_place((gx1, pull_fn((gt, gy2))))
 
     def _beside_its_input(self, *x2: Wire) -> tuple[Wire, Wire]:
         return spread(self.fn, _packed(x2)), _packed(x2)
 
-    def _pull_law(self, residue: Residue, t: Wire, y1: Wire, gy1: Wire, vjp: VJP, need: Wire | None) -> Any:
-        """A sum has the gradient of its output: the law is not evaluated again."""
-        if not isinstance(self.law, DerivedLaw) or self.law.law is not additive:
-            return super()._pull_law(residue, t, y1, gy1, vjp, need)
-        x1 = vjp.run(self._law(t, y1).inverse_with_residue, (residue, y1))
-        return x1, gy1, None if gy1 is None else match(gy1, t)
+    def rebuild(self, residue: Residue, y: Wire, again: Again) -> Wire:
+        return super().rebuild(residue, map_wire(dense, y), again)
 
     def __repr__(self) -> str:
-        return f"exact({Half.__repr__(replace(self, law=original_law(self.law)))})"
+        return f"exact({Half.__repr__(replace(self, law=self.law.original()))})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -348,6 +347,9 @@ class CodedLaw(DerivedLaw):
 
     codes: Codes
 
+    def gradients(self, t: Wire, gy: Wire) -> tuple[Wire, Wire] | None:
+        return self.law.gradients(t, gy)
+
     def derive(self, op: Invertible) -> Invertible:
         return Coded(op, self.codes)
 
@@ -372,7 +374,7 @@ class Grid:
         """Lift a primitive."""
         if isinstance(op, Rearrangement):
             return Moved(op)
-        if isinstance(op, Half) and original_law(op.law) is additive:
+        if isinstance(op, Half) and isinstance(op.law.original(), Additive):
             return ExactHalf(OnGrid(op.fn, self), RangedLaw(op.law, (*path, op.label)), op.target, op.label)
         error = OptionError(
             f"exact(mode='grid'): {op!r} does not stay on a grid",
@@ -488,6 +490,9 @@ class RangedLaw(DerivedLaw):
     """A law whose output is asked for its range."""
 
     path: Path
+
+    def gradients(self, t: Wire, gy: Wire) -> tuple[Wire, Wire] | None:
+        return self.law.gradients(t, gy)
 
     def derive(self, op: Invertible) -> Invertible:
         return Ranged(op, self.path)

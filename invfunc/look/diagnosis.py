@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoint import Checkpointed
-from ..core.combine import Half, affine, original_law
 from ..core.compare import cosine, length, relative_error
+from ..core.couple import Affine, Half
 from ..core.op import Chain, Invertible, Residue, graph_leaves
 from ..engine.lowering import cut_points, owners_of
 from ..engine.replay import Replay, owners, recorded, threads
@@ -352,7 +352,7 @@ def scale_of(stage: Invertible, x: Wire) -> float:
     found = 1.0
     with torch.no_grad(), same_dice():
         for part in _primitives(stage):
-            if isinstance(part, Half) and original_law(part.law) is affine:
+            if isinstance(part, Half) and isinstance(part.law.original(), Affine):
                 s = spread(part.fn, x[1 - part.target])[0].abs()
                 found = max(found, float(s.max()), float(1 / s.min()))
             x = part.forward(x)

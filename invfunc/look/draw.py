@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .._torch import LOOKS_AT_VALUES, FakeTensorMode
 from ..checkpoint import Checkpointed, CompiledStages, Marked, Wrapper
-from ..core.combine import Half, InverseLaw, Parallel, additive, affine, is_coupling, original_law
+from ..core.combine import Parallel
+from ..core.couple import Half, InverseLaw, is_coupling
 from ..core.op import Chain, Invertible, OneWay, lift, name_of, named
 from ..engine.lowering import Options, owners_of, walk
 from ..engine.replay import recorded
@@ -350,12 +351,13 @@ def _folded(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def _step(half: Any) -> Step:
-    law, backwards, fn = original_law(half.law), isinstance(half.law, InverseLaw), name_of(half.fn)
+    backwards, fn = isinstance(half.law, InverseLaw), name_of(half.fn)
     call, changed = f"{fn}(x{1 - half.target})", f"x{half.target}"
-    if law is additive:
-        return Step(f"{changed} {'-' if backwards else '+'}= {call}", fn, half.target, "-" if backwards else "+")
-    sign = ("/" if backwards else "×") if law is affine else "∘"
-    shown = f"invert({name_of(law)}({call}))" if backwards else f"{name_of(law)}({call})"
+    sign = half.law.original().signs[backwards]
+    if not half.law.suffix:
+        return Step(f"{changed} {sign}= {call}", fn, half.target, sign)
+    shown = f"{half.law.__name__}({call})"
+    shown = f"invert({shown})" if backwards else shown
     return Step(f"{changed} = {shown}({changed})", fn, half.target, sign)
 
 

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ..checkpoint import Wrapper, checkpoint
-from ..core.combine import Half, additive, couple, split
-from ..core.op import Invertible, OneWay, Pair, chain, name_of
+from ..core.combine import split
+from ..core.couple import Half, additive, as_law, couple
+from ..core.op import Invertible, OneWay, Pair, chain
 from ..errors import OptionError
 from ..wires import Wire
 from .module import InvertibleModule, Live, OpModule, op_of
@@ -427,5 +428,5 @@ class Coupling(Layer):
     def extra_repr(self) -> str:
         """What is not a module."""
         shown = [] if self.sizes is None else [f"sizes={self.sizes}, dim={self.dim}"]
-        shown += [f"law={name_of(self.law)}"] * (self.law is not additive)
+        shown += [as_law(self.law).suffix.removeprefix(", ")]
         return ", ".join(filter(None, [*shown, super().extra_repr()]))

@@ -20,7 +20,7 @@ What flow libraries call by other names; `inv` is the package, the rest is here:
 zuko's transforms are those of `torch.distributions`, with more of them: `inv.from_transform` takes each as it is.
 """
 
-from ..core.combine import additive, affine
+from ..core.couple import additive, affine
 from .conv import conv1d, conv1x1, conv2d, conv3d, mix_channels
 from .elementwise import (
     abs,

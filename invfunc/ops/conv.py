@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad
 
-from ..core.combine import match
+from ..core.couple import match
 from ..core.op import Invertible, chain, named, pair
 from ..errors import OptionError, WireError
 from ..wires import describe

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.combine import check_meets, match, sum_per_sample
+from ..core.couple import check_meets, match, sum_per_sample
 from ..core.op import Chain, Invertible, invert, pair
 from ..core.packing import pack_bits, unpack_bits
 from ..debug import require

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from .. import _torch
-from ..core.combine import add_wires, affine, sum_per_sample
+from ..core.couple import add_wires, affine, as_law, sum_per_sample
 from ..core.op import VJP, Inverse, Invertible, Pair, Residue, name_of
 from ..debug import checking
 from ..engine.lowering import Options, runs_plainly, walk
@@ -686,7 +686,7 @@ def autoregressive(
     """
     if not callable(net):
         raise OptionError(f"autoregressive: got {describe(net)}", expected="a function or a module")
-    label = f"autoregressive({name_of(net)}{'' if law is affine else f', law={name_of(law)}'})"
+    label = f"autoregressive({name_of(net)}{'' if law is affine else as_law(law).suffix})"
     return ordered(Autoregressive(net, law, dim, label))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.combine import match
+from ..core.couple import match
 from ..core.op import Invertible, chain, named, pair
 from ..debug import require
 from ..errors import DomainError, OptionError, WireError

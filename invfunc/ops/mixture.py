@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.combine import sum_per_sample
+from ..core.couple import sum_per_sample
 from ..core.op import Invertible, chain, named, pair
 from ..debug import require
 from ..errors import OptionError, WireError

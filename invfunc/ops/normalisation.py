@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.combine import match
+from ..core.couple import match
 from ..core.op import Invertible, pair
 from ..debug import require
 from ..errors import OptionError, WireError

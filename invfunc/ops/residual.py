@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.combine import Half, additive, couple, match, sum_per_sample, swap
+from ..core.combine import swap
+from ..core.couple import Half, additive, couple, match, sum_per_sample
 from ..core.op import Invertible, chain, name_of, named, one_way, pair
 from ..errors import OptionError, WireError
 from ..wires import describe

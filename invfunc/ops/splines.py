@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.combine import _broadcasts, sum_per_sample
+from ..core.couple import broadcasts, sum_per_sample
 from ..core.op import Invertible, pair
 from ..debug import require
 from ..errors import OptionError, WireError
@@ -59,7 +59,7 @@ def check_parameters(name: str, x: Tensor, tables: tuple[Tensor, ...]) -> None:
     check_tensor(name, x)
     require(f"{name}'s parameters", tables, torch.isfinite, "finite numbers")
     for table in tables:
-        if not _broadcasts(table.shape[:-1], x.shape):
+        if not broadcasts(table.shape[:-1], x.shape):
             raise WireError(
                 f"{name} got parameters {describe(table)} for x {describe(x)}",
                 expected=f"({', '.join(map(str, x.shape))}, parameters), or what broadcasts to it",

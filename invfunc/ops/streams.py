@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpointed, Marked
-from ..core.combine import Half, Parallel, Plumbing, additive, check_components, couple, parallel, split
+from ..core.combine import Parallel, Plumbing, check_components, parallel, split
+from ..core.couple import Half, additive, as_law, couple
 from ..core.op import ByKind, Chain, Inverse, Invertible, Rearrangement, chain, identity, invert, lift, name_of, named
 from ..errors import OptionError, WireError
 from ..wires import Wire, describe
@@ -144,7 +145,7 @@ def couple_streams(
     """
     fns = tuple(fns)
     shown = f"couple_streams([{', '.join('None' if fn is None else name_of(fn) for fn in fns)}]"
-    shown += _law_text(law) + (f", reads={reads!r}" if reads != "each" else "")
+    shown += as_law(law).suffix + (f", reads={reads!r}" if reads != "each" else "")
     if len(fns) < 2:
         raise OptionError(
             f"couple_streams: got {len(fns)} functions", expected="one for each of two or more components"
@@ -153,10 +154,6 @@ def couple_streams(
         raise OptionError(f"couple_streams: reads is {reads!r}", expected=f"one of {', '.join(map(repr, _READS))}")
     steps = [_stream(fn, law, reads, i, len(fns)) for i, fn in enumerate(fns) if fn is not None]
     return named(chain(*steps), f"{shown})")
-
-
-def _law_text(law: Callable[..., Invertible]) -> str:
-    return f", law={name_of(law)}" if law is not additive else ""
 
 
 def _stream(fn: Callable[..., Any], law: Callable[..., Invertible], reads: str, i: int, count: int) -> Invertible:
@@ -507,7 +504,7 @@ def masked_couple(f: Callable[..., Any], mask: Tensor, *, law: Callable[..., Inv
     board = _mask(mask)
     ends = _split_by(board)
     half = Half(Masked(f, board), law, 1, "f")
-    return named(chain(ends, half, invert(ends)), f"masked_couple({name_of(f)}, {board.shape}{_law_text(law)})")
+    return named(chain(ends, half, invert(ends)), f"masked_couple({name_of(f)}, {board.shape}{as_law(law).suffix})")
 
 
 # ---- splines -------------------------------------------------------------------------------------------------------
@@ -684,4 +681,4 @@ def recursive_couple(
     ops = tuple(identity() if op is None else lift(op) for op in (first, second))
     shown = [name_of(f), *(repr(op) for op in ops if op.parts or not isinstance(op, Chain))]
     whole = chain(parts, Half(f, law, 1, "f"), parallel(*ops), invert(parts))
-    return named(whole, f"recursive_couple({', '.join(shown)}{_law_text(law)})")
+    return named(whole, f"recursive_couple({', '.join(shown)}{as_law(law).suffix})")

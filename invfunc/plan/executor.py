@@ -11,7 +11,8 @@ import torch
 
 from .. import _torch
 from ..checkpoint import Checkpointed, Marked, Wrapper, forced_mode
-from ..core.combine import Plumbing, is_coupling
+from ..core.combine import Plumbing
+from ..core.couple import is_coupling
 from ..core.op import Chain, Inverse, Invertible, OneWay, Rearrangement
 from ..engine.lowering import Options, recompute, runs_plainly, walk
 from ..engine.strands import State, begin, close, values

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes
-from ..core.combine import Half
+from ..core.couple import Half
 from ..core.op import Invertible, OneWay, lift, name_of
 from ..wires import Wire, is_differentiable, leaves
 from .clock import Seconds, costs_in, timed
