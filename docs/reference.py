@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import invfunc
-from invfunc import errors, nn, ops, testing
+from invfunc import errors, look, nn, ops, testing
+from invfunc.compat import invtorch, memcnn
 
-ROOMS = (invfunc, ops, nn, errors, testing)
+ROOMS = (invfunc, ops, nn, memcnn, invtorch, look, import_module("invfunc.plan"), errors, testing)
 
 
 class Entry(NamedTuple):
@@ -60,7 +62,7 @@ def entries() -> Iterator[Entry]:
 def page_of(value: Any, room: ModuleType) -> str:
     """The page of an object: the module that defines it, a package's modules being one page unless it is a room."""
     home = getattr(value, "__module__", room.__name__).removeprefix("invfunc.").split(".")
-    return "/".join(home[:2] if home[0] in ("ops", "nn") else home[:1])
+    return "/".join(home[:2] if home[0] in ("ops", "nn", "compat") else home[:1])
 
 
 def pages() -> dict[str, list[Entry]]:

@@ -1,37 +1,25 @@
 """invfunc: deep networks at constant activation memory, by composing invertible functions and lowering them once."""
 
-from . import errors, nn, ops, testing
-from .checkpoint import checkpoint, compile_stages, mode, recompute, reconstruct, store
+from . import compat, errors, look, nn, ops, testing
+from .checkpoint import checkpoint, compile_stages, mark, mode
 from .core.combine import concat, parallel, permute_wires, split, swap
-from .core.couple import additive, affine, couple, exp_scale, sigmoid_scale, tanh_scale
-from .core.op import Invertible, chain, identity, invert, one_way, pair
+from .core.couple import additive, affine, couple
+from .core.op import Invertible, chain, invert, one_way, pair
 from .debug import debug
-from .engine.meter import DriftWarning
-from .engine.replay import record
+from .engine.replay import pin
 from .exact.transform import exact
-from .log_det import as_transform, flow, from_transform, log_det, with_log_det
-from .look.draw import Drawing, draw
-from .look.memory import Measurement, measure
-from .look.report import Report, calibrate, check
-from .look.saved import print_saved, saved
-from .ops import reversible_residual
-from .plan import Costs, Plan, plan, profile
+from .log_det import flow, log_det, with_log_det
+from .look import check, draw, measure
+from .plan import plan
 
 __all__ = [
-    "Costs",
-    "Drawing",
-    "DriftWarning",
     "Invertible",
-    "Measurement",
-    "Plan",
-    "Report",
     "additive",
     "affine",
-    "as_transform",
-    "calibrate",
     "chain",
     "check",
     "checkpoint",
+    "compat",
     "compile_stages",
     "concat",
     "couple",
@@ -39,12 +27,11 @@ __all__ = [
     "draw",
     "errors",
     "exact",
-    "exp_scale",
     "flow",
-    "from_transform",
-    "identity",
     "invert",
     "log_det",
+    "look",
+    "mark",
     "measure",
     "mode",
     "nn",
@@ -53,19 +40,10 @@ __all__ = [
     "pair",
     "parallel",
     "permute_wires",
+    "pin",
     "plan",
-    "print_saved",
-    "profile",
-    "recompute",
-    "reconstruct",
-    "record",
-    "reversible_residual",
-    "saved",
-    "sigmoid_scale",
     "split",
-    "store",
     "swap",
-    "tanh_scale",
     "testing",
     "with_log_det",
 ]

@@ -2,7 +2,7 @@
 
 It starts its ranks itself, on this machine; under ``torchrun -m invfunc --distributed ddp`` it is one of those that
 were started. Every rank trains on its share of each batch; the first one then trains alone on the whole batches, and
-tells how far the two are apart, and what each rank held at its peak beside what `invfunc.planning.simulate` predicts.
+tells how far the two are apart, and what each rank held at its peak beside what `invfunc.plan.simulate` predicts.
 """
 
 from __future__ import annotations

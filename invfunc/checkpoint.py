@@ -142,6 +142,8 @@ class Checkpointed(Wrapper):
 
     def __repr__(self) -> str:
         given = {k: v for k, v in vars(self.options).items() if v != getattr(Options(), k)}
+        if isinstance(given.get("segments"), tuple):
+            given = {"cuts" if k == "segments" else k: v for k, v in given.items()}
         return f"checkpoint({', '.join([repr(self.op), *(f'{k}={v!r}' for k, v in given.items())])})"
 
 
@@ -152,7 +154,7 @@ def _(op: Checkpointed, state: State, options: Options) -> State:
 
 @dataclass(frozen=True, repr=False)
 class Marked(Wrapper):
-    """An op with a mode of its own; built by `store`, `recompute` and `reconstruct`."""
+    """An op with a mode of its own; built by `mark`."""
 
     mark: str
     marked = True
@@ -167,7 +169,7 @@ class Marked(Wrapper):
         return Marked(self.op.inverted(), self.mark)
 
     def __repr__(self) -> str:
-        return f"{'reconstruct' if self.mark == 'invert' else self.mark}({self.op!r})"
+        return f"mark({self.op!r}, {self.mark!r})"
 
 
 @walk.register
@@ -175,61 +177,33 @@ def _(op: Marked, state: State, options: Options) -> State:
     return walk(op.op, state, options if forced_mode() else replace(options, mode=op.mark))
 
 
-def store(op: Invertible | Callable[..., Any]) -> Invertible:
-    """Mark a part of a pipeline to run as plain autograd when the pipeline is lowered.
+def mark(op: Invertible | Callable[..., Any], mode: str) -> Invertible:
+    """Give a part of a pipeline a mode of its own, for when the pipeline is lowered.
 
-    .. math:: store(f) = f
+    .. math:: mark(f, mode) = f
 
     Args:
-        op: The part. The innermost mark wins.
+        op: The part; the innermost mark wins. A plain callable or module becomes a `one_way` stage, whose input is
+            stored in mode ``"invert"``.
+        mode: One of the words of `mode`: ``"store"`` runs the part as plain autograd, ``"recompute"`` runs it again
+            from its stored input, ``"invert"`` rebuilds it by its inverse where the pipeline has another mode.
 
     Cost:
-        The part's activations are kept, and one at its entry; nothing is evaluated again.
+        ``"store"`` keeps the part's activations, and one at its entry; nothing is evaluated again. ``"recompute"``
+        keeps one at its entry and one at its exit; backward evaluates it once more, with its tape. ``"invert"`` keeps
+        nothing of the size of an activation; backward evaluates the inverse once.
+
+    Raises:
+        OptionError: When the mode is none of these words.
 
     Example:
         >>> import torch, invfunc as inv
-        >>> inv.store(inv.pair(torch.exp, torch.log))
-        store(pair(exp, log))
+        >>> inv.mark(torch.tanh, "recompute")
+        mark(one_way(tanh), 'recompute')
+        >>> body = inv.pair(torch.sinh, torch.asinh)
+        >>> fast = inv.checkpoint(inv.chain(body, inv.mark(body, "store"), body))
     """
-    return Marked(_lift(op), "store")
-
-
-def recompute(op: Invertible | Callable[..., Any]) -> Invertible:
-    """Mark a part of a pipeline to be run again from its stored input when the pipeline is lowered.
-
-    .. math:: recompute(f) = f
-
-    Args:
-        op: The part; it need not be invertible. The innermost mark wins.
-
-    Cost:
-        One activation at its entry and one at its exit; backward evaluates it once more, with its tape.
-
-    Example:
-        >>> import torch, invfunc as inv
-        >>> inv.recompute(torch.tanh)
-        recompute(one_way(tanh))
-    """
-    return Marked(_lift(op), "recompute")
-
-
-def reconstruct(op: Invertible) -> Invertible:
-    """Mark a part of a pipeline to be rebuilt by its inverse, where the pipeline has another mode.
-
-    .. math:: reconstruct(f) = f
-
-    Args:
-        op: The part. The innermost mark wins.
-
-    Cost:
-        Nothing of the size of an activation is kept; backward evaluates the inverse once.
-
-    Example:
-        >>> import torch, invfunc as inv
-        >>> inv.reconstruct(inv.pair(torch.exp, torch.log))
-        reconstruct(pair(exp, log))
-    """
-    return Marked(_lift(op), "invert")
+    return Marked(_lift(op), _checked_mode(mode))
 
 
 def _lift(op: Invertible | Callable[..., Any]) -> Invertible:
@@ -428,8 +402,8 @@ def checkpoint(
     inverse: Callable[..., Any] | None = None,
     *,
     mode: str = "invert",
-    segments: int | Sequence[int] = 1,
-    anchors: int | Sequence[int] | str = (),
+    segments: int = 1,
+    cuts: Sequence[int] = (),
     drift: Drift = "warn",
     donate: bool | Sequence[int] = False,
     preserve_rng_state: bool = True,
@@ -444,17 +418,16 @@ def checkpoint(
         inverse: With a plain function: its inverse, so that its input is rebuilt instead of stored. Without one, the
             inputs are stored and the function runs again in backward; it may take and return anything.
         mode: ``"invert"``, ``"store"`` or ``"recompute"``: the default for parts without a mark of their own.
-        segments: Into how many trunks to cut the chain, or before which of its parts. Each cut stores one activation;
-            it shortens what rounding accumulates over, and in mode ``"recompute"`` the region that is run again.
-        anchors: The same cuts, by what they are for: how many activations to store on the way, or before which parts,
-            so that what is rebuilt starts again from exact values. ``"auto"`` takes the fewest, as the last
-            `invfunc.calibrate` of this op has found them.
+        segments: Into how many trunks of equal length to cut the chain. Each cut stores one activation; it shortens
+            what rounding accumulates over, and in mode ``"recompute"`` the region that is run again.
+        cuts: In place of a number: before which of the chain's parts to cut. `invfunc.look.calibrate` finds the fewest
+            that keep what is rebuilt within a tolerance.
         drift: What to do when the input of a trunk is rebuilt too far from what it was, estimated from 64 of its
             values: ``"warn"`` (a `DriftWarning`), ``"raise"`` (a `DriftError`) or ``"off"``; from a relative error of
             1e-6 on in float64, 1e-3 in float32, 3e-2 in half precision. A number warns from that on.
         donate: Free the storage of the input, too, until backward rebuilds it: True, or the places on the wire.
         preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
-        plan: What to do with each op of the chain, from `invfunc.plan`, in place of mode and segments.
+        plan: What to do with each op of the chain, from `invfunc.plan`, in place of mode, segments and cuts.
 
     Returns:
         An op for an op or a function with an inverse: it composes, inverts, and ``checkpoint`` of it is itself. A
@@ -488,9 +461,9 @@ def checkpoint(
     Source:
         Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); Gomez et al., RevNet (2017).
     """
-    cuts = _cuts(segments, _calibrated(f) if isinstance(anchors, str) and anchors == "auto" else anchors)
+    trunks = _checked_cuts(segments, cuts)
     given = donate if isinstance(donate, bool) else tuple(donate)
-    options = Options(_checked_mode(mode), cuts, given, preserve_rng_state, checked_drift(drift))
+    options = Options(_checked_mode(mode), trunks, given, preserve_rng_state, checked_drift(drift))
     if given and mode != "invert":
         raise OptionError(f"checkpoint: donate={donate} with mode={mode!r}", expected="mode 'invert': only it rebuilds")
     if plan is not None:
@@ -504,34 +477,17 @@ def checkpoint(
     return _checkpoint(f, inverse, options)
 
 
-def remember_anchors(op: Invertible, cuts: tuple[int, ...]) -> None:
-    """What ``anchors="auto"`` takes for this op from now on; see `invfunc.calibrate`."""
-    object.__setattr__(op, "_anchors", cuts)  # a value is frozen; this is what was measured of it
-
-
-def _calibrated(op: Any) -> tuple[int, ...]:
-    if isinstance(op, Checkpointed):
-        return _calibrated(op.op)
-    if not isinstance(op, Invertible) or "_anchors" not in vars(op):
-        subject = repr(op) if isinstance(op, Invertible) else name_of(op)
-        raise OptionError(
-            f"checkpoint: anchors='auto' of {subject}",
-            expected="an op that has been calibrated",
-            cure="which anchors are needed is measured on data: inv.calibrate(op, x, tolerance)",
-        )
-    return vars(op)["_anchors"]
-
-
-def _cuts(segments: int | Sequence[int], anchors: int | Sequence[int] | str) -> int | tuple[int, ...]:
-    """Segments and anchors are two names of the same cuts: k anchors make k + 1 segments."""
-    if isinstance(anchors, str):
-        raise OptionError(f"checkpoint: anchors={anchors!r}", expected="a number, before which parts, or 'auto'")
-    stored = anchors + 1 if isinstance(anchors, int) else tuple(anchors) or 1
-    if stored == 1:
-        return segments if isinstance(segments, int) else tuple(segments)
-    if segments != 1:
-        raise OptionError(f"checkpoint: anchors={anchors} with segments={segments}", expected="one: both are the cuts")
-    return stored
+def _checked_cuts(segments: int, cuts: Sequence[int]) -> int | tuple[int, ...]:
+    """The number of trunks or, where cuts are given, before which parts they begin."""
+    for name, value, kind, text in (
+        ("segments", segments, int, "a number; cuts=... tells before which parts"),
+        ("cuts", cuts, Sequence, "a sequence of places; segments=... is a number"),
+    ):
+        if not isinstance(value, kind) or isinstance(value, str):
+            raise OptionError(f"checkpoint: {name}={value!r}", expected=text)
+    if cuts and segments != 1:
+        raise OptionError(f"checkpoint: segments={segments} with cuts={tuple(cuts)}", expected="one of the two")
+    return tuple(cuts) or segments
 
 
 def _checkpoint(f: Any, inverse: Callable[..., Any] | None, options: Options) -> Any:
@@ -543,7 +499,7 @@ def _checkpoint(f: Any, inverse: Callable[..., Any] | None, options: Options) ->
         if options.segments != 1 or options.donate:
             raise NotInvertibleError(
                 f"checkpoint: {name_of(f)} has no inverse",
-                cure="segments and donate need an invertible op, or inverse=...",
+                cure="segments, cuts and donate need an invertible op, or inverse=...",
             )
         return f if isinstance(f, CheckpointedFunction) else CheckpointedFunction(f, options)
     lowered = Checkpointed(pair(f, inverse), options)
@@ -563,11 +519,9 @@ def _checkpoint_op(op: Invertible, inverse: Callable[..., Any] | None, options: 
 def _check_segments(op: Invertible, segments: int | tuple[int, ...]) -> None:
     count = max(len(op.parts), 1)
     if isinstance(segments, int):
-        fits = 1 <= segments <= count
+        name, fits, allowed = "segments", 1 <= segments <= count, f"a number from 1 to {count}"
     else:
         fits = list(segments) == sorted(set(segments)) and all(0 < cut < count for cut in segments)
+        name, allowed = "cuts", f"increasing places from 1 to {count - 1}"
     if not fits:
-        raise OptionError(
-            f"checkpoint: segments={segments} of an op with {count} parts",
-            expected=f"a number from 1 to {count}, or increasing cut points between 1 and {count - 1}",
-        )
+        raise OptionError(f"checkpoint: {name}={segments} of an op with {count} parts", expected=allowed)

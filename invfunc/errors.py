@@ -66,6 +66,10 @@ class DriftError(InvertibleError):
     """What backward rebuilds has drifted from what it was, and ``checkpoint(..., drift="raise")`` was asked for."""
 
 
+class DriftWarning(UserWarning):
+    """What backward rebuilds has drifted from what it was; see ``checkpoint(..., drift=...)``."""
+
+
 class OptionError(InvertibleError, ValueError):
     """An argument of a constructor or transformer is not one of those it takes."""
 

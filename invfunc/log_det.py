@@ -29,7 +29,7 @@ from .core.op import (
     Pair,
     Rearrangement,
     Residue,
-    identity,
+    chain,
     invert,
     one_way,
     pair,
@@ -151,7 +151,7 @@ def _(op: OneWay, exact: str | None) -> Invertible:
 
 
 def _beside_total(op: Invertible, exact: str | None) -> Invertible:
-    return _shown_as(op, parallel(op, identity()))
+    return _shown_as(op, parallel(op, chain()))
 
 
 lifted.cases |= dict.fromkeys((Rearrangement, Plumbing), _beside_total)
@@ -164,7 +164,7 @@ def _(op: Chain, exact: str | None) -> Invertible:
 
 @lifted.register
 def _(op: Parallel, exact: str | None) -> Invertible:
-    alone = [identity()] * len(op.parts)
+    alone = [chain()] * len(op.parts)
     steps = [
         part
         for i in range(len(op.parts))

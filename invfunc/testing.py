@@ -21,10 +21,9 @@ from .checkpoint import checkpoint
 from .core.combine import _concat, _split, parallel
 from .core.compare import largest, largest_difference
 from .core.couple import Half
-from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, identity, invert, pair
-from .engine.meter import DriftWarning
+from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, invert, pair
 from .engine.replay import owners
-from .errors import NotDifferentiableError
+from .errors import DriftWarning, NotDifferentiableError
 from .log_det import log_det
 from .look.trial import (
     closed_over,
@@ -261,7 +260,7 @@ def _everywhere(op: Invertible, like: Wire) -> Invertible:
     """An elementwise op on every differentiable leaf of a wire."""
     if isinstance(like, tuple):
         return parallel(*(_everywhere(op, part) for part in like))
-    return op if is_differentiable(like) else identity()
+    return op if is_differentiable(like) else chain()
 
 
 # ---- iso -----------------------------------------------------------------------------------------------------------
@@ -302,9 +301,9 @@ def hidden(f: Invertible, x: Wire) -> Iterator[Claim]:
 
 @law()
 def identities(f: Invertible, x: Wire) -> Iterator[Claim]:
-    """chain(identity(), f) = f = chain(f, identity())."""
-    yield from _equal("chain(identity(), f)", chain(identity(), f), "f", f, x)
-    yield from _equal("chain(f, identity())", chain(f, identity()), "f", f, x)
+    """chain(chain(), f) = f = chain(f, chain())."""
+    yield from _equal("chain(chain(), f)", chain(chain(), f), "f", f, x)
+    yield from _equal("chain(f, chain())", chain(f, chain()), "f", f, x)
 
 
 def _g_and_h(f: Invertible, x: Wire) -> tuple[Invertible, Invertible]:
@@ -330,12 +329,12 @@ def order(f: Invertible, x: Wire) -> Iterator[Claim]:
 
 @law(needs_no_residue)
 def groupoid(f: Invertible, x: Wire) -> Iterator[Claim]:
-    """invert(chain(f, g, h)) = chain(invert(h), invert(g), invert(f)), chain(f, invert(f)) = identity()."""
+    """invert(chain(f, g, h)) = chain(invert(h), invert(g), invert(f)), chain(f, invert(f)) = chain()."""
     g, h = _g_and_h(f, x)
     whole = chain(f, g, h)
     left, right = invert(whole), chain(invert(h), invert(g), invert(f))
     yield from _equal("invert(chain(f, g, h))", left, "chain(invert(h), invert(g), invert(f))", right, _at(whole, x))
-    yield from _equal("chain(f, invert(f))", chain(f, invert(f)), "identity()", identity(), x)
+    yield from _equal("chain(f, invert(f))", chain(f, invert(f)), "chain()", chain(), x)
 
 
 # ---- monoidal ------------------------------------------------------------------------------------------------------
@@ -353,10 +352,10 @@ def parallel_pointwise(f: Invertible, x: Wire) -> Iterator[Claim]:
 
 @law()
 def parallel_identity(f: Invertible, x: Wire) -> Iterator[Claim]:
-    """parallel(identity(), identity()) = identity()."""
+    """parallel(chain(), chain()) = chain()."""
     y = _at(f, x)
-    both = parallel(identity(), identity())
-    yield from _equal("parallel(identity(), identity())", both, "identity()", identity(), (x, y))
+    both = parallel(chain(), chain())
+    yield from _equal("parallel(chain(), chain())", both, "chain()", chain(), (x, y))
 
 
 @law()

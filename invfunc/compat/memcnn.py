@@ -1,4 +1,4 @@
-"""MemCNN's names over the same values: change ``import memcnn`` to ``from invfunc.nn import memcnn``.
+"""MemCNN's names over the same values: change ``import memcnn`` to ``from invfunc.compat import memcnn``.
 
 A coupling is ``chain(split, couple, concat)`` with a module around it, and a wrapper lowers what it wraps.
 MIGRATING.md tells what differs, and why.
@@ -22,8 +22,21 @@ from ..core.couple import additive, affine, couple
 from ..core.op import Invertible, Rearrangement, chain, pair
 from ..engine.replay import cuda_devices
 from ..errors import NotInvertibleError, OptionError, WireError
-from ..nn.module import OpModule, apart, undisturbed
+from ..nn.module import Module, apart, undisturbed
 from ..wires import Wire, describe
+
+__all__ = [
+    "AdditiveBlock",
+    "AdditiveCoupling",
+    "AffineAdapterNaive",
+    "AffineAdapterSigmoid",
+    "AffineBlock",
+    "AffineCoupling",
+    "InvertibleModuleWrapper",
+    "ReversibleBlock",
+    "create_coupling",
+    "is_invertible_module",
+]
 
 # ---- couplings -------------------------------------------------------------------------------------------------------
 
@@ -35,7 +48,7 @@ class AffineAdapterNaive(nn.Module):
         module: The net.
 
     Limits:
-        The scale is unbounded: in fp32, chains of 4 such couplings overflow. Prefer `invfunc.tanh_scale`.
+        The scale is unbounded: in fp32, chains of 4 such couplings overflow. Prefer `invfunc.ops.tanh_scale`.
 
     Example:
         >>> AffineAdapterNaive(torch.nn.Identity())(torch.zeros(2))
@@ -83,7 +96,7 @@ class AffineAdapterSigmoid(nn.Module):
         return torch.sigmoid(h[:, 1::2] + 2.0), h[:, 0::2]
 
 
-class _Coupling(OpModule):
+class _Coupling(Module):
     """What the two couplings share."""
 
     def __init__(
@@ -280,7 +293,7 @@ def create_coupling(
 # ---- the wrapper -----------------------------------------------------------------------------------------------------
 
 
-class InvertibleModuleWrapper(OpModule):
+class InvertibleModuleWrapper(Module):
     """Frees the activations of a module that has an ``inverse``, in both directions, and its input where that is safe.
 
     Args:
@@ -358,7 +371,7 @@ class InvertibleModuleWrapper(OpModule):
         """Whether the module is an op's, and has no hooks, which its being called would run."""
         fn = self._fn
         hooks = fn._forward_hooks, fn._forward_pre_hooks, fn._backward_hooks, fn._backward_pre_hooks
-        return isinstance(fn, OpModule) and not any(hooks)
+        return isinstance(fn, Module) and not any(hooks)
 
     def _call(self, *xs: Any, **kwargs: Any) -> Any:
         return self._fn(*xs, **kwargs)

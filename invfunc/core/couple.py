@@ -199,7 +199,9 @@ def _bounded_exp(bound: float, raw: Tensor) -> Tensor:
 
 
 def exp_scale(net: Callable[..., Any], *, dim: int = 1) -> Callable[..., Any]:
-    r"""A net's output as ``(s, t)`` for `affine`, with :math:`s = \exp(raw)`.
+    r"""A net's output as ``(s, t)`` for `affine`, with a scale that is an exponential.
+
+    .. math:: f(x) = (\exp(raw), t), \qquad (raw, t) = net(x)
 
     Args:
         net: Returns ``(raw, t)``, or one tensor whose halves along ``dim`` are raw and t.
@@ -222,7 +224,9 @@ def exp_scale(net: Callable[..., Any], *, dim: int = 1) -> Callable[..., Any]:
 
 
 def sigmoid_scale(net: Callable[..., Any], shift: float = 2.0, *, dim: int = 1) -> Callable[..., Any]:
-    r"""A net's output as ``(s, t)`` for `affine`, with :math:`s = \sigma(raw + shift)`, so that 0 < s < 1.
+    r"""A net's output as ``(s, t)`` for `affine`, with a scale between 0 and 1.
+
+    .. math:: f(x) = (\sigma(raw + shift), t), \qquad (raw, t) = net(x)
 
     Args:
         net: Returns ``(raw, t)``, or one tensor whose halves along ``dim`` are raw and t.
@@ -242,7 +246,9 @@ def sigmoid_scale(net: Callable[..., Any], shift: float = 2.0, *, dim: int = 1) 
 
 
 def tanh_scale(net: Callable[..., Any], bound: float = 1.0, *, dim: int = 1) -> Callable[..., Any]:
-    r"""A net's output as ``(s, t)`` for `affine`, with :math:`s = \exp(b \tanh(raw / b))`, so that e^-b < s < e^b.
+    r"""A net's output as ``(s, t)`` for `affine`, with a scale between e^-b and e^b.
+
+    .. math:: f(x) = (\exp(b \tanh(raw / b)), t), \qquad (raw, t) = net(x)
 
     Args:
         net: Returns ``(raw, t)``, or one tensor whose halves along ``dim`` are raw and t.

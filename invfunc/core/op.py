@@ -34,7 +34,7 @@ class Invertible(abc.ABC):
         inverse(forward(x)) = x                               section
         forward(inverse(y)) = y                               retraction
         invert(invert(f)) = f                                 involution
-        chain(identity(), f) = f = chain(f, identity())       identity
+        chain(chain(), f) = f = chain(f, chain())             identity
         chain(chain(f, g), h) = chain(f, chain(g, h))         associativity
         chain(f, g)(x) = g(f(x))                              order: left to right
         invert(chain(f, g)) = chain(invert(g), invert(f))     groupoid
@@ -490,7 +490,7 @@ class Chain(Invertible):
     def __repr__(self) -> str:
         if self.labels:
             return self.labels[0]
-        return f"chain({', '.join(map(repr, self._parts))})" if self._parts else "identity()"
+        return f"chain({', '.join(map(repr, self._parts))})"
 
 
 def named(op: Invertible, label: str) -> Invertible:
@@ -555,7 +555,7 @@ def pair(
     Limits:
         Nothing proves that ``inverse`` undoes ``forward``, and a wrong one gives wrong gradients when lowered. Test
         yours with `invfunc.testing.check_laws`. A map into a larger space has an inverse that loses what lies off its
-        range: lower that one as ``store(~op)``, or rebuild would put something else in its place.
+        range: lower that one as ``mark(~op, "store")``, or rebuild would put something else in its place.
 
     Example:
         >>> import torch
@@ -633,21 +633,6 @@ def chain(*ops: Invertible | Callable[..., Any]) -> Invertible:
 
 def _flattens(op: Invertible) -> bool:
     return isinstance(op, Chain) and op.labels is None
-
-
-def identity() -> Invertible:
-    """The op that changes nothing: ``chain()``.
-
-    .. math:: identity(x) = x
-
-    Cost:
-        Nothing: it is a chain of no ops.
-
-    Example:
-        >>> identity()(3)
-        3
-    """
-    return chain()
 
 
 def invert(op: Invertible) -> Invertible:

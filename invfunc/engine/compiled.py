@@ -330,7 +330,7 @@ def _refuse_random(name: str) -> None:
     raise ReplayError(
         f"a function that is being compiled draws random numbers with {name}",
         expected="none but those of dropout: a graph can not draw the same again",
-        cure="mark the op inv.store(...), draw outside of it, or leave it out of torch.compile",
+        cure="store it with inv.mark(op, 'store'), draw outside of it, or leave it out of torch.compile",
     )
 
 

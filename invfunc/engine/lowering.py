@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
-from ..compat.donation import Donation
 from ..core.combine import Parallel, Plumbing
 from ..core.couple import Half, additive, match
 from ..core.op import ByKind, Chain, Invertible, OneWay, Rearrangement, Residue
 from ..errors import ReplayError, place_error
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from . import compiled
+from .donation import Donation
 from .meter import Drift, Probe, probe
 from .replay import (
     Kind,
@@ -682,7 +682,8 @@ def _rerun_lean(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Ten
     def run(anchor: Tensor) -> Wire:
         if not handed:
             raise ReplayError(
-                f"{call.op!r} makes tensors that require grad of its own", cure="mark it inv.store(...) and plan again"
+                f"{call.op!r} makes tensors that require grad of its own",
+                cure="store it with inv.mark(op, 'store') and plan again",
             )
         handed[0] = rooted(anchor, handed[0], leaves(needs), gxs)
         return call.again(handed)  # pyright: ignore[reportOptionalCall]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .. import _torch
 from ..core.compare import relative_error_of_numbers
-from ..errors import DriftError, OptionError
+from ..errors import DriftError, DriftWarning, OptionError
 
 Drift: TypeAlias = str | float  # "warn", "raise", "off", or the tolerance from which on to warn
 Sample: TypeAlias = list[float] | Tensor  # numbers; on CUDA a tensor on the host, which they are travelling to
@@ -50,13 +50,9 @@ TOLERANCES: dict[torch.dtype, float] = {
 """The relative error from which on the meter speaks: far above what a healthy chain shows, far below what hurts."""
 
 CURE = (
-    "store more on the way (checkpoint(..., anchors=...)), keep the stream exactly (inv.exact), or let the error grow "
-    "less: a wider stream dtype, normalised branches, bounded scales (inv.tanh_scale)"
+    "store more on the way (checkpoint(..., cuts=...)), keep the stream exactly (inv.exact), or let the error grow "
+    "less: a wider stream dtype, normalised branches, bounded scales (inv.ops.tanh_scale)"
 )
-
-
-class DriftWarning(UserWarning):
-    """What backward rebuilds has drifted from what it was; see ``checkpoint(..., drift=...)``."""
 
 
 def checked_drift(drift: Drift) -> Drift:

@@ -16,7 +16,7 @@ NOTE [Replay] What a function did in forward has to happen again, identically, i
 5.  *Buffers.* What a call writes (running statistics) moves once: it runs again on copies of the buffers as they were.
     Batch norm's kernels do not bump the version counter, so the first call of each module compares values.
 6.  *Autocast*, per device, dtype included; the number of *threads*, by which a kernel may divide its sums; and
-    *discrete decisions*, pinned by `record`.
+    *discrete decisions*, pinned by `pin`.
 7.  A module in training is called again and again, and sees the same each time: the slots of its parts, with the same
     tensors in them. A recording is a value; one that still *holds* is used again, in the next forward and to tell
     backward at a glance that nothing has to be put in place.
@@ -295,7 +295,7 @@ class Running:
         self.around = _RUNNING.get()  # the call, or the replay, in which this one runs
 
     def pin(self, name: str, value: T) -> T:
-        """Keep a value for when the call runs again; see `record`."""
+        """Keep a value for when the call runs again; see `pin`."""
         if self.around is not None:
             value = self.around.pin(name, value)
         self.pins = (*self.pins, (name, value))
@@ -686,7 +686,7 @@ def threads(count: int) -> Iterator[None]:
 _RUNNING: ContextVar[Running | _Pinned | None] = ContextVar("running", default=None)
 
 
-def record(name: str, value: T) -> T:
+def pin(name: str, value: T) -> T:
     """Pin a discrete decision: in forward, keep the value and return it; when the function runs again, return that one.
 
     A reconstructed input differs from the original by rounding, so a top-k routing, an LSH bucket or an argmax may fall
@@ -705,7 +705,7 @@ def record(name: str, value: T) -> T:
     Example:
         >>> import torch
         >>> def route(x):
-        ...     chosen = record("expert", x.argmax(-1))
+        ...     chosen = pin("expert", x.argmax(-1))
         ...     return torch.nn.functional.one_hot(chosen, x.shape[-1]) * x
         >>> route(torch.tensor([[1.0, 2.0]]))
         tensor([[0., 2.]])
@@ -724,8 +724,8 @@ class _Pinned:
         recorded, kept = next(self.left, ("nothing more", None))
         if recorded != name:
             raise ReplayError(
-                f"record({name!r}) on replay",
-                expected=f"record({recorded!r})" if kept is not None else recorded,
+                f"pin({name!r}) on replay",
+                expected=f"pin({recorded!r})" if kept is not None else recorded,
                 cure="pin the same names in the same order in every run of the function",
             )
         return kept

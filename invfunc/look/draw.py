@@ -36,9 +36,6 @@ from ..plan.inputs import faked, realised
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire
 from .pictures import GAP, GREY, LETTER, ROW, Picture, above, at, beside, box, document, framed, line, text, tinted
 
-_WAYS = {"invert": "reconstruct", "store": "store", "recompute": "recompute"}  # a mode as its mark is called
-
-
 # ---- what a run tells ------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +268,7 @@ def _part(op: Invertible, way: str, readings: Readings) -> Part:
 
 @_part.register
 def _(op: OneWay, way: str, readings: Readings) -> Part:
-    return _read(Part(name_of(op.fn), "one way", "store" if way == "reconstruct" else way), readings)
+    return _read(Part(name_of(op.fn), "one way", "store" if way == "invert" else way), readings)
 
 
 @_part.register
@@ -297,14 +294,14 @@ def _(op: Parallel, way: str, readings: Readings) -> Part:
 @_part.register
 def _(op: Checkpointed, way: str, readings: Readings) -> Part:
     given = repr(op).removeprefix(f"checkpoint({op.op!r}").removesuffix(")").removeprefix(", ")
-    inner = _part(op.op, _WAYS[op.options.mode], readings)
+    inner = _part(op.op, op.options.mode, readings)
     return _chain(f"checkpoint({given})" if given else "checkpoint", _inside(inner))
 
 
 @_part.register
 def _(op: Marked, way: str, readings: Readings) -> Part:
-    inner = _part(op.op, _WAYS[op.mark], readings)
-    return _chain(_WAYS[op.mark], inner.parts) if inner.kind == "chain" else inner
+    inner = _part(op.op, op.mark, readings)
+    return _chain(op.mark, inner.parts) if inner.kind == "chain" else inner
 
 
 @_part.register
@@ -321,7 +318,7 @@ def _(op: Gridded, way: str, readings: Readings) -> Part:
 @_part.register
 def _(op: Planned, way: str, readings: Readings) -> Part:
     rows = zip(report.rows(op.plan), op.plan.costs.ops, strict=True)
-    ways = iter([row.mode.replace("invert", "reconstruct") for row, cost in rows for _ in range(cost.parts)])
+    ways = iter([row.mode for row, cost in rows for _ in range(cost.parts)])
     parts = [
         _joined(stage, [_part(half, next(ways), readings) for half in halves(stage)]) for stage in flat_stages(op.op)
     ]
@@ -397,7 +394,7 @@ def _total(part: Part) -> int:
 # ---- as SVG ----------------------------------------------------------------------------------------------------------
 
 
-_COLOURS = {"": GREY, "reconstruct": "#2a9d5c", "store": "#d9822b", "recompute": "#3b7dd8"}
+_COLOURS = {"": GREY, "invert": "#2a9d5c", "store": "#d9822b", "recompute": "#3b7dd8"}
 
 
 def _colour(part: Part) -> str:
@@ -534,9 +531,9 @@ def draw(op: Invertible | nn.Module | Callable[..., Any], *inputs: Any) -> Drawi
         inputs: As the op takes them: tensors, or shapes like ``(32, 64)``. None draws the structure alone.
 
     Returns:
-        A `Drawing`. Under ``backward`` stands how a lowered part finds its input again: ``reconstruct`` by the inverse,
+        A `Drawing`. Under ``backward`` stands how a lowered part finds its input again: ``invert`` by its inverse,
         ``store`` from a tape, ``recompute`` by running again. Under ``keeps`` stand the bytes that autograd keeps there
-        until backward: residues, the output of a run of reconstructed parts, input and tape of what is stored. The
+        until backward: residues, the output of a run of inverted parts, input and tape of what is stored. The
         pipeline's input and its parameters, which live anyway, do not count.
 
     Cost:
@@ -559,15 +556,15 @@ def draw(op: Invertible | nn.Module | Callable[..., Any], *inputs: Any) -> Drawi
         ├─ concat(2, dim=1)
         └─ tanh
         >>> print(inv.draw(inv.checkpoint(net), torch.zeros(16, 8, dtype=torch.float64)))
-                                wire                backward     keeps
+                                wire                backward  keeps
         checkpoint              (16, 8)
-        ├─ split(2, dim=1)      ((16, 4), (16, 4))  reconstruct  0
-        ├─ couple(sin, cos) ×8  ((16, 4), (16, 4))  reconstruct  0
+        ├─ split(2, dim=1)      ((16, 4), (16, 4))  invert    0
+        ├─ couple(sin, cos) ×8  ((16, 4), (16, 4))  invert    0
         │     x0 += sin(x1)
         │     x1 += cos(x0)
-        ├─ concat(2, dim=1)     (16, 8)             reconstruct  0
-        └─ tanh                 (16, 8)             store        2 KiB
-                                                    in all       2 KiB
+        ├─ concat(2, dim=1)     (16, 8)             invert    0
+        └─ tanh                 (16, 8)             store     2 KiB
+                                                    in all    2 KiB
     """
     value = _value(op)
     if not inputs:
@@ -579,8 +576,8 @@ def draw(op: Invertible | nn.Module | Callable[..., Any], *inputs: Any) -> Drawi
 
 def _value(op: Any) -> Invertible:
     """What is drawn of an op, or of a module that is one."""
-    from ..nn.module import Live, OpModule
+    from ..nn.module import Live, Module
 
-    if isinstance(op, OpModule):
+    if isinstance(op, Module):
         return op._lowered(op.build())
     return op.op if isinstance(op, Live) else lift(op)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Checkpointed, CheckpointedFunction, checkpoint, remember_anchors
+from ..checkpoint import Checkpointed, CheckpointedFunction, checkpoint
 from ..core.op import Invertible, OneWay, lift
 from ..engine.meter import CURE, TOLERANCES, resolvable
 from ..errors import OptionError
@@ -271,7 +271,7 @@ def _wrong_inverses(report: Report) -> Iterator[Finding]:
             yield Finding(
                 stage.name,
                 f"its inverse does not give x back, it is off by {_number(section)} in {widest}",
-                "mend it (inv.testing.check_laws shows both sides), or mark the stage inv.recompute",
+                "mend it (inv.testing.check_laws shows both sides), or mark the stage: inv.mark(op, 'recompute')",
             )
 
 
@@ -285,7 +285,7 @@ def _impure(report: Report) -> Iterator[Finding]:
                 stage.name,
                 f"run twice, it gives other values, off by {_number(again)}",
                 "it reads what changes from call to call (a clock, a counter, another generator): make that an "
-                "argument, or pin it with inv.record",
+                "argument, or pin it with inv.pin",
             )
 
 
@@ -298,7 +298,7 @@ def _hazardous(report: Report) -> Iterator[Finding]:
 
 
 _CURES = {
-    "grad mode": "its kernels differ with gradients on: keep its input with inv.recompute",
+    "grad mode": "its kernels differ with gradients on: keep its input with inv.mark(op, 'recompute')",
     "layout": "its kernels differ with strides: call x.contiguous() first",
     "threads": "keep torch.set_num_threads from forward to backward",
     "random numbers": "draw from torch's global generators, or leave preserve_rng_state=True",
@@ -316,7 +316,7 @@ def _drifted(report: Report) -> Iterator[Finding]:
     steepest = max(report.stages, key=lambda stage: stage.scale)
     if steepest.scale > _STEEP:
         yield Finding(
-            steepest.name, f"scale reaches {steepest.scale:.0e}, and {far}", "bound it with tanh_scale(f, 1.0)"
+            steepest.name, f"scale reaches {steepest.scale:.0e}, and {far}", "bound it with inv.ops.tanh_scale(f, 1.0)"
         )
     else:
         yield Finding(worst.name, f"the error grows most here, {growth:.2g} times, and {far}", CURE)
@@ -342,7 +342,8 @@ def _wrong_gradients(report: Report) -> Iterator[Finding]:
                 yield Finding(
                     stage,
                     f"the gradient of {g.name} is off by {_number(g.error)}, its cosine {_cosine([g])}",
-                    "compare with inv.store around the stage: a function that hides a tensor, or a pullback, is wrong",
+                    "compare with inv.mark(op, 'store') of the stage: a function that hides a tensor, or a pullback, "
+                    "is wrong",
                 )
 
 
@@ -473,7 +474,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
-    """The fewest activations to store so that what is rebuilt stays close; ``checkpoint(op, anchors="auto")`` does so.
+    """The fewest cuts of a chain so that what is rebuilt stays close; ``checkpoint(op, cuts=calibrate(op, x, 1e-3))``.
 
     From the end of the chain, inverses go down as far as the tolerance lets them; there, a value is stored, and they
     start again from it. Each trunk is as long as it can be, so there are no more than needed.
@@ -484,8 +485,7 @@ def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
         tolerance: How far what is rebuilt may be from what it was, as a relative error of the whole wire.
 
     Returns:
-        Before which parts to store, increasing, as ``checkpoint(anchors=...)`` takes them; empty where none is needed.
-        The op remembers them, for ``anchors="auto"``; the next calibration replaces them.
+        Before which parts to store, increasing, as ``checkpoint(cuts=...)`` takes them; empty where none is needed.
 
     Cost:
         One evaluation of each part and one or two of its inverse. Every value of the chain is kept meanwhile.
@@ -500,21 +500,20 @@ def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
 
     Example:
         >>> import torch, invfunc as inv
-        >>> op = inv.chain(*[inv.pair(lambda x: x / 3, lambda y: y * 3)] * 8)
-        >>> cuts = inv.calibrate(op, torch.ones(4), 1e-3)
-        >>> inv.checkpoint(op, anchors="auto") == inv.checkpoint(op, anchors=cuts)
-        True
+        >>> op = inv.chain(*[inv.pair(lambda x: x / 3 + 1, lambda y: (y - 1) * 3)] * 8)
+        >>> cuts = inv.look.calibrate(op, torch.ones(4, dtype=torch.float32), 1e-5)
+        >>> cuts
+        (3,)
+        >>> fast = inv.checkpoint(op, cuts=cuts)
     """
     plain = unlowered(lift(_op_of(op)))
     require_finite("calibrate", x)
     resolvable("calibrate: tolerance", tolerance, dtype_of(x))
     with untouched(plain):
-        cuts = tuple(sorted(_anchors(Run(stages_of(plain), _copied(x)), tolerance)))
-    remember_anchors(plain, cuts)
-    return cuts
+        return tuple(sorted(_cuts(Run(stages_of(plain), _copied(x)), tolerance)))
 
 
-def _anchors(run: Run, tolerance: float) -> Iterator[int]:
+def _cuts(run: Run, tolerance: float) -> Iterator[int]:
     """Where to store, from the end."""
     below, exact = run.values[-1], True
     for i in reversed(range(len(run.stages))):
@@ -534,7 +533,7 @@ def _unreachable(run: Run, i: int, error: float, tolerance: float) -> OptionErro
     return OptionError(
         f"calibrate: {name_of_stage(run.stages, i)} alone is off by {error:.1e}",
         expected=f"at most {tolerance:.1e}",
-        cure="allow more, or mark the stage inv.recompute or inv.store",
+        cure="allow more, or mark the stage: inv.mark(op, 'recompute' or 'store')",
     )
 
 

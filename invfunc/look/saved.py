@@ -78,7 +78,7 @@ def print_saved(op: Callable[..., Any], *inputs: Any) -> None:
 
     Example:
         >>> import torch, invfunc as inv
-        >>> net = inv.chain(inv.pair(torch.sinh, torch.asinh), inv.store(inv.pair(torch.exp, torch.log)))
+        >>> net = inv.chain(inv.pair(torch.sinh, torch.asinh), inv.mark(inv.pair(torch.exp, torch.log), "store"))
         >>> print_saved(inv.checkpoint(net), torch.ones(3, requires_grad=True))
         where           what                 bytes  why
         end of a trunk  output (3,) float32     12  backward rebuilds the rest from it

@@ -1,19 +1,5 @@
-"""The `torch.nn` face of the same values: modules that own parameters, and the names of InvTorch and MemCNN."""
+"""The `torch.nn` face of the same values: modules that own parameters."""
 
-from ..compat import invtorch, memcnn
-from ..compat.invtorch import Module, invertible_checkpoint
-from ..compat.memcnn import (
-    AdditiveBlock,
-    AdditiveCoupling,
-    AffineAdapterNaive,
-    AffineAdapterSigmoid,
-    AffineBlock,
-    AffineCoupling,
-    InvertibleModuleWrapper,
-    ReversibleBlock,
-    create_coupling,
-    is_invertible_module,
-)
 from .distributed import fully_shard_blocks
 from .layers import (
     ActNorm,
@@ -34,16 +20,10 @@ from .layers import (
     SplineCoupling,
 )
 from .lowered import Coupling, Layer, Lowered, Sequential
-from .module import InvertibleModule, OpModule
+from .module import InvertibleModule, Module
 
 __all__ = [
     "ActNorm",
-    "AdditiveBlock",
-    "AdditiveCoupling",
-    "AffineAdapterNaive",
-    "AffineAdapterSigmoid",
-    "AffineBlock",
-    "AffineCoupling",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -54,24 +34,16 @@ __all__ = [
     "Flatten",
     "Identity",
     "InvertibleModule",
-    "InvertibleModuleWrapper",
     "LULinear",
     "Layer",
     "Linear",
     "Lowered",
     "Module",
-    "OpModule",
     "OrthogonalLinear",
     "Pad",
     "PixelShuffle",
     "PixelUnshuffle",
-    "ReversibleBlock",
     "Sequential",
     "SplineCoupling",
-    "create_coupling",
     "fully_shard_blocks",
-    "invertible_checkpoint",
-    "invtorch",
-    "is_invertible_module",
-    "memcnn",
 ]

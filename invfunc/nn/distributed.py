@@ -15,7 +15,7 @@ from ..engine.sharding import is_sharded
 from ..engine.strands import Strand, map_state
 from ..errors import OptionError
 from .lowered import Lowered, Sequential
-from .module import Live, OpModule
+from .module import Live, Module
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,27 +79,27 @@ def fully_shard_blocks(model: M, **options: Any) -> M:
 # ---- which modules are blocks ----------------------------------------------------------------------------------------
 
 
-def blocks_of(model: nn.Module) -> list[OpModule]:
+def blocks_of(model: nn.Module) -> list[Module]:
     """The units of sharding, each once, in the order of the model."""
     return list(dict.fromkeys(_blocks(model)))
 
 
-def _blocks(module: nn.Module) -> Iterator[OpModule]:
-    inner = _parts(module) if isinstance(module, OpModule) else list(module.children())
+def _blocks(module: nn.Module) -> Iterator[Module]:
+    inner = _parts(module) if isinstance(module, Module) else list(module.children())
     for part in inner:
         yield from _blocks(part)
-    if isinstance(module, OpModule) and not inner and any(True for _ in module.parameters()):
+    if isinstance(module, Module) and not inner and any(True for _ in module.parameters()):
         yield module
 
 
-def _parts(module: OpModule) -> list[OpModule]:
+def _parts(module: Module) -> list[Module]:
     """The modules of this package that a pipeline is made of; none if it is made of functions."""
     if isinstance(module, Sequential):
-        return [part for part in module if isinstance(part, OpModule)]
+        return [part for part in module if isinstance(part, Module)]
     return list(_live(module.op)) if isinstance(module, Lowered) else []
 
 
-def _live(op: Invertible) -> Iterator[OpModule]:
+def _live(op: Invertible) -> Iterator[Module]:
     for part in op.parts:
         if isinstance(part, Live):
             yield part.module
@@ -107,7 +107,7 @@ def _live(op: Invertible) -> Iterator[OpModule]:
             yield from _live(part)
 
 
-def _check_blocks(model: nn.Module, blocks: list[OpModule]) -> None:
+def _check_blocks(model: nn.Module, blocks: list[Module]) -> None:
     if not blocks:
         raise OptionError(
             f"fully_shard_blocks: {type(model).__name__} has no blocks",
@@ -127,7 +127,7 @@ def _check_blocks(model: nn.Module, blocks: list[OpModule]) -> None:
 # ---- mixed precision -------------------------------------------------------------------------------------------------
 
 
-def _mix(model: nn.Module, blocks: list[OpModule], compute: torch.dtype) -> None:
+def _mix(model: nn.Module, blocks: list[Module], compute: torch.dtype) -> None:
     """Keep the stream in the parameters' dtype; let every module that owns parameters compute in another."""
     for module in model.modules():
         if module in blocks:

@@ -21,7 +21,7 @@ from ..core.couple import Half, additive, as_law, couple
 from ..core.op import Invertible, OneWay, Pair, chain
 from ..errors import OptionError
 from ..wires import Wire
-from .module import InvertibleModule, Live, OpModule, op_of
+from .module import InvertibleModule, Live, Module, op_of
 
 Owner: TypeAlias = nn.Module | Tensor
 Path: TypeAlias = tuple[str, ...]
@@ -66,11 +66,11 @@ class Layer(InvertibleModule):
 
     def forward(self, *xs: Wire) -> Wire:
         """``y = op(x)``, lowered."""
-        return OpModule.forward(self, *xs)
+        return Module.forward(self, *xs)
 
     def inverse(self, *ys: Wire) -> Wire:
         """``x = op.inverse(y)``, lowered."""
-        return OpModule.inverse(self, *ys)
+        return Module.inverse(self, *ys)
 
     @property
     def call_function(self) -> Any:
@@ -90,7 +90,7 @@ class Layer(InvertibleModule):
     def _configure(self, options: Mapping[str, Any]) -> None:
         """Take options of `invfunc.checkpoint`; those that are flags of the module become its flags."""
         try:
-            checkpoint(chain(), **{**options, "segments": 1})
+            checkpoint(chain(), **{**options, "segments": 1, "cuts": ()})
         except TypeError as error:
             raise OptionError(f"got {sorted(options)}", expected="options of invfunc.checkpoint") from error
         self._options = {name: value for name, value in options.items() if name not in ("mode", "donate")}

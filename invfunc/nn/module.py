@@ -1,4 +1,4 @@
-"""Modules with an op: `OpModule`, the face that every module here wears, and `InvertibleModule`, to write one's own.
+"""Modules with an op: `Module`, the face that every module here wears, and `InvertibleModule`, to write one's own.
 
 A module owns parameters; the mathematics is the op's and the lowering is `invfunc.checkpoint`'s. The op is built from
 what the module holds at each call, so that ``.to()``, ``load_state_dict`` and ``functional_call`` are seen by it.
@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
-from ..checkpoint import Checkpointed, Wrapper, checkpoint, recompute, store
-from ..compat.donation import saved_by_its_maker, why_not_donate
+from ..checkpoint import Checkpointed, Wrapper, checkpoint, mark
 from ..core.op import Inverse, Invertible, Residue, pair
+from ..engine.donation import saved_by_its_maker, why_not_donate
 from ..engine.lowering import Options, walk
 from ..engine.replay import Streams, cuda_devices
 from ..engine.sharding import is_sharded
 from ..engine.strands import State, Strand, is_tail
 from ..errors import NotInvertibleError, OptionError, WireError
-from ..testing import LawError
 from ..wires import Wire, describe, is_differentiable, leaves
 
 Donate: TypeAlias = bool | tuple[int, ...] | str
@@ -40,13 +39,13 @@ M = TypeVar("M", bound="InvertibleModule")
 
 
 class Live(Wrapper):
-    """The op of a module, built from what the module holds at each use; the value of `OpModule.op`."""
+    """The op of a module, built from what the module holds at each use; the value of `Module.op`."""
 
-    def __init__(self, module: OpModule, backwards: bool = False) -> None:
+    def __init__(self, module: Module, backwards: bool = False) -> None:
         object.__setattr__(self, "module", module)
         object.__setattr__(self, "backwards", backwards)
 
-    module: OpModule
+    module: Module
     backwards: bool
 
     @property
@@ -93,7 +92,7 @@ def _(op: Live, state: State, options: Options) -> State:
     return op.call(state)[0] if op.marked else walk(op.op, state, options)
 
 
-class OpModule(nn.Module):
+class Module(nn.Module):
     """A module that is an invertible op; the base of all modules of this package.
 
     A subclass defines `build`, which makes the op from the module's parameters.
@@ -103,13 +102,13 @@ class OpModule(nn.Module):
 
     Example:
         >>> import torch, invfunc as inv
-        >>> class Shift(inv.nn.OpModule):
+        >>> class Shift(inv.nn.Module):
         ...     def __init__(self) -> None:
         ...         super().__init__()
         ...         self.by = torch.nn.Parameter(torch.ones(2))
         ...
         ...     def build(self) -> inv.Invertible:
-        ...         return inv.ops.additive(self.by)
+        ...         return inv.additive(self.by)
         >>> Shift()(torch.zeros(1, 2)).detach()
         tensor([[1., 1.]])
     """
@@ -208,18 +207,18 @@ def apart(outputs: tuple[Wire, ...], inputs: tuple[Wire, ...]) -> tuple[Wire, ..
 
 def op_of(module: Any) -> Invertible | nn.Module:
     """A child of a container as a part of its op: with the mode of its flags, and an ordinary module as it is."""
-    if not isinstance(module, OpModule):
+    if not isinstance(module, Module):
         return module
     if is_sharded(module):
         return Live(module)
-    mark = {"invert": lambda op: op, "recompute": recompute, "store": store}[module._mode]
-    return mark(module.build())
+    op = module.build()
+    return op if module._mode == "invert" else mark(op, module._mode)
 
 
 # ---- a module of one's own -------------------------------------------------------------------------------------------
 
 
-class InvertibleModule(OpModule):
+class InvertibleModule(Module):
     """A module by its `function` and its `inverse`: subclass it, and define the two (InvTorch's ``Module``).
 
     Both take positional arguments and return a tensor or a tuple. `forward` runs ``function``; its activations and,
@@ -584,6 +583,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 def _assert_close(subject: str, found: Wire, expected: Wire, rtol: float, atol: float) -> None:
+    from ..testing import LawError  # which is built on `look`, which looks at modules, too
+
     kinds = [
         [(t.shape, t.dtype) if isinstance(t, Tensor) else None for t in leaves(wire)] for wire in (found, expected)
     ]

@@ -1,4 +1,4 @@
-"""The catalogue: invertible ops, one constructor each, one family a file.
+"""The catalogue: invertible ops, one constructor each, one family a file, and what makes functions for them.
 
 What flow libraries call by other names; `inv` is the package, the rest is here:
 
@@ -17,10 +17,12 @@ What flow libraries call by other names; `inv` is the package, the rest is here:
 - `pixel_unshuffle`, `haar`: FrEIA ``IRevNetDownsampling``, ``HaarDownsampling``, nflows ``SqueezeTransform``.
 - `inv.split` and `inv.parallel`: nflows ``MultiscaleCompositeTransform``, FrEIA and normflows ``Split``.
 
-zuko's transforms are those of `torch.distributions`, with more of them: `inv.from_transform` takes each as it is.
+zuko's transforms are those of `torch.distributions`, with more of them: `from_transform` takes each as it is,
+and `as_transform` gives one back.
 """
 
-from ..core.couple import additive, affine
+from ..core.couple import exp_scale, sigmoid_scale, tanh_scale
+from ..log_det import as_transform, from_transform
 from .conv import conv1d, conv1x1, conv2d, conv3d, mix_channels
 from .elementwise import (
     abs,
@@ -79,9 +81,8 @@ __all__ = [
     "abs",
     "actnorm",
     "actnorm_init",
-    "additive",
-    "affine",
     "along",
+    "as_transform",
     "asinh",
     "atanh",
     "autoregressive",
@@ -99,9 +100,11 @@ __all__ = [
     "enter_streams",
     "exact_log_det",
     "exp",
+    "exp_scale",
     "fft",
     "flatten",
     "flip",
+    "from_transform",
     "given",
     "haar",
     "householder",
@@ -143,12 +146,14 @@ __all__ = [
     "roll",
     "roulette_log_det",
     "sigmoid",
+    "sigmoid_scale",
     "sinh",
     "softplus",
     "spline_couple",
     "split_mask",
     "tall_linear",
     "tanh",
+    "tanh_scale",
     "transpose",
     "triangular",
 ]

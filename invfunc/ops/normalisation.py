@@ -284,7 +284,7 @@ def batch_norm(
 
     Limits:
         The log-determinant in training is that with the statistics held fixed, as flows use it. So is, lowered, the
-        gradient of a gradient by x: put `recompute` around the op for that. A weight near 0 loses its channel to
+        gradient of a gradient by x: mark the op ``"recompute"`` for that. A weight near 0 loses its channel to
         rounding. ``torch.vmap`` can not write running statistics.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoint import Checkpointed, Marked
 from ..core.combine import Parallel, Plumbing, check_components, parallel, split
 from ..core.couple import Half, additive, as_law, couple
-from ..core.op import ByKind, Chain, Inverse, Invertible, Rearrangement, chain, identity, invert, lift, name_of, named
+from ..core.op import ByKind, Chain, Inverse, Invertible, Rearrangement, chain, invert, lift, name_of, named
 from ..errors import OptionError, WireError
 from ..wires import Wire, describe
 from .iterative import Solved, SolvedInverse, with_function
@@ -252,7 +252,7 @@ def _given(op: Invertible) -> Invertible:
     """The op on ``(x, condition)``."""
     if _couples(op):
         raise OptionError(f"given: {op!r} hides a coupling", expected="chain, parallel and couple around couplings")
-    return parallel(op, identity())
+    return parallel(op, chain())
 
 
 @_given.register
@@ -287,7 +287,7 @@ def _(op: Parallel) -> Invertible:
 def _given_component(i: int, count: int, part: Invertible) -> Invertible:
     labels = f"lend({i})", f"take_back({i})"
     lend = Plumbing(partial(_lend_component, i, count), partial(_take_component, i), *labels)
-    return chain(lend, parallel(_given(part), identity()), invert(lend))
+    return chain(lend, parallel(_given(part), chain()), invert(lend))
 
 
 def _lend_component(i: int, count: int, x: Wire) -> Wire:
@@ -678,7 +678,7 @@ def recursive_couple(
     parts = split(sizes, dim)
     if (sizes if isinstance(sizes, int) else len(sizes)) != 2:
         raise OptionError(f"recursive_couple: sizes is {sizes}", expected="2, or two sizes")
-    ops = tuple(identity() if op is None else lift(op) for op in (first, second))
+    ops = tuple(chain() if op is None else lift(op) for op in (first, second))
     shown = [name_of(f), *(repr(op) for op in ops if op.parts or not isinstance(op, Chain))]
     whole = chain(parts, Half(f, law, 1, "f"), parallel(*ops), invert(parts))
     return named(whole, f"recursive_couple({', '.join(shown)}{as_law(law).suffix})")

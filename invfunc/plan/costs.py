@@ -78,6 +78,10 @@ class OpCosts:
         region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again.
         parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour, and in
             long chains both halves of a coupling are one.
+
+    Example:
+        >>> OpCosts("op", forward=1.0, backward=2.0, bytes=100, tape=800).inverse
+        inf
     """
 
     name: str

@@ -85,7 +85,7 @@ def profile(
 
     Example:
         >>> import torch, invfunc as inv
-        >>> costs = inv.profile(inv.chain(inv.pair(torch.exp, torch.log), torch.tanh), (16, 8))
+        >>> costs = profile(inv.chain(inv.pair(torch.exp, torch.log), torch.tanh), (16, 8))
         >>> [op.bytes == 16 * 8 * torch.finfo(torch.get_default_dtype()).bits // 8 for op in costs.ops]
         [True, True]
     """

@@ -12,7 +12,12 @@ from .costs import EXACT, HELD, Costs, Ledger
 
 @dataclass(frozen=True)
 class Store:
-    """Run op ``first`` (counted from 0) on autograd's tape."""
+    """Run op ``first`` (counted from 0) on autograd's tape.
+
+    Example:
+        >>> Store(2).stop
+        3
+    """
 
     first: int
 
@@ -24,7 +29,12 @@ class Store:
 
 @dataclass(frozen=True)
 class Invert:
-    """Keep nothing of ops ``first .. stop - 1`` but the last one's output; rebuild the rest by inverses."""
+    """Keep nothing of ops ``first .. stop - 1`` but the last one's output; rebuild the rest by inverses.
+
+    Example:
+        >>> to_data((Store(0), Invert(1, 4)))
+        [['store', 0], ['invert', 1, 4]]
+    """
 
     first: int
     stop: int
@@ -32,7 +42,12 @@ class Invert:
 
 @dataclass(frozen=True)
 class Recompute:
-    """Keep the input of ops ``first .. stop - 1``; in backward run them again, as ``inner`` says."""
+    """Keep the input of ops ``first .. stop - 1``; in backward run them again, as ``inner`` says.
+
+    Example:
+        >>> Recompute(0, (Store(0), Store(1))).stop
+        2
+    """
 
     first: int
     inner: Schedule

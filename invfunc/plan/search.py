@@ -72,7 +72,7 @@ def smallest(costs: Costs, max_time: float, max_error: float | None = None) -> S
 def most_exact(costs: Costs, budget: int, max_time: float) -> Schedule:
     """The schedule of least error in a budget and a time: by bisection."""
     if costs.errors is None:
-        raise OptionError("plan: the costs say nothing of errors", cure="inv.profile(f, x, errors=True)")
+        raise OptionError("plan: the costs say nothing of errors", cure="invfunc.plan.profile(f, x, errors=True)")
     limit, found = max_time * costs.seconds * (1 + 1e-6), fastest(costs, budget)
     if predict(costs, found).seconds > limit:
         time = predict(costs, found).seconds / costs.seconds

@@ -39,6 +39,10 @@ class Simulation:
         optimizer: Its share of the optimizer's state.
         buckets: What the gradients are sent from, if that outlives a step.
         step: The most that a step adds at one moment: gathered parameters, gradients and activations.
+
+    Example:
+        >>> Simulation(weights=400, optimizer=800, buckets=0, step=1000).peak_bytes
+        2200
     """
 
     weights: int

@@ -58,7 +58,7 @@ class Plan:
 
     Example:
         >>> import torch, invfunc as inv
-        >>> costs = inv.profile(inv.chain(inv.pair(torch.exp, torch.log), torch.tanh), (16, 8))
+        >>> costs = profile(inv.chain(inv.pair(torch.exp, torch.log), torch.tanh), (16, 8))
         >>> inv.plan(costs, max_time=1.0).modes
         (('store', 0), ('store', 1))
     """

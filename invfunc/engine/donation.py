@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .. import _torch
 from ..core.packing import pack_bits, unpack_bits
-from ..engine.strands import State, Strand, at_start, carriers, is_tail, map_state
 from ..errors import DonatedError
 from ..wires import Wire, is_differentiable, leaves
+from .strands import State, Strand, at_start, carriers, is_tail, map_state
 
 
 class Donated(Tensor):

@@ -1,7 +1,7 @@
-"""InvTorch's names over the same values: change ``import invtorch`` to ``from invfunc.nn import invtorch``.
+"""InvTorch's names over the same values: change ``import invtorch`` to ``from invfunc.compat import invtorch``.
 
-Its modules are those of `invfunc.nn`, so that ``import invtorch.nn as inn`` becomes ``import invfunc.nn as inn``; here
-are its functions. MIGRATING.md tells what differs, and why.
+Its modules are in its ``nn``, as they were: ``import invtorch.nn as inn`` becomes ``from invfunc.compat.invtorch import
+nn as inn``. MIGRATING.md tells what differs, and why.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import checkpoint as _checkpoint
-from ..core.op import name_of, pair
-from ..nn.module import InvertibleModule, apart, safe_to_donate
-from ..wires import Wire
+from ...checkpoint import checkpoint as _checkpoint
+from ...core.op import name_of, pair
+from ...nn.module import InvertibleModule, apart, safe_to_donate
+from ...wires import Wire
+from . import nn
 
 Module = InvertibleModule
+
+__all__ = ["InvertibleModule", "Module", "checkpoint", "invertible_checkpoint", "nn"]
 
 
 def checkpoint(
