@@ -207,7 +207,7 @@ def given_pairs(*shapes: tuple[int, ...]) -> Callable[[], list[Any]]:
 
 def beside(size: int) -> inv.Invertible:
     """An op on the first of two components."""
-    return inv.parallel(scale_by(weight(size)), inv.identity())
+    return inv.parallel(scale_by(weight(size)), inv.chain())
 
 
 class Block(nn.Module):
@@ -297,8 +297,8 @@ STATISTICS = {
 
 EXAMPLES: dict[str, Example] = {
     # ---- core ----
-    "identity": Example(inv.identity, tensors((3,), (2, 3), (2, 2, 2))),
-    "identity, nested": Example(inv.identity, nested),
+    "identity": Example(inv.chain, tensors((3,), (2, 3), (2, 2, 2))),
+    "identity, nested": Example(inv.chain, nested),
     "pair": Example(lambda: inv.pair(torch.exp, torch.log), tensors((3,), (2, 3), (2, 2, 2))),
     "pair, complex": Example(lambda: inv.pair(torch.exp, torch.log), complex_tensors((3,), (2, 3), (2, 2, 2))),
     "pair, closures": Example(lambda: scaled(weight(3) + 2), tensors((3,), (2, 3), (1, 2, 3))),
@@ -309,8 +309,8 @@ EXAMPLES: dict[str, Example] = {
     "one_way": Example(lambda: inv.one_way(mlp(3)), tensors((2, 3), (1, 3), (2, 2, 3))),
     "chain": Example(pipeline, tensors((3, 4), (2, 5, 4), (1, 4))),
     "parallel": Example(lambda: inv.parallel(scale_by(weight(4)), inv.ops.sinh()), pairs(*ON_PAIRS)),
-    "parallel, residue": Example(lambda: inv.parallel(inv.identity(), centre()), pairs(*ON_PAIRS)),
-    "parallel, nested": Example(lambda: inv.parallel(inv.swap(), inv.identity()), nested),
+    "parallel, residue": Example(lambda: inv.parallel(inv.chain(), centre()), pairs(*ON_PAIRS)),
+    "parallel, nested": Example(lambda: inv.parallel(inv.swap(), inv.chain()), nested),
     "swap": Example(inv.swap, nested),
     "permute_wires": Example(lambda: inv.permute_wires([2, 0, 1]), pairs(*ON_PAIRS, count=3)),
     "split": Example(lambda: inv.split(2), tensors(*ON_ROWS)),
@@ -323,8 +323,11 @@ EXAMPLES: dict[str, Example] = {
     "checkpoint": Example(lambda: inv.checkpoint(block(4)), pairs(*ON_PAIRS)),
     "checkpoint, one_way": Example(lambda: inv.chain(mlp(4), inv.checkpoint(closure(weight(4)))), tensors(*ON_PAIRS)),
     # ---- elementwise ----
-    "affine": Example(lambda: inv.ops.affine(weight(3) + 2, weight(3)), on_threes(-1e6, 0.0, 1e6)),
-    "additive": Example(lambda: inv.ops.additive(weight(3)), on_threes(-1e6, 0.0, 1e6)),
+    "affine": Example(lambda: inv.affine(weight(3) + 2, weight(3)), on_threes(-1e6, 0.0, 1e6)),
+    "from_transform": Example(
+        lambda: inv.ops.from_transform(torch.distributions.transforms.AffineTransform(1.0, 2.0)), on_threes(0.0)
+    ),
+    "additive": Example(lambda: inv.additive(weight(3)), on_threes(-1e6, 0.0, 1e6)),
     "exp": Example(inv.ops.exp, reals(-30.0, 0.0, 20.0)),
     "log": Example(inv.ops.log, interval(0.01, 3, 1e-12, 1.0, 1e6)),
     "sigmoid": Example(inv.ops.sigmoid, reals(-30.0, 0.0, 12.0)),
@@ -432,10 +435,10 @@ EXAMPLES: dict[str, Example] = {
     "couple, images": Example(
         lambda: inv.couple(conv(2), conv(2)), wide_pairs((2, 2, 3, 3), (1, 2, 4, 2), (3, 2, 1, 1))
     ),
-    "couple, affine": Example(lambda: affine(inv.exp_scale(mlp(4, 8), dim=-1)), wide_pairs(*ON_PAIRS)),
-    "couple, sigmoid_scale": Example(lambda: affine(inv.sigmoid_scale(mlp(4, 8), dim=-1)), wide_pairs(*ON_PAIRS)),
-    "couple, tanh_scale": Example(lambda: affine(inv.tanh_scale(mlp(4, 8), dim=-1)), wide_pairs(*ON_PAIRS)),
-    "couple, inverse": Example(lambda: ~affine(inv.tanh_scale(mlp(4, 8), dim=-1)), wide_pairs(*ON_PAIRS)),
+    "couple, affine": Example(lambda: affine(inv.ops.exp_scale(mlp(4, 8), dim=-1)), wide_pairs(*ON_PAIRS)),
+    "couple, sigmoid_scale": Example(lambda: affine(inv.ops.sigmoid_scale(mlp(4, 8), dim=-1)), wide_pairs(*ON_PAIRS)),
+    "couple, tanh_scale": Example(lambda: affine(inv.ops.tanh_scale(mlp(4, 8), dim=-1)), wide_pairs(*ON_PAIRS)),
+    "couple, inverse": Example(lambda: ~affine(inv.ops.tanh_scale(mlp(4, 8), dim=-1)), wide_pairs(*ON_PAIRS)),
     "couple, any law": Example(lambda: inv.couple(lambda x: x.cos() + 2, law=scale_by), wide_pairs(*ON_PAIRS)),
     "couple, nested": Example(lambda: inv.couple(lambda a, b: a * b, law=shift_both), nested_pairs),
     "couple, law of nested values": Example(lambda: inv.couple(choice(weight(4)), law=chosen), wide_pairs(*ON_PAIRS)),
@@ -453,7 +456,7 @@ EXAMPLES: dict[str, Example] = {
         wide_pairs((3, 4), (1, 4), (4, 4), count=3),
     ),
     "couple_streams, previous": Example(
-        lambda: inv.ops.couple_streams([inv.tanh_scale(mlp(4, 8), dim=-1)] * 4, law=inv.affine, reads="previous"),
+        lambda: inv.ops.couple_streams([inv.ops.tanh_scale(mlp(4, 8), dim=-1)] * 4, law=inv.affine, reads="previous"),
         wide_pairs(*ON_PAIRS, count=4),
     ),
     "given": Example(lambda: inv.ops.given(inv.couple(Product(4), Product(4))), given_pairs(*ON_PAIRS)),
@@ -465,7 +468,9 @@ EXAMPLES: dict[str, Example] = {
         lambda: inv.ops.split_mask(torch.tensor([True, False, True])), wide((2, 3), (1, 3), (2, 2, 3))
     ),
     "masked_couple": Example(
-        lambda: inv.ops.masked_couple(inv.tanh_scale(conv(2, 4)), inv.ops.checkerboard_mask([3, 4]), law=inv.affine),
+        lambda: inv.ops.masked_couple(
+            inv.ops.tanh_scale(conv(2, 4)), inv.ops.checkerboard_mask([3, 4]), law=inv.affine
+        ),
         wide((2, 2, 3, 4), (1, 2, 3, 4), (3, 2, 3, 4)),
     ),
     "masked_couple, spline": Example(
@@ -507,8 +512,10 @@ EXAMPLES: dict[str, Example] = {
         lambda: ~inv.ops.residual_flow(contraction(4)),
         tensors((3, 4), (2, 4), edge=[torch.zeros(1, 4, dtype=torch.float64)]),
     ),
-    "autoregressive": Example(lambda: inv.ops.autoregressive(inv.tanh_scale(Before(4)), dim=-1), tensors(*ON_PAIRS)),
+    "autoregressive": Example(
+        lambda: inv.ops.autoregressive(inv.ops.tanh_scale(Before(4)), dim=-1), tensors(*ON_PAIRS)
+    ),
     "autoregressive, inverse": Example(
-        lambda: ~inv.ops.autoregressive(inv.tanh_scale(Before(4)), dim=-1), tensors(*ON_PAIRS)
+        lambda: ~inv.ops.autoregressive(inv.ops.tanh_scale(Before(4)), dim=-1), tensors(*ON_PAIRS)
     ),
 }

@@ -11,7 +11,7 @@ import invfunc as inv
 from invfunc.__main__ import Setting, network
 from invfunc.errors import OptionError
 from invfunc.look.memory import measure
-from invfunc.plan import Costs, OpCosts, Plan
+from invfunc.plan import Costs, OpCosts, Plan, profile
 from invfunc.plan.executor import flat_ops
 from invfunc.plan.inputs import as_input
 from invfunc.plan.profiling import mean_square
@@ -49,7 +49,7 @@ def make_op(kind: str, width: int):
         return inv.chain(inv.split(2), inv.couple(mlp(half), mlp(half)), inv.concat(2))
     if kind == "affine":
         return inv.chain(
-            inv.split(2), inv.couple(inv.tanh_scale(nn.Linear(half, width)), law=inv.affine), inv.concat(2)
+            inv.split(2), inv.couple(inv.ops.tanh_scale(nn.Linear(half, width)), law=inv.affine), inv.concat(2)
         )
     if kind == "closure":
         weight = nn.Parameter(0.1 * torch.randn(half, half))
@@ -166,9 +166,11 @@ def stretch(width: int, decades: float) -> inv.Invertible:
 
 
 ROUNDING = {
-    "affine, bounded scales": lambda: inv.chain(*[affine_block(16, 1.0, inv.tanh_scale) for _ in range(16)]),
-    "affine, bounded scales, expansive": lambda: inv.chain(*[affine_block(16, 3.0, inv.tanh_scale) for _ in range(32)]),
-    "affine, exponential scales": lambda: inv.chain(*[affine_block(16, 1.0, inv.exp_scale) for _ in range(16)]),
+    "affine, bounded scales": lambda: inv.chain(*[affine_block(16, 1.0, inv.ops.tanh_scale) for _ in range(16)]),
+    "affine, bounded scales, expansive": lambda: inv.chain(
+        *[affine_block(16, 3.0, inv.ops.tanh_scale) for _ in range(32)]
+    ),
+    "affine, exponential scales": lambda: inv.chain(*[affine_block(16, 1.0, inv.ops.exp_scale) for _ in range(16)]),
     "additive, deep": lambda: inv.chain(*[additive_block(16, 1.0) for _ in range(24)]),
     "additive, expansive": lambda: inv.chain(*[additive_block(16, 3.0) for _ in range(32)]),
     "dense linears": lambda: inv.chain(*[make() for _ in range(8) for make in (stretched, added)]),
@@ -192,7 +194,7 @@ def new_errors(make, shares=SHARES, limits=LIMITS):
     """``((share, limit), error)`` for all that can be met: plans from one batch, gradients of another."""
     torch.manual_seed(0)
     f, seen, new = make(), torch.randn(256, 16).requires_grad_(), torch.randn(256, 16).requires_grad_()
-    costs, weights = inv.profile(f, seen, errors=True), weights_of(f, new)
+    costs, weights = profile(f, seen, errors=True), weights_of(f, new)
     exact = gradients(f, new, mean_square, weights)
     bound = predict(costs, least(costs)).peak_bytes
     for share, limit in product(shares, limits):

@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import invfunc as inv
 from invfunc import _torch, ops
 from invfunc.engine import lowering
-from invfunc.engine.meter import DriftWarning
 from invfunc.engine.replay import owners, recorded
-from invfunc.errors import ReplayError, WireError
+from invfunc.errors import DriftWarning, ReplayError, WireError
 
 WIDTH, DEPTH = 4, 3
 
@@ -199,7 +198,7 @@ def leave_training(net: Net) -> None:
 
 
 def begin_to_pin(net: Net) -> None:
-    net[2].after = lambda y: y * inv.record("sign", (y > 0).double())
+    net[2].after = lambda y: y * inv.pin("sign", (y > 0).double())
 
 
 def return_what_broadcasts(net: Net) -> None:
@@ -570,7 +569,7 @@ class Average(nn.Module):
 @pytest.mark.parametrize("law", [inv.additive, inv.affine])
 def test_a_slot_that_is_assigned_in_every_call_moves_once(law: Any) -> None:
     def op(*branches: nn.Module) -> inv.Invertible:
-        return inv.couple(*(branches if law is inv.additive else map(inv.tanh_scale, branches)), law=law)
+        return inv.couple(*(branches if law is inv.additive else map(inv.ops.tanh_scale, branches)), law=law)
 
     width = WIDTH if law is inv.additive else 2 * WIDTH
     ours = [Average(width), Average(width)]
@@ -631,9 +630,9 @@ def test_a_traced_module() -> None:
 
 
 WAYS_OUT = {
-    "store": inv.store(inv.ops.tanh()),
-    "recompute": inv.recompute(inv.ops.tanh()),
-    "one way": inv.chain(inv.identity(), inv.one_way(torch.tanh)),
+    "store": inv.mark(inv.ops.tanh(), "store"),
+    "recompute": inv.mark(inv.ops.tanh(), "recompute"),
+    "one way": inv.chain(inv.chain(), inv.one_way(torch.tanh)),
 }
 
 
@@ -641,7 +640,7 @@ WAYS_OUT = {
 @pytest.mark.parametrize("used", [0, 1])
 def test_a_component_that_leaves_the_trunk_before_the_others(part: inv.Invertible, used: int) -> None:
     f, g = Branch(), Branch()
-    op = inv.chain(inv.couple(f, g), inv.parallel(inv.identity(), part))
+    op = inv.chain(inv.couple(f, g), inv.parallel(inv.chain(), part))
     x = [torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     for _ in range(2):
         found, expected = [torch.autograd.grad(loss(fn(*x)[used]), x) for fn in (inv.checkpoint(op), op)]

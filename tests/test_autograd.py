@@ -70,7 +70,9 @@ LOWERINGS: dict[str, Callable[[inv.Invertible], Callable[..., Any]]] = {
     "function": lambda op: inv.checkpoint(lambda *xs: op(*xs)),
     "twice inverted": lambda op: ~inv.checkpoint(~op),
     "marks": lambda op: inv.checkpoint(
-        inv.chain(op.parts[0], inv.recompute(op.parts[1]), inv.store(inv.chain(*op.parts[2:-1])), op.parts[-1])
+        inv.chain(
+            op.parts[0], inv.mark(op.parts[1], "recompute"), inv.mark(inv.chain(*op.parts[2:-1]), "store"), op.parts[-1]
+        )
     ),
 }
 every_lowering = pytest.mark.parametrize("lower", LOWERINGS.values(), ids=LOWERINGS)
@@ -146,7 +148,7 @@ def test_double_backward(lower: Callable[..., Any]) -> None:
 @every_lowering
 def test_triple_backward(lower: Callable[..., Any]) -> None:
     net, x, found = Net(depth=1), leaf(2, 2 * WIDTH), []
-    for fn in net.op, lower(inv.chain(*net.op.parts[:2], inv.identity(), *net.op.parts[2:])):
+    for fn in net.op, lower(inv.chain(*net.op.parts[:2], inv.chain(), *net.op.parts[2:])):
         (once,) = torch.autograd.grad(loss(fn(x)), x, create_graph=True)
         (twice,) = torch.autograd.grad(loss(once), x, create_graph=True)
         found.append(torch.autograd.grad(loss(twice), [x, *net.parameters]))
@@ -714,9 +716,9 @@ def test_a_copy_of_a_lowered_module_trains_its_own_parameters(
     "op",
     [
         lambda: inv.checkpoint(inv.couple(nn.Linear(WIDTH, WIDTH), torch.tanh), segments=2),
-        lambda: inv.chain(inv.store(inv.swap()), inv.recompute(torch.add)),
+        lambda: inv.chain(inv.mark(inv.swap(), "store"), inv.mark(torch.add, "recompute")),
         lambda: ~inv.checkpoint(inv.chain(inv.concat(2), inv.split(2))),
-        lambda: inv.couple(inv.tanh_scale(nn.Linear(WIDTH, 2 * WIDTH)), law=inv.affine),
+        lambda: inv.couple(inv.ops.tanh_scale(nn.Linear(WIDTH, 2 * WIDTH)), law=inv.affine),
     ],
 )
 @pytest.mark.parametrize("copied", copies().values(), ids=copies())

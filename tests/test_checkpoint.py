@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import invfunc as inv
-from invfunc.engine import replay
+from invfunc.engine import lowering, replay
 from invfunc.errors import NotInvertibleError, OptionError, ReplayError, WireError
 from invfunc.look.memory import measure
 
@@ -739,7 +739,7 @@ def test_an_error_of_the_function_leaves_no_state_behind(when: str, kind: str) -
 
     def f(x: Tensor) -> Tensor:
         calls.append(None)
-        x = inv.record("half", dropout(x) * w)
+        x = inv.pin("half", dropout(x) * w)
         if len(calls) == (1 if when == "forward" else 2):
             raise ZeroDivisionError("mine")
         return x
@@ -920,13 +920,13 @@ def test_a_mode_may_change_between_forward_and_backward() -> None:
 def test_the_innermost_mark_wins_and_a_mode_overrides_marks() -> None:
     op, x = inv.pair(torch.sinh, torch.asinh), leaf(A)
     for mark, expected in [
-        (inv.store, "store"),
-        (inv.recompute, "recompute"),
-        (inv.reconstruct, "invert"),
-        (lambda op: inv.store(inv.recompute(op)), "recompute"),
-        (lambda op: inv.recompute(inv.store(op)), "store"),
-        (lambda op: inv.store(inv.chain(inv.reconstruct(op))), "invert"),
-        (lambda op: inv.store(inv.checkpoint(op, mode="recompute")), "recompute"),
+        (lambda op: inv.mark(op, "store"), "store"),
+        (lambda op: inv.mark(op, "recompute"), "recompute"),
+        (lambda op: inv.mark(op, "invert"), "invert"),
+        (lambda op: inv.mark(inv.mark(op, "recompute"), "store"), "recompute"),
+        (lambda op: inv.mark(inv.mark(op, "store"), "recompute"), "store"),
+        (lambda op: inv.mark(inv.chain(inv.mark(op, "invert")), "store"), "invert"),
+        (lambda op: inv.mark(inv.checkpoint(op, mode="recompute"), "store"), "recompute"),
     ]:
         for mode in ("invert", "store", "recompute"):
             fast = inv.checkpoint(mark(op), mode=mode)
@@ -938,19 +938,19 @@ def test_the_innermost_mark_wins_and_a_mode_overrides_marks() -> None:
 
 def test_marks_do_not_change_what_an_op_means() -> None:
     op, x = inv.pair(torch.sinh, torch.asinh), leaf(A)
-    for mark in inv.store, inv.recompute, inv.reconstruct:
-        marked = mark(op)
+    for word in "store", "recompute", "invert":
+        marked = inv.mark(op, word)
         assert_close(marked(x), op(x))
         assert_close((~marked)(op(x)), x)
         assert_same(op, ~~marked, [x], x)
-        assert repr(marked) == f"{mark.__name__}(pair(sinh, asinh))"
-        assert repr(~marked) == f"{mark.__name__}(invert(pair(sinh, asinh)))"
+        assert repr(marked) == f"mark(pair(sinh, asinh), {word!r})"
+        assert repr(~marked) == f"mark(invert(pair(sinh, asinh)), {word!r})"
 
 
 def test_a_plain_callable_may_be_marked() -> None:
     linear, x = nn.Linear(A, A), leaf(2, A)
-    for mark in inv.store, inv.recompute:
-        net = inv.chain(inv.pair(torch.sinh, torch.asinh), mark(linear), torch.tanh)
+    for word in "store", "recompute":
+        net = inv.chain(inv.pair(torch.sinh, torch.asinh), inv.mark(linear, word), torch.tanh)
         assert_same(net, inv.checkpoint(net), [x, *linear.parameters()], x)
 
 
@@ -964,12 +964,19 @@ def test_store_keeps_what_is_inside_and_recompute_its_entry() -> None:
         return measure(lambda: inv.checkpoint(net)(x)).held_bytes
 
     assert held(inv.chain(op, inside, op)) == n
-    assert held(inv.chain(op, inv.store(inside), op)) == 4 * n  # the inputs of three sinh, and the output
-    assert held(inv.chain(op, inv.recompute(inside), op)) == 2 * n  # the entry; the exit is rebuilt by the last op
+    assert held(inv.chain(op, inv.mark(inside, "store"), op)) == 4 * n  # the inputs of three sinh, and the output
+    assert (
+        held(inv.chain(op, inv.mark(inside, "recompute"), op)) == 2 * n
+    )  # the entry; the exit is rebuilt by the last op
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: inv.mode("sideways").__enter__(), lambda: inv.checkpoint(inv.swap(), mode="fast")]
+    "make",
+    [
+        lambda: inv.mode("sideways").__enter__(),
+        lambda: inv.checkpoint(inv.swap(), mode="fast"),
+        lambda: inv.mark(inv.swap(), "keep"),
+    ],
 )
 def test_an_unknown_mode(make: Callable[[], Any]) -> None:
     with pytest.raises(OptionError, match=r"mode is '\w+', expected 'invert' or 'store' or 'recompute'"):
@@ -990,34 +997,45 @@ def test_memory_grows_by_one_activation_a_cut() -> None:
             for k in (1, 2, 3, 6)
         ]
         assert held == [n, 2 * n, 3 * n, 6 * n]
-        cut = inv.checkpoint(inv.chain(*blocks), segments=(2, 3, 11), mode=mode)
+        cut = inv.checkpoint(inv.chain(*blocks), cuts=(2, 3, 11), mode=mode)
         assert measure(lambda cut=cut: cut(x)).held_bytes == 4 * n
 
 
 @pytest.mark.parametrize("mode", ["invert", "store", "recompute"])
-@pytest.mark.parametrize("segments", [1, 2, 4, 7, (1,), (3, 5), (1, 2, 3, 4, 5, 6)])
-def test_segments_change_no_gradient(segments: Any, mode: str) -> None:
+@pytest.mark.parametrize(
+    "where",
+    [*({"segments": k} for k in (1, 2, 4, 7)), *({"cuts": c} for c in ((1,), (3, 5), (1, 2, 3, 4, 5, 6)))],
+    ids=str,
+)
+def test_segments_change_no_gradient(where: Any, mode: str) -> None:
     w = leaf(A)
     blocks = [inv.pair(lambda x: x * w, lambda y: y / w), inv.pair(torch.asinh, torch.sinh)] * 4
     net, x = inv.chain(*blocks[:7]), leaf(A)
-    assert_same(net, inv.checkpoint(net, segments=segments, mode=mode), [x, w], x)
-    fast = inv.checkpoint(net, segments=segments, mode=mode)
+    assert_same(net, inv.checkpoint(net, mode=mode, **where), [x, w], x)
+    fast = inv.checkpoint(net, mode=mode, **where)
     assert_same(~net, ~fast, [x, w], net(x).detach().requires_grad_())
     assert ~~fast == fast
 
 
-@pytest.mark.parametrize("segments", [0, -1, 4, 10**6, (0,), (3,), (2, 1), (1, 1), (-1,)])
-def test_segments_out_of_range(segments: Any) -> None:
+@pytest.mark.parametrize("segments", [0, -1, 4, 10**6])
+def test_segments_out_of_range(segments: int) -> None:
     net = inv.chain(*[inv.pair(torch.sinh, torch.asinh)] * 3)
-    with pytest.raises(
-        OptionError, match=r"segments=.* of an op with 3 parts, expected a number from 1 to 3, or increasing"
-    ):
+    with pytest.raises(OptionError, match=r"segments=-?\d+ of an op with 3 parts, expected a number from 1 to 3$"):
         inv.checkpoint(net, segments=segments)
 
 
+@pytest.mark.parametrize("cuts", [(0,), (3,), (2, 1), (1, 1), (-1,)])
+def test_cuts_out_of_range(cuts: tuple[int, ...]) -> None:
+    net = inv.chain(*[inv.pair(torch.sinh, torch.asinh)] * 3)
+    with pytest.raises(OptionError, match=r"cuts=\(.*\) of an op with 3 parts, expected increasing places from 1 to 2"):
+        inv.checkpoint(net, cuts=cuts)
+
+
 def test_segments_of_what_has_no_inverse() -> None:
-    for option in {"segments": 2}, {"donate": True}:
-        with pytest.raises(NotInvertibleError, match=r"tanh has no inverse; segments and donate need an invertible op"):
+    for option in {"segments": 2}, {"cuts": [1]}, {"donate": True}:
+        with pytest.raises(
+            NotInvertibleError, match=r"tanh has no inverse; segments, cuts and donate need an invertible op"
+        ):
             inv.checkpoint(torch.tanh, **option)
 
 
@@ -1071,7 +1089,7 @@ def _residual() -> inv.Invertible:
 PARTS: dict[str, Callable[[], Any]] = {
     "module": lambda: inv.couple(Affine(), Affine()),
     "closure": lambda: inv.couple(_closure(), torch.sin),
-    "affine": lambda: inv.couple(inv.tanh_scale(nn.Linear(A, 2 * A)), law=inv.affine),
+    "affine": lambda: inv.couple(inv.ops.tanh_scale(nn.Linear(A, 2 * A)), law=inv.affine),
     "one half": lambda: inv.couple(Affine()),
     "swap": inv.swap,
     "parallel": lambda: inv.parallel(inv.pair(torch.asinh, torch.sinh), inv.pair(torch.atan, torch.tan)),
@@ -1080,9 +1098,9 @@ PARTS: dict[str, Callable[[], Any]] = {
     "residue": _residual,
 }
 MARKS = {
-    "store": inv.store,
-    "recompute": inv.recompute,
-    "reconstruct": inv.reconstruct,
+    "store": lambda op: inv.mark(op, "store"),
+    "recompute": lambda op: inv.mark(op, "recompute"),
+    "invert": lambda op: inv.mark(op, "invert"),
     "checkpoint": inv.checkpoint,
     "checkpoint recompute": lambda op: inv.checkpoint(op, mode="recompute"),
 }
@@ -1101,7 +1119,7 @@ def build(plan: Any, parameters: list[Tensor]) -> tuple[inv.Invertible, inv.Inve
     """A pipeline with its marks, and the same one without."""
     if isinstance(plan, str):
         op = PARTS[plan]()
-        owned = inv.lowering.owners_of(op)
+        owned = lowering.owners_of(op)
         parameters += [p for module in owned.modules for p in module.parameters()]
         parameters += [t for fn in op.functions for t in getattr(fn, "tensors", [])]
         return op, op

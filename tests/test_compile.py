@@ -76,7 +76,7 @@ def couplings(modules: nn.ModuleList, depth: int = 1) -> Any:
 
 
 def affine(modules: nn.ModuleList) -> Any:
-    return between(inv.couple(inv.tanh_scale(owned(modules, mlp(out=2 * WIDTH))), law=inv.affine), inv.swap())
+    return between(inv.couple(inv.ops.tanh_scale(owned(modules, mlp(out=2 * WIDTH))), law=inv.affine), inv.swap())
 
 
 def tensors(modules: nn.ModuleList) -> Any:
@@ -99,7 +99,7 @@ def _scaled(scale: Tensor, x: Tensor) -> Tensor:
 
 def marks(modules: nn.ModuleList) -> Any:
     blocks = [inv.couple(owned(modules, mlp())) for _ in range(3)]
-    return between(blocks[0], inv.store(blocks[1]), inv.recompute(blocks[2]), blocks[0])
+    return between(blocks[0], inv.mark(blocks[1], "store"), inv.mark(blocks[2], "recompute"), blocks[0])
 
 
 def buffers(modules: nn.ModuleList) -> Any:
@@ -294,9 +294,7 @@ def test_dropout_draws_the_same_mask_in_backward() -> None:
 )
 def test_other_random_numbers_are_refused(draw: Callable[[Tensor], Tensor]) -> None:
     op = inv.checkpoint(between(inv.couple(draw)))
-    message = (
-        "draws random numbers with .*, expected none but those of dropout: a graph can not draw the same again; mark"
-    )
+    message = "draws random numbers with .*, expected none but those of dropout: a graph can not draw the same again; store it"
     with pytest.raises(Exception, match=message):
         torch.compile(op, backend="eager", fullgraph=True)(torch.randn(5, 2 * WIDTH, requires_grad=True))
 

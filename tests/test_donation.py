@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
-from invfunc.compat.donation import Donated
+from invfunc.engine.donation import Donated
 from invfunc.errors import DonatedError, OptionError
 from invfunc.look.memory import measure
 
@@ -175,7 +175,7 @@ def test_several_inputs_and_places() -> None:
 
 
 def test_other_leaves_ride_along() -> None:
-    op = inv.parallel(inv.pair(torch.sinh, torch.asinh), inv.identity())
+    op = inv.parallel(inv.pair(torch.sinh, torch.asinh), inv.chain())
     x, i = torch.randn(3).requires_grad_() * 2, torch.tensor([1, 2])
     y, j = donating(op)(x, i)
     assert type(x) is Donated and type(i) is Tensor and torch.equal(i, j)
@@ -304,7 +304,7 @@ def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(DonatedError, match="input 1 can not be freed: it is there twice"):
         donating(inv.couple(f))(xs[0], xs[0])
     with pytest.raises(DonatedError, match="input 1 can not be freed: it is a Tensor of torch.int64, not a plain"):
-        donating(inv.parallel(f, inv.identity()), [1])(xs[0], torch.tensor([1, 2]))
+        donating(inv.parallel(f, inv.chain()), [1])(xs[0], torch.tensor([1, 2]))
 
 
 def test_a_tensor_may_be_donated_once() -> None:
@@ -324,7 +324,7 @@ def test_transforms_are_refused() -> None:
 
 
 def test_an_output_that_is_a_view_of_the_input_is_refused() -> None:
-    for op in inv.split(2), inv.identity(), inv.couple(nn.Linear(WIDTH, WIDTH)):
+    for op in inv.split(2), inv.chain(), inv.couple(nn.Linear(WIDTH, WIDTH)):
         xs = [torch.randn(2, WIDTH).requires_grad_() * 1 for _ in range(2 if "couple" in repr(op) else 1)]
         with pytest.raises(DonatedError, match="donate: the output is a view of the input; leave donate=False"):
             donating(op)(*xs)
@@ -334,10 +334,10 @@ def test_an_output_that_is_a_view_of_the_input_is_refused() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda net: donating(inv.chain(inv.store(net.op))),
-        lambda net: donating(inv.chain(inv.recompute(net.op))),
+        lambda net: donating(inv.chain(inv.mark(net.op, "store"))),
+        lambda net: donating(inv.chain(inv.mark(net.op, "recompute"))),
         lambda net: donating(inv.chain(torch.sinh, net.op)),
-        lambda net: inv.checkpoint(net.op, donate=True, segments=(1,)),
+        lambda net: inv.checkpoint(net.op, donate=True, cuts=(1,)),
         lambda net: donating(inv.chain(inv.pair(lambda x: (x * 2, x), lambda r, y: y / 2, residue=True), net.op)),
     ],
     ids=["store", "recompute", "one way", "cut", "residue"],

@@ -1,4 +1,4 @@
-"""The drift meter: what it estimates, what it says, when it keeps silent, and what it costs. And anchors."""
+"""The drift meter: what it estimates, what it says, when it keeps silent, and what it costs. And cuts."""
 
 import gc
 import math
@@ -41,7 +41,7 @@ def additive(depth: int, gain: float = 1.0, width: int = WIDTH) -> inv.Invertibl
 
 def scaled(depth: int, gain: float = 1.0) -> inv.Invertible:
     def half() -> Any:
-        return inv.tanh_scale(branch(WIDTH, gain, 2 * WIDTH), 1.0, dim=-1)
+        return inv.ops.tanh_scale(branch(WIDTH, gain, 2 * WIDTH), 1.0, dim=-1)
 
     blocks = [inv.couple(half(), half(), law=inv.affine) for _ in range(depth)]
     return inv.chain(inv.split(2, dim=-1), *blocks, inv.concat(2, dim=-1))
@@ -149,7 +149,7 @@ def test_an_exact_inverse_has_no_drift(estimates: list[float]) -> None:
 def test_what_only_moves_values_has_no_trunk(estimates: list[float]) -> None:
     x = torch.randn(4, 6, requires_grad=True)
     op = inv.checkpoint(inv.chain(ops.transpose(0, 1), inv.split(2, dim=0), inv.swap(), inv.concat(2, dim=0)))
-    assert inv.saved(op, x) == []
+    assert inv.look.saved(op, x) == []
     assert inv.measure(op, x).held_bytes == 4 * 6 * x.element_size()  # its output
     step(op, x)
     assert estimates == []
@@ -190,13 +190,13 @@ def leaf(*shape: int) -> Tensor:
 
 MESSAGE = (
     "the input of the pipeline, rebuilt in backward, is off by about 1e-02 of its size, expected at most 1e-06 "
-    "(float64); store more on the way (checkpoint(..., anchors=...)), keep the stream exactly (inv.exact), or let the "
-    "error grow less: a wider stream dtype, normalised branches, bounded scales (inv.tanh_scale)"
+    "(float64); store more on the way (checkpoint(..., cuts=...)), keep the stream exactly (inv.exact), or let the "
+    "error grow less: a wider stream dtype, normalised branches, bounded scales (inv.ops.tanh_scale)"
 )
 
 
 def test_it_warns_by_default_with_the_error_and_three_cures() -> None:
-    with pytest.warns(inv.DriftWarning) as caught:
+    with pytest.warns(inv.errors.DriftWarning) as caught:
         step(wrong_by(0.01), leaf(3, 4))
     assert [str(w.message) for w in caught] == [MESSAGE]
 
@@ -208,9 +208,11 @@ def test_it_raises_when_asked() -> None:
 
 
 def test_it_names_the_stage_behind_a_cut_and_what_is_stored() -> None:
-    op = inv.chain(wrong_by(0.0), torch.neg, wrong_by(0.0), inv.recompute(torch.sin), wrong_by(0.01), wrong_by(0.02))
-    with pytest.warns(inv.DriftWarning) as caught:
-        step(op, leaf(3, 4), anchors=[5])
+    op = inv.chain(
+        wrong_by(0.0), torch.neg, wrong_by(0.0), inv.mark(torch.sin, "recompute"), wrong_by(0.01), wrong_by(0.02)
+    )
+    with pytest.warns(inv.errors.DriftWarning) as caught:
+        step(op, leaf(3, 4), cuts=[5])
     assert [str(w.message).partition(", ")[0] for w in caught] == [
         "chain stage 5 (wrong): its input",
         "what one_way(sin) gives",
@@ -219,7 +221,7 @@ def test_it_names_the_stage_behind_a_cut_and_what_is_stored() -> None:
 
 def test_a_tolerance_of_ones_own() -> None:
     step(wrong_by(0.01), leaf(3, 4), drift=0.02)
-    with pytest.warns(inv.DriftWarning, match="expected at most 5e-03"):
+    with pytest.warns(inv.errors.DriftWarning, match="expected at most 5e-03"):
         step(wrong_by(0.01), leaf(3, 4), drift=0.005)
 
 
@@ -228,7 +230,7 @@ def test_a_tolerance_of_ones_own() -> None:
 )
 def test_the_default_tolerance_is_that_of_the_stream(dtype: torch.dtype, bound: float) -> None:
     step(wrong_by(0.5 * bound), leaf(50, 4).to(dtype))
-    with pytest.warns(inv.DriftWarning):
+    with pytest.warns(inv.errors.DriftWarning):
         step(wrong_by(4 * bound), leaf(50, 4).to(dtype))
 
 
@@ -376,7 +378,7 @@ def test_samples_are_judged_in_order_when_they_arrive(arrivals: list[Event]) -> 
     drift.settle()
     assert len(drift._TRAVELLING) == 3  # the first has not arrived
     arrivals[0].done = arrivals[1].done = True
-    with pytest.warns(inv.DriftWarning) as caught:
+    with pytest.warns(inv.errors.DriftWarning) as caught:
         step(wrong_by(0.0), leaf(3))  # the next trunk passes by
     assert [str(w.message).partition(",")[0] for w in caught] == ["first", "third"]
 
@@ -386,49 +388,47 @@ def test_on_cuda_the_warning_comes_with_a_later_trunk() -> None:
     op, x = wrong_by(0.1), torch.randn(64, 64, device="cuda", requires_grad=True)
     step(op, x)
     torch.cuda.synchronize()
-    with pytest.warns(inv.DriftWarning, match="about 1e-01 of its size"):
+    with pytest.warns(inv.errors.DriftWarning, match="about 1e-01 of its size"):
         step(wrong_by(0.0), x)
 
 
-# ---- anchors ---------------------------------------------------------------------------------------------------------
+# ---- cuts ------------------------------------------------------------------------------------------------------------
 
 
-def test_anchors_are_cuts(float32: None) -> None:
+def test_segments_and_cuts_store_alike(float32: None) -> None:
     op, x = additive(10), torch.randn(4, 2 * WIDTH)
-    held = [measure(lambda o=o: inv.checkpoint(op, **o)(x)).held_bytes for o in ({}, {"anchors": 3}, {"segments": 4})]
+    ways = {}, {"cuts": [3, 6, 9]}, {"segments": 4}
+    held = [measure(lambda o=o: inv.checkpoint(op, **o)(x)).held_bytes for o in ways]
     assert held[1] == held[2] == held[0] + 3 * x.nbytes
-    assert inv.checkpoint(op, anchors=3) == inv.checkpoint(op, segments=4)
-    assert inv.checkpoint(op, anchors=[2, 5]) == inv.checkpoint(op, segments=[2, 5])
-    assert inv.checkpoint(op, anchors=()) == inv.checkpoint(op, anchors=0) == inv.checkpoint(op)
+    assert repr(inv.checkpoint(op, cuts=[2, 5])).endswith(", cuts=(2, 5))")
+    assert inv.checkpoint(op, cuts=()) == inv.checkpoint(op, segments=1) == inv.checkpoint(op)
 
 
-def test_anchors_bound_the_drift(float32: None, estimates: list[float]) -> None:
+def test_cuts_bound_the_drift(float32: None, estimates: list[float]) -> None:
     op, x = additive(32, 1.5), torch.randn(16, 2 * WIDTH)
     step(op, x, drift=0.5)
     (free,) = estimates
     estimates.clear()
-    step(op, x, drift=0.5, anchors=7)
+    step(op, x, drift=0.5, segments=8)
     assert len(estimates) == 8 and max(estimates) < free / 10
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"anchors": "auto"}, "anchors='auto' of .*; which anchors are needed is measured on data: inv.calibrate"),
-        ({"anchors": "all"}, "anchors='all', expected a number, before which parts, or 'auto'"),
-        ({"anchors": 2, "segments": 2}, "anchors=2 with segments=2, expected one: both are the cuts"),
-        ({"anchors": 99}, "segments=100 of an op with 4 parts"),
-        ({"anchors": -1}, "segments=0 of an op with 4 parts"),
-        ({"anchors": [3, 2]}, r"segments=\(3, 2\) of an op with 4 parts"),
+        ({"cuts": "all"}, "cuts='all', expected a sequence of places; segments=... is a number"),
+        ({"cuts": 2}, "cuts=2, expected a sequence of places; segments=... is a number"),
+        ({"segments": "all"}, "segments='all', expected a number; cuts=... tells before which parts"),
+        ({"cuts": [2], "segments": 2}, r"segments=2 with cuts=\(2,\), expected one of the two"),
+        ({"segments": 99}, "segments=99 of an op with 4 parts, expected a number from 1 to 4"),
+        ({"cuts": [3, 2]}, r"cuts=\(3, 2\) of an op with 4 parts, expected increasing places from 1 to 3"),
     ],
 )
-def test_anchors_that_do_not_fit_are_named(options: dict[str, Any], text: str) -> None:
+def test_cuts_that_do_not_fit_are_named(options: dict[str, Any], text: str) -> None:
     with pytest.raises(OptionError, match=text):
         inv.checkpoint(additive(2), **options)
 
 
-def test_anchors_need_an_inverse() -> None:
+def test_cuts_need_an_inverse() -> None:
     with pytest.raises(NotInvertibleError, match="tanh has no inverse"):
-        inv.checkpoint(torch.tanh, anchors=2)
-    with pytest.raises(OptionError, match="anchors='auto' of tanh, expected an op that has been calibrated"):
-        inv.checkpoint(torch.tanh, anchors="auto")
+        inv.checkpoint(torch.tanh, cuts=[2])

@@ -43,7 +43,7 @@ TWINS = [
     (ops.atanh(), T.TanhTransform().inv, torch.linspace(-0.99, 0.99, 41, **F64).unsqueeze(1)),
     (ops.softplus(), T.SoftplusTransform(), REAL),
     (ops.power(1.7), T.PowerTransform(torch.tensor(1.7, **F64)), POSITIVE),
-    (ops.affine(torch.tensor(2.0, **F64), torch.tensor(1.0, **F64)), T.AffineTransform(1.0, 2.0), REAL),
+    (inv.affine(torch.tensor(2.0, **F64), torch.tensor(1.0, **F64)), T.AffineTransform(1.0, 2.0), REAL),
 ]
 
 
@@ -131,9 +131,11 @@ def test_what_is_rebuilt_from_a_saturated_output_is_finite(make, x, dtype):
 def test_a_saturated_network_trains(make, x):
     w = weight(3)
     x = torch.tensor([[x, 0.0, 1.0]])
-    warned = pytest.warns(inv.DriftWarning, match="input of the pipeline")  # what was saturated can not be rebuilt
+    warned = pytest.warns(
+        inv.errors.DriftWarning, match="input of the pipeline"
+    )  # what was saturated can not be rebuilt
     for wrap, silence in (lambda op: op, nullcontext()), (inv.checkpoint, warned):
-        op = inv.chain(inv.ops.affine(1 + w**2, w), make())
+        op = inv.chain(inv.affine(1 + w**2, w), make())
         with silence:
             (gradient,) = torch.autograd.grad(wrap(op)(x).sum(), w)
         assert gradient.isfinite().all()
@@ -175,7 +177,7 @@ OUTSIDE = [
     ),
     (ops.linear_spline(torch.zeros(4), tails=None, interval=(-1, 1)), 3.0, r"linear_spline received .*from -1 to 1"),
     (
-        ops.affine(torch.zeros(2), torch.zeros(2)),
+        inv.affine(torch.zeros(2), torch.zeros(2)),
         1.0,
         r"affine's scale received values outside of its domain, expected a scale that is nowhere 0, got values",
     ),
@@ -406,7 +408,7 @@ def test_packed_bits_of_views_and_under_vmap():
 
 def test_abs_keeps_a_bit_for_each_element():
     x = torch.randn(8, 1000, requires_grad=True)
-    op = inv.checkpoint(inv.chain(*[part for _ in range(16) for part in (ops.abs(), ops.affine(weight(1), weight(1)))]))
+    op = inv.checkpoint(inv.chain(*[part for _ in range(16) for part in (ops.abs(), inv.affine(weight(1), weight(1)))]))
     kept = measure(lambda: op(x)).held_bytes
     assert kept <= x.numel() * 8 + 16 * (x.numel() // 8 + 100)
 

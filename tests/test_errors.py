@@ -110,7 +110,7 @@ WIRES: dict[str, Call] = {
     ),
     "exp_scale(f): the net returned (2, 3), expected an even size along dim 1: scale and shift; let the net return "
     "twice the channels of the component that it changes, or a tuple (raw, t)": (
-        lambda: inv.couple(inv.exp_scale(f), law=inv.affine)(*PAIR)
+        lambda: inv.couple(inv.ops.exp_scale(f), law=inv.affine)(*PAIR)
     ),
     "law <lambda> made (3, 2) of (2, 3), expected a shape that does not change": (
         lambda: inv.couple(f, law=lambda t: inv.pair(Tensor.t, Tensor.t))(*PAIR)
@@ -140,12 +140,16 @@ OPTIONS: dict[str, Call] = {
     "couple: law is str, expected a function or a module": lambda: inv.couple(f, law="affine"),
     "law f returned Tensor, expected an invertible op; a law maps what the function returned to an op, as additive and "
     "affine do": lambda: inv.couple(f, law=f)(*PAIR),
-    "tanh_scale: bound is 0, expected a positive number": lambda: inv.tanh_scale(f, 0),
+    "tanh_scale: bound is 0, expected a positive number": lambda: inv.ops.tanh_scale(f, 0),
     "mode is 'fast', expected 'invert' or 'store' or 'recompute'": lambda: inv.checkpoint(exp, mode="fast"),
     "checkpoint: got int, expected an op, a function or a module": lambda: inv.checkpoint(3),
     "checkpoint: inverse=... for an op, expected an inverse for plain functions only": lambda: inv.checkpoint(exp, f),
-    "checkpoint: segments=3 of an op with 2 parts, expected a number from 1 to 2, or increasing cut points between 1 "
-    "and 1": lambda: inv.checkpoint(exp >> exp, segments=3),
+    "checkpoint: segments=3 of an op with 2 parts, expected a number from 1 to 2": (
+        lambda: inv.checkpoint(exp >> exp, segments=3)
+    ),
+    "checkpoint: cuts=(2,) of an op with 2 parts, expected increasing places from 1 to 1": (
+        lambda: inv.checkpoint(exp >> exp, cuts=[2])
+    ),
     "checkpoint(couple(f)) got keyword arguments ['scale'], expected none: only functions take them": (
         lambda: inv.checkpoint(inv.couple(f))(zeros(1), scale=2)
     ),
@@ -171,7 +175,7 @@ INVERSES: dict[str, Call] = {
     "op.inverse_with_residue(r, y)": lambda: residual.inverse(zeros(1)),
     "chain stage 1 (one_way): one_way(sum) has no inverse; give it one with pair(forward, inverse), or invert the rest "
     "without it": lambda: inv.chain(exp, torch.sum).inverse(zeros(1)),
-    "checkpoint: f has no inverse; segments and donate need an invertible op, or inverse=...": (
+    "checkpoint: f has no inverse; segments, cuts and donate need an invertible op, or inverse=...": (
         lambda: inv.checkpoint(f, donate=True)
     ),
 }
@@ -185,7 +189,7 @@ def test_what_has_no_inverse(text: str) -> None:
 # ---- paths -----------------------------------------------------------------------------------------------------------
 
 BAD = inv.couple(f, narrow)
-DEEP = inv.chain(inv.parallel(inv.identity(), inv.chain(inv.swap(), BAD)), inv.swap())
+DEEP = inv.chain(inv.parallel(inv.chain(), inv.chain(inv.swap(), BAD)), inv.swap())
 CLAIM = "g returned (2, 2), expected (2, 3) like its partner component"
 PATH = "chain stage 0 (parallel): parallel component 1 (chain): chain stage 1 (couple): "
 
@@ -208,7 +212,7 @@ def test_an_error_of_the_user_gets_a_note_and_stays_what_it_is() -> None:
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine") as raised:
-        inv.chain(inv.swap(), inv.parallel(inv.identity(), inv.couple(fails)))((PAIR, None))
+        inv.chain(inv.swap(), inv.parallel(inv.chain(), inv.couple(fails)))((PAIR, None))
     assert raised.value.__notes__ == ["in parallel component 1 (couple)", "in chain stage 1 (parallel)"]
 
 
@@ -228,9 +232,9 @@ def halves(*fns: Any) -> inv.Invertible:
 
 def test_other_pins_in_backward() -> None:
     names = iter(["first", "second"])
-    text = message(lambda: step(halves(lambda x: x * inv.record(next(names), 2))), ReplayError)
+    text = message(lambda: step(halves(lambda x: x * inv.pin(next(names), 2))), ReplayError)
     assert text == (
-        "record('second') on replay, expected record('first'); pin the same names in the same order in every run of "
+        "pin('second') on replay, expected pin('first'); pin the same names in the same order in every run of "
         "the function"
     )
 
@@ -241,11 +245,11 @@ def test_more_pins_in_backward() -> None:
     def more(x: Tensor) -> Tensor:
         calls.append(1)
         for _ in calls:
-            x = x * inv.record("n", 2)
+            x = x * inv.pin("n", 2)
         return x
 
     text = message(lambda: step(halves(more)), ReplayError)
-    assert text.startswith("record('n') on replay, expected nothing more; pin the same names")
+    assert text.startswith("pin('n') on replay, expected nothing more; pin the same names")
 
 
 def test_a_pullback_that_forgets_a_captured_tensor() -> None:
@@ -399,7 +403,7 @@ REFUSED: dict[str, Call] = {
         lambda: donated(which=[2])(fresh(2, 3), fresh(2, 3))
     ),
     "input 1 can not be freed: it is a Tensor of torch.int64, not a plain floating-point tensor": (
-        lambda: donated(inv.parallel(exp, inv.identity()), [1])(fresh(3), torch.tensor([1]))
+        lambda: donated(inv.parallel(exp, inv.chain()), [1])(fresh(3), torch.tensor([1]))
     ),
     "input 0 can not be freed: a torch.func transform is active": in_a_transform,
 }

@@ -47,7 +47,7 @@ class Step(nn.Module):
             ops.actnorm(self.log_scale, self.bias),
             ops.conv1x1(self.weight),
             inv.split(2),
-            inv.couple(inv.tanh_scale(self.net), law=inv.affine),
+            inv.couple(inv.ops.tanh_scale(self.net), law=inv.affine),
             inv.concat(2),
         )
 
@@ -62,9 +62,9 @@ class Glow(nn.Module):
 
     def op(self) -> inv.Invertible:
         """From an image to ``(z1, (z2, ... zn))``: each scale but the last sends half of its channels out."""
-        whole = inv.identity()
+        whole = inv.chain()
         for i, steps in enumerate(reversed(self.scales)):
-            after = inv.chain(inv.split(2), inv.parallel(inv.identity(), whole)) if i else whole
+            after = inv.chain(inv.split(2), inv.parallel(inv.chain(), whole)) if i else whole
             whole = inv.chain(ops.pixel_unshuffle(2), *(step.op() for step in steps), after)
         return whole
 

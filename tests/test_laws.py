@@ -239,10 +239,10 @@ def wrapped(draw: st.DrawFn, x: Any, depth: int) -> inv.Invertible:
     if how == "checkpoint":
         return inv.checkpoint(op, mode=draw(st.sampled_from(["invert", "store", "recompute"])))
     if how == "mark":
-        return draw(st.sampled_from([inv.store, inv.recompute, inv.reconstruct]))(op)
+        return inv.mark(op, draw(st.sampled_from(["store", "recompute", "invert"])))
     if how == "invert" and shapes(op.forward(x)) == shapes(x):
         return inv.invert(op)
-    return inv.chain(op, one(draw, op.forward(x), 0), inv.identity())
+    return inv.chain(op, one(draw, op.forward(x), 0), inv.chain())
 
 
 def shapes(x: Any) -> Any:
@@ -253,7 +253,7 @@ def one(draw: st.DrawFn, x: Any, depth: int) -> inv.Invertible:
     """A single op that takes x."""
     if isinstance(x, tuple):
         return draw(st.sampled_from(on_pairs(draw, x, depth)))()
-    return draw(st.sampled_from(on_tensors(x)))() if is_differentiable(x) else inv.identity()
+    return draw(st.sampled_from(on_tensors(x)))() if is_differentiable(x) else inv.chain()
 
 
 def on_tensors(x: Tensor) -> list[Callable[[], inv.Invertible]]:
@@ -281,7 +281,7 @@ def on_pairs(draw: st.DrawFn, x: tuple[Any, Any], depth: int) -> list[Callable[[
         side,
         lambda: inv.concat([m, n], dim=-1),
         lambda: inv.couple(mlp(n, m), mlp(m, n)),
-        lambda: inv.couple(inv.tanh_scale(mlp(n, 2 * m), 0.5, dim=-1), law=inv.affine),
+        lambda: inv.couple(inv.ops.tanh_scale(mlp(n, 2 * m), 0.5, dim=-1), law=inv.affine),
         lambda: inv.couple(mlp(n, m)) if m != n else inv.couple(closure(weight(n)), closure(2 * weight(n))),
     ]
 
@@ -336,8 +336,8 @@ def closing_over(op: inv.Invertible, x: Any) -> Callable[..., Any]:
     def run(lowered: bool, p: Tensor, *tensors: Tensor) -> Any:
         left = iter(tensors)
         given = map_wire(lambda leaf: next(left) if is_differentiable(leaf) else leaf, x)
-        scaling = map_wire(lambda leaf: scale_by(1 + p / 9) if is_differentiable(leaf) else inv.identity(), x)
-        whole = inv.chain(beside(scaling), op, inv.identity())
+        scaling = map_wire(lambda leaf: scale_by(1 + p / 9) if is_differentiable(leaf) else inv.chain(), x)
+        whole = inv.chain(beside(scaling), op, inv.chain())
         y = (inv.checkpoint(whole) if lowered else whole)(given)
         return tuple(filter(is_differentiable, leaves(y)))
 

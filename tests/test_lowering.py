@@ -265,7 +265,7 @@ class TestCapturedTensors:
 
     def test_in_one_way_stages_and_plain_functions(self, kind: Callable[[], Captured], needs: bool) -> None:
         fn, tensors = kind()
-        op = inv.chain(fn, inv.pair(torch.sinh, torch.asinh), inv.recompute(fn))
+        op = inv.chain(fn, inv.pair(torch.sinh, torch.asinh), inv.mark(fn, "recompute"))
         x = torch.randn(3, WIDTH, requires_grad=needs)
         assert_same(gradients(inv.checkpoint(op), x, tensors), gradients(op, x, tensors))
         assert_same(gradients(inv.checkpoint(fn), x, tensors), gradients(fn, x, tensors))
@@ -345,7 +345,7 @@ def test_a_transform_of_the_lowered_pipeline_is_that_of_the_plain_one(name: str,
 
 @pytest.mark.parametrize("mode", ["invert", "recompute", "store"])
 def test_other_leaves_ride_along_under_a_transform(mode: str) -> None:
-    op = inv.chain(inv.parallel(inv.pair(torch.sinh, torch.asinh), inv.identity()), inv.swap())
+    op = inv.chain(inv.parallel(inv.pair(torch.sinh, torch.asinh), inv.chain()), inv.swap())
     side = None, torch.tensor([1, 2])
     found = func.grad(lambda x: bowl(inv.checkpoint(op, mode=mode)(x, side)[1]))
     x = torch.randn(3)
@@ -750,7 +750,7 @@ def test_each_function_runs_twice_in_a_step(wrap: Any, law: Any) -> None:
 
 
 def as_affine(fn: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    return inv.tanh_scale(lambda x: (fn(x), x))
+    return inv.ops.tanh_scale(lambda x: (fn(x), x))
 
 
 def test_a_frozen_first_half_is_not_rebuilt() -> None:

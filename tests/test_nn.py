@@ -86,10 +86,10 @@ def test_lowered_names_are_those_of_sequential():
     "make, names",
     [
         (lambda net: inv.couple(net), ["f.weight"]),
-        (lambda net: inv.couple(inv.exp_scale(net), law=inv.affine), ["f.weight"]),
+        (lambda net: inv.couple(inv.ops.exp_scale(net), law=inv.affine), ["f.weight"]),
         (lambda net: inv.invert(inv.couple(net)), ["f.weight"]),
         (lambda net: inv.checkpoint(inv.couple(net)), ["f.weight"]),
-        (lambda net: inv.chain(inv.split(2), inv.store(inv.couple(net)), inv.concat(2)), ["1.f.weight"]),
+        (lambda net: inv.chain(inv.split(2), inv.mark(inv.couple(net), "store"), inv.concat(2)), ["1.f.weight"]),
         (lambda net: inv.parallel(inv.chain(), inv.pair(net.forward, torch.exp)), ["1.weight"]),
         (lambda net: inv.pair(net.forward, torch.exp), ["module.weight"]),
         (lambda net: inv.pair(partial(scaled, net), partial(scaled, net)), ["net.weight"]),
@@ -341,7 +341,7 @@ def test_sequential_frees_what_is_inside_whatever_the_depth():
 def test_coupling_is_the_chain(options):
     nets = [mlp(4), mlp(4)]
     if options.get("law"):
-        nets = [inv.tanh_scale(mlp(4, 8)), inv.tanh_scale(mlp(4, 8))]
+        nets = [inv.ops.tanh_scale(mlp(4, 8)), inv.ops.tanh_scale(mlp(4, 8))]
     module, x = inn.Coupling(*nets, **options), torch.randn(2, 8, requires_grad=True)
     law = options.pop("law", inv.additive)
     parts = inv.split(options.pop("sizes", 2), **options)

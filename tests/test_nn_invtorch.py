@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc import nn as inn
+from invfunc.compat import invtorch
 from invfunc.errors import DonatedError, NotInvertibleError, OptionError, WireError
 from invfunc.look.memory import measure
-from invfunc.nn import invtorch
 from invfunc.testing import LawError
 
 
@@ -562,7 +562,7 @@ def test_modules_compose_with_ops():
 
 def test_invertible_checkpoint():
     leaf, x = leaf_and_copy(3)
-    y = inn.invertible_checkpoint(torch.exp, torch.log, x, preserve_rng_state=True)
+    y = invtorch.invertible_checkpoint(torch.exp, torch.log, x, preserve_rng_state=True)
     assert is_free(x)
     y.sum().backward()
     assert close(leaf.grad, leaf.exp()) and not is_free(x)
@@ -594,8 +594,9 @@ def test_checkpoint_in_all_its_modes():
 
 
 def test_the_names_are_where_invtorch_had_them():
-    assert inn.Module is inn.InvertibleModule
+    assert invtorch.nn.Module is invtorch.InvertibleModule is inn.InvertibleModule
     for name in ("Identity", "Linear", "Conv1d", "Conv2d", "Conv3d", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"):
-        assert issubclass(getattr(inn, name), inn.Module) and issubclass(getattr(inn, name), getattr(nn, name))
+        assert issubclass(getattr(invtorch.nn, name), invtorch.nn.Module)
+        assert issubclass(getattr(invtorch.nn, name), getattr(nn, name))
     for name in ("PixelShuffle", "Flatten", "Pad", "Sequential"):
-        assert issubclass(getattr(inn, name), inn.Module)
+        assert issubclass(getattr(invtorch.nn, name), invtorch.nn.Module)

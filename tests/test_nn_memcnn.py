@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
+from invfunc.compat import memcnn
 from invfunc.errors import DonatedError, NotInvertibleError, OptionError, WireError
 from invfunc.look.memory import measure
-from invfunc.nn import memcnn
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -632,7 +632,7 @@ def test_defect_19_autocast_is_what_the_user_set():
 
 def test_defect_20_importing_changes_no_warning_filter():
     script = (
-        "import warnings, torch; a = list(warnings.filters); import invfunc.nn.memcnn; assert a == warnings.filters"
+        "import warnings, torch; a = list(warnings.filters); import invfunc.compat.memcnn; assert a == warnings.filters"
     )
     assert subprocess.run([sys.executable, "-W", "error", "-c", script]).returncode == 0
 

@@ -26,7 +26,7 @@ from torch import nn
 
 import invfunc as inv
 from invfunc.errors import OptionError, WireError
-from invfunc.plan import Costs, Invert, OpCosts, Plan, Recompute, Store
+from invfunc.plan import Costs, Invert, OpCosts, Plan, Recompute, Store, profile, profiling
 from invfunc.plan.costs import parse_bytes, show_bytes
 from invfunc.plan.executor import flat_ops
 from invfunc.plan.report import rows, timeline
@@ -132,11 +132,11 @@ def test_bit_exact_inverses_need_no_limit():
 
 @pytest.mark.parametrize("mode", ["codes", "grid"])
 def test_exact_ops_need_no_limit(monkeypatch, mode):
-    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
+    monkeypatch.setattr(profiling, "timed", given_seconds)
     torch.manual_seed(0)
     parts = [inv.split(2), *[inv.couple(mlp(8), mlp(8)) for _ in range(3)], inv.concat(2)]
     f, x = inv.exact(inv.chain(*parts), mode=mode), torch.randn(64, 16)
-    costs, weights = inv.profile(f, x), weights_of(f, x)
+    costs, weights = profile(f, x), weights_of(f, x)
     plan = inv.plan(costs, budget=predict(costs, least(costs)).peak_bytes, max_error=0)
     assert plan.error == 0 and any(isinstance(node, Invert) for node in plan.schedule)
     exact, found = step(f, x, weights), step(inv.checkpoint(f, plan=plan), x, weights)
@@ -221,7 +221,7 @@ def test_plot():
         ({"budget": True}, "budget is True, expected a positive number"),
         ({"max_time": 0.5}, "max_time is 0.5, expected 1.0 or more"),
         ({"max_time": math.nan}, "max_time is nan, expected a number"),
-        ({"budget": "40kB", "max_time": 1.5}, "the costs say nothing of errors; inv.profile"),
+        ({"budget": "40kB", "max_time": 1.5}, "the costs say nothing of errors; invfunc.plan.profile"),
     ],
 )
 def test_bad_limits(limits, message):
@@ -427,7 +427,7 @@ def off_by(error: float):
 def test_drift_is_placed_where_a_trunk_begins(tree):
     f = inv.chain(inv.pair(torch.tanh, torch.atanh), torch.sin, off_by(1e-3), inv.pair(torch.tanh, torch.atanh))
     fast = inv.checkpoint(f, plan=Plan(tree, fake_costs(f)))
-    with pytest.warns(inv.DriftWarning, match=r"chain stage 2 \(off\): its input"):
+    with pytest.warns(inv.errors.DriftWarning, match=r"chain stage 2 \(off\): its input"):
         fast(torch.rand(5, 6, requires_grad=True)).sum().backward()
 
 
@@ -479,13 +479,13 @@ def profiled():
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("invfunc.plan.profiling.timed", given_seconds)
+        patch.setattr(profiling, "timed", given_seconds)
         for name, f, x in [
             ("mixed", mixed(), torch.randn(2048, 32)),
             ("demo", demo(24, torch.float64), torch.randn(64, 1, 8, 8)),
         ]:
             x.requires_grad_()
-            found[name] = f, x, inv.profile(f, x), weights_of(f, x)
+            found[name] = f, x, profile(f, x), weights_of(f, x)
     torch.set_default_dtype(before)
     return found
 
@@ -521,10 +521,10 @@ def test_fixed_strategies_keep_to_what_is_predicted(profiled, schedule):
 
 
 def test_halves_of_a_coupling_are_planned_each_on_its_own(monkeypatch):
-    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
+    monkeypatch.setattr(profiling, "timed", given_seconds)
     wide = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 8))
     f = inv.chain(inv.split(2), *[inv.couple(nn.Linear(8, 8), wide) for _ in range(6)], inv.concat(2))
-    costs, x = inv.profile(f, (64, 16)), torch.randn(64, 16)
+    costs, x = profile(f, (64, 16)), torch.randn(64, 16)
     assert [op.name for op in costs.ops[:4]] == ["couple: f=Linear", "couple: g=Sequential"] * 2
     assert sorted(costs.ops[1].shares_output) == [0, 64 * 8 * x.element_size()]
     halfway = inv.plan(costs, budget=predict(costs, store_all(13)).peak_bytes // 2)
@@ -537,10 +537,10 @@ def test_halves_of_a_coupling_are_planned_each_on_its_own(monkeypatch):
 
 
 def test_couplings_of_long_chains_are_planned_whole(monkeypatch):
-    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
-    monkeypatch.setattr("invfunc.plan.profiling.FINE", 7)
+    monkeypatch.setattr(profiling, "timed", given_seconds)
+    monkeypatch.setattr(profiling, "FINE", 7)
     f = [inv.chain(inv.split(2), *[inv.couple(torch.sin, torch.cos)] * depth, inv.concat(2)) for depth in (2, 3)]
-    short, long = (inv.profile(op, (8, 8)) for op in f)
+    short, long = (profile(op, (8, 8)) for op in f)
     assert [op.parts for op in short.ops] == [2, 1, 1, 1, 1] and [op.parts for op in long.ops] == [3, 2, 2, 1]
     assert inv.checkpoint(f[1], plan=inv.plan(long, max_time=1.5))(torch.randn(8, 8)).shape == (8, 8)
 
@@ -564,12 +564,12 @@ class Counted(nn.Linear):
 
 
 def test_ops_of_one_kind_are_run_once(monkeypatch):
-    monkeypatch.setattr("invfunc.plan.profiling.PATIENCE", (math.inf, math.inf))  # no round is left out
+    monkeypatch.setattr(profiling, "PATIENCE", (math.inf, math.inf))  # no round is left out
 
     def calls(depth):
         f = inv.chain(inv.split(2), *[inv.couple(Counted(4, 4), Counted(4, 4)) for _ in range(depth)], inv.concat(2))
         before = Counted.calls
-        inv.profile(f, (8, 8))
+        profile(f, (8, 8))
         return Counted.calls - before
 
     assert calls(24) - calls(6) == 5 * 2 * 18  # in five rounds, forward alone, on the way to the last op
@@ -577,12 +577,12 @@ def test_ops_of_one_kind_are_run_once(monkeypatch):
 
 def test_rounds_end_where_they_would_take_too_long(monkeypatch):
     rounds = []
-    monkeypatch.setattr("invfunc.plan.profiling.timed", lambda *args: rounds.append(1) or given_seconds(*args))
+    monkeypatch.setattr(profiling, "timed", lambda *args: rounds.append(1) or given_seconds(*args))
     f = inv.chain(nn.Linear(8, 8))
     for patience, expected in [((0.0, 0.0), 1), ((math.inf, 0.0), 5)]:
-        monkeypatch.setattr("invfunc.plan.profiling.PATIENCE", patience)
+        monkeypatch.setattr(profiling, "PATIENCE", patience)
         rounds.clear()
-        inv.profile(f, (4, 8))
+        profile(f, (4, 8))
         assert len(rounds) == expected
 
 
@@ -608,27 +608,27 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_model_sees_every_storage(monkeypatch, name):
-    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
+    monkeypatch.setattr(profiling, "timed", given_seconds)
     kinds, schedule = LAYOUTS[name]
     torch.manual_seed(0)
     f, x = inv.chain(*[make_op(kind, 16) for kind in kinds]), torch.randn(256, 16, requires_grad=True)
-    plan = Plan(schedule, inv.profile(f, x))
+    plan = Plan(schedule, profile(f, x))
     assert 0.85 * plan.peak_bytes <= peak_of(inv.checkpoint(f, plan=plan), x, weights_of(f, x)) <= plan.peak_bytes
 
 
 def test_shapes_are_enough_for_bytes_and_nothing_is_allocated():
     f = demo(2, torch.float64)
-    a = inv.profile(f, (16, 1, 8, 8), repeats=1)
-    b = inv.profile(f, torch.randn(16, 1, 8, 8, requires_grad=True), repeats=1)
+    a = profile(f, (16, 1, 8, 8), repeats=1)
+    b = profile(f, torch.randn(16, 1, 8, 8, requires_grad=True), repeats=1)
     same = ("bytes", "tape", "holds_input", "holds_output", "peak_taped", "peak_backward", "peak_inverse", "parameters")
     for name in same:
         assert [getattr(op, name) for op in a.ops] == [getattr(op, name) for op in b.ops], name
 
 
 def test_what_needs_no_gradient_is_planned_too(monkeypatch):
-    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
+    monkeypatch.setattr(profiling, "timed", given_seconds)
     f, x = inv.chain(*make_op("exp", 6).parts, torch.sin, nn.Linear(6, 6), make_op("couple", 6)), torch.randn(64, 6)
-    costs, weights = inv.profile(f, x), weights_of(f, x)
+    costs, weights = profile(f, x), weights_of(f, x)
     assert all(op.tape < 100 for op in costs.ops[:3])
     plan = inv.plan(costs, budget=predict(costs, least(costs)).peak_bytes)
     for found, exact in zip(step(inv.checkpoint(f, plan=plan), x, weights), step(f, x, weights), strict=True):
@@ -648,12 +648,12 @@ def test_another_shape_warns_above_the_budget(profiled):
 
 def test_a_part_of_the_batch_is_timed_where_all_of_it_does_not_fit():
     f = inv.chain(nn.Linear(8, 8), torch.tanh)
-    whole, part = inv.profile(f, (64, 8)), inv.profile(f, (64, 8), memory="8kB")
+    whole, part = profile(f, (64, 8)), profile(f, (64, 8), memory="8kB")
     assert (whole.scaled, part.scaled) == (1, 4)
     assert [op.bytes for op in part.ops] == [op.bytes for op in whole.ops]
     assert "timing   on a batch 4 times smaller" in str(inv.plan(part, max_time=2.0))
     with pytest.raises(OptionError, match="profile: memory is 'much'"):
-        inv.profile(f, (64, 8), memory="much")
+        profile(f, (64, 8), memory="much")
 
 
 def test_planning_leaves_no_trace():
@@ -680,7 +680,7 @@ def test_no_fixed_strategy_is_better_on_a_real_chain(profiled, name, share):
 @pytest.mark.parametrize("name", ["affine, exponential scales", "dense linears"])
 def test_a_limit_on_errors_holds_on_a_new_batch(monkeypatch, name):
     """Two chains of the suite in benchmarks/planning.py."""
-    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
+    monkeypatch.setattr(profiling, "timed", given_seconds)
     torch.set_default_dtype(torch.float32)
     found = list(new_errors(ROUNDING[name], [1.1], [1e-3, 1e-5]))
     assert found and any(error > 0 for _, error in found)
@@ -689,13 +689,13 @@ def test_a_limit_on_errors_holds_on_a_new_batch(monkeypatch, name):
 
 def test_verify_measures_a_step_beside_the_gradients(monkeypatch):
     """Where parameters are as large as activations, gradients that somebody else holds would be seen."""
-    monkeypatch.setattr("invfunc.plan.profiling.timed", given_seconds)
+    monkeypatch.setattr(profiling, "timed", given_seconds)
     torch.manual_seed(0)
     f, x = (
         inv.chain(inv.split(2), *[inv.couple(mlp(16), mlp(16)) for _ in range(8)], inv.concat(2)),
         torch.randn(32, 32),
     )
-    costs, weights = inv.profile(f, x), weights_of(f, x)
+    costs, weights = profile(f, x), weights_of(f, x)
     for weight in weights[::2]:
         weight.grad = torch.ones_like(weight)
     top, bound = (predict(costs, s).peak_bytes for s in (store_all(len(costs.ops)), least(costs)))

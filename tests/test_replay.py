@@ -64,7 +64,7 @@ def lowerings(f: nn.Module, g: nn.Module) -> dict[str, tuple[Callable[..., Any],
         "segments": (net, inv.checkpoint(net, mode="recompute", segments=3)),
         "store": (net, inv.checkpoint(net, mode="store")),
         "pair": (residual, inv.checkpoint(residual)),
-        "marks": (net, inv.checkpoint(inv.chain(inv.recompute(net.parts[0]), *net.parts[1:]))),
+        "marks": (net, inv.checkpoint(inv.chain(inv.mark(net.parts[0], "recompute"), *net.parts[1:]))),
     }
     plain = lambda a, b: (a * g(f(b)), f(a))  # noqa: E731
     ways["function"] = plain, inv.checkpoint(plain)
@@ -383,7 +383,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = x[:, :3].topk(1).indices[:, 0]
-        chosen = inv.record("expert", chosen) if self.pinned else chosen
+        chosen = inv.pin("expert", chosen) if self.pinned else chosen
         self.routes.append(chosen)
         return torch.stack([expert(x) for expert in self.experts], 1)[torch.arange(len(x)), chosen]
 
@@ -406,7 +406,7 @@ def drifting(router: nn.Module) -> inv.Invertible:
 def test_a_router_at_a_tie_routes_as_in_forward(pinned: bool) -> None:
     router, a, b = Router(pinned), leaf(5, WIDTH), at_a_tie().requires_grad_()
     out = inv.checkpoint(drifting(router))(a, b)
-    with pytest.warns(inv.DriftWarning, match="input of the pipeline"):
+    with pytest.warns(inv.errors.DriftWarning, match="input of the pipeline"):
         loss(out).backward()
     forward, backward = router.routes
     assert torch.equal(forward, backward) == pinned  # without a pin, this test's perturbation does turn routes around
@@ -430,7 +430,7 @@ def test_pinned_values_of_any_type() -> None:
     decisions = iter([2.0, 5.0])
 
     def f(x: Tensor) -> Tensor:
-        scale, (index, flag) = inv.record("scale", next(decisions)), inv.record("more", (torch.tensor(1), True))
+        scale, (index, flag) = inv.pin("scale", next(decisions)), inv.pin("more", (torch.tensor(1), True))
         seen.append((scale, int(index), flag))
         return x * scale
 
@@ -443,7 +443,7 @@ def pinned_twice(decisions: list[Tensor], w: Tensor) -> tuple[Callable[..., Any]
     """A pair whose function calls a lowered op with a pin, and pins something itself; its inverse is off at the tie."""
 
     def near(a: Tensor) -> Tensor:
-        above = inv.record("inner", a > 0.3)
+        above = inv.pin("inner", a > 0.3)
         decisions.append(above)
         return torch.where(above, a @ w * 2, a @ w * 5)
 
@@ -451,7 +451,7 @@ def pinned_twice(decisions: list[Tensor], w: Tensor) -> tuple[Callable[..., Any]
 
     def forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         p, _ = inner(a, b)
-        return p * inv.record("outer", 2.0), b
+        return p * inv.pin("outer", 2.0), b
 
     def inverse(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a / 2 - torch.where(b > 0.3, b @ w * 2, b @ w * 5), b + 0.25
@@ -472,7 +472,7 @@ def test_pins_of_a_lowered_op_inside_of_a_function(grad: bool) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a", "b"], r"record\('b'\) on replay, expected record\('a'\); pin the same names in the same order"),
+        (["a", "b"], r"pin\('b'\) on replay, expected pin\('a'\); pin the same names in the same order"),
         (["a", None], None),
     ],
 )
@@ -481,7 +481,7 @@ def test_pins_have_to_come_in_the_same_order(names: list[str | None], message: s
 
     def f(x: Tensor) -> Tensor:
         name = next(left)
-        return x * (inv.record(name, 2.0) if name else 2.0)
+        return x * (inv.pin(name, 2.0) if name else 2.0)
 
     out = inv.checkpoint(f)(leaf(3))
     if message is None:
@@ -496,16 +496,16 @@ def test_a_pin_too_many() -> None:
 
     def f(x: Tensor) -> Tensor:
         calls.append(None)
-        return x * sum(inv.record("scale", 2.0) for _ in calls)
+        return x * sum(inv.pin("scale", 2.0) for _ in calls)
 
     out = inv.checkpoint(f)(leaf(3))
-    with pytest.raises(ReplayError, match=r"record\('scale'\) on replay, expected nothing more; pin the same names"):
+    with pytest.raises(ReplayError, match=r"pin\('scale'\) on replay, expected nothing more; pin the same names"):
         out.sum().backward()
 
 
-def test_record_outside_of_a_lowered_call_returns_its_value() -> None:
+def test_pin_outside_of_a_lowered_call_returns_its_value() -> None:
     value = torch.arange(3)
-    assert inv.record("x", value) is value
+    assert inv.pin("x", value) is value
 
 
 # ---- networks that people use as f -------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """`check` measures what is true, finds what is wrong and names it, and leaves no trace; `calibrate` stores the fewest."""
 
-import copy
 import json
 import math
 import re
@@ -44,8 +43,8 @@ def additive(depth: int, gain: float = 1.0, width: int = 4, dtype: torch.dtype =
 
 def steep(at: int, depth: int = 4) -> inv.Invertible:
     """Affine couplings whose scale is bounded, but for one."""
-    bounded = [inv.tanh_scale(branch(4, out=8), 0.5) for _ in range(depth)]
-    nets = [inv.exp_scale(branch(4, 15.0, out=8)) if i == at else net for i, net in enumerate(bounded)]
+    bounded = [inv.ops.tanh_scale(branch(4, out=8), 0.5) for _ in range(depth)]
+    nets = [inv.ops.exp_scale(branch(4, 15.0, out=8)) if i == at else net for i, net in enumerate(bounded)]
     return inv.chain(inv.split(2), *[inv.couple(net, law=inv.affine) for net in nets], inv.concat(2))
 
 
@@ -89,7 +88,7 @@ def test_lost_numbers_and_other_shapes_are_infinitely_far() -> None:
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def true_drift(op: inv.Invertible, x: Tensor, anchors: tuple[int, ...] = ()) -> list[float]:
+def true_drift(op: inv.Invertible, x: Tensor, cuts: tuple[int, ...] = ()) -> list[float]:
     """The error of each rebuilt input, by running the parts forward and back, from what is stored on the way."""
     with torch.no_grad():
         values = [x]
@@ -97,7 +96,7 @@ def true_drift(op: inv.Invertible, x: Tensor, anchors: tuple[int, ...] = ()) -> 
             values.append(part(values[-1]))
         back, found = values[-1], []
         for i, (part, value) in reversed(list(enumerate(zip(op.parts, values, strict=False)))):
-            back = part.inverse(values[i + 1] if i + 1 in anchors else back)
+            back = part.inverse(values[i + 1] if i + 1 in cuts else back)
             pair = [torch.cat(w if isinstance(w, tuple) else (w,), 1).double() for w in (back, value)]
             found.append(float(torch.dist(*pair) / pair[1].norm()))
     return found[::-1]
@@ -140,7 +139,7 @@ def test_a_module_is_checked_as_the_op_that_it_stands_for() -> None:
     module = inv.nn.Lowered(additive(2))
     report = inv.check(module, rows())
     assert report and [stage.name for stage in report.stages][1:3] == ["stage 1 (couple)", "stage 2 (couple)"]
-    assert inv.calibrate(module, rows(), 1e-3) == ()
+    assert inv.look.calibrate(module, rows(), 1e-3) == ()
 
 
 def test_gradients_by_name_against_plain_autograd() -> None:
@@ -165,12 +164,12 @@ def test_what_is_kept() -> None:
     op, x = additive(6), rows(count=50)
     report = inv.check(op, x)
     assert report.held_bytes == x.nbytes < report.plain_bytes / 4
-    assert inv.check(inv.checkpoint(op, anchors=2), x).held_bytes == 3 * x.nbytes
+    assert inv.check(inv.checkpoint(op, segments=3), x).held_bytes == 3 * x.nbytes
 
 
-def test_anchors_and_one_way_stages_end_the_sweep() -> None:
+def test_cuts_and_one_way_stages_end_the_sweep() -> None:
     op, x = additive(8, 2.0), rows()
-    free, anchored = (inv.check(inv.checkpoint(op, anchors=a), x).errors("float32") for a in ((), [5]))
+    free, anchored = (inv.check(inv.checkpoint(op, cuts=cuts), x).errors("float32") for cuts in ((), [5]))
     assert anchored[5:] == free[5:] and max(anchored[:5]) < max(free[:5])
     assert Run(stages_of(op), x).error(4, Run(stages_of(op), x).undo(4, Run(stages_of(op), x).values[5])) == anchored[4]
     assert inv.check(inv.chain(exponential(), torch.tanh), x).errors("float32")[1] is None
@@ -196,7 +195,7 @@ def test_random_numbers_and_tuples_and_integers() -> None:
     report = inv.check(inv.couple(net, net), (rows(4), rows(4)))
     assert report and report.drift < 1e-6
     ids = torch.arange(3)
-    assert inv.check(inv.parallel(exponential(), inv.identity()), rows(), ids)
+    assert inv.check(inv.parallel(exponential(), inv.chain()), rows(), ids)
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
@@ -283,7 +282,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "steep scale": (
         steep_scale,
         r"stage 3 \(couple\): scale reaches \de\+\d+, and what is rebuilt is off by .* in float32, more than 1.0e-03; "
-        r"bound it with tanh_scale\(f, 1.0\)",
+        r"bound it with inv.ops.tanh_scale\(f, 1.0\)",
     ),
     "amplification": (
         amplifying,
@@ -306,7 +305,7 @@ def test_an_op_that_holds_says_so() -> None:
     assert report and not report.findings
     assert report.verdict.startswith("holds: what is rebuilt is off by ") and " e" not in report.verdict
     assert inv.check(torch.tanh, rows()) and inv.check(inv.checkpoint(torch.tanh), rows())
-    assert inv.check(branch(8), rows()) and inv.check(inv.identity(), rows())
+    assert inv.check(branch(8), rows()) and inv.check(inv.chain(), rows())
 
 
 @pytest.mark.parametrize(
@@ -419,7 +418,7 @@ def test_without_matplotlib_it_says_so(monkeypatch: MonkeyPatch) -> None:
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("measure", [inv.check, lambda op, x: inv.calibrate(op, x, 1e-3)])
+@pytest.mark.parametrize("measure", [inv.check, lambda op, x: inv.look.calibrate(op, x, 1e-3)])
 def test_an_input_that_is_not_finite_is_named(measure: Callable[..., Any]) -> None:
     with pytest.raises(DomainError, match="input 0, expected finite numbers, got 2 of 3 that are not; measure on data"):
         measure(exponential(), torch.tensor([1.0, math.nan, math.inf]))
@@ -433,7 +432,7 @@ def test_a_tolerance_below_the_rounding_is_named() -> None:
     with pytest.raises(
         OptionError, match="calibrate: tolerance=1e-12, expected at least 1.2e-07, the rounding of float32"
     ):
-        inv.calibrate(exponential(), rows(), 1e-12)
+        inv.look.calibrate(exponential(), rows(), 1e-12)
 
 
 def test_an_error_of_the_op_says_in_which_stage() -> None:
@@ -448,49 +447,47 @@ def test_calibrate_keeps_the_round_trip_under_the_tolerance() -> None:
     op, x = additive(24, 3.0), rows()
     free = max(true_drift(op, x))
     for tolerance in free / 3, free / 30:
-        anchors = inv.calibrate(op, x, tolerance)
-        assert anchors and max(true_drift(op, x, anchors)) <= tolerance < free
-        assert len(inv.calibrate(op, x, tolerance / 2)) >= len(anchors)
-    assert inv.calibrate(op, x, 2 * free) == ()
-    assert inv.calibrate(inv.checkpoint(op), x, free / 3) == inv.calibrate(op, x, free / 3)
+        cuts = inv.look.calibrate(op, x, tolerance)
+        assert cuts and max(true_drift(op, x, cuts)) <= tolerance < free
+        assert len(inv.look.calibrate(op, x, tolerance / 2)) >= len(cuts)
+    assert inv.look.calibrate(op, x, 2 * free) == ()
+    assert inv.look.calibrate(inv.checkpoint(op), x, free / 3) == inv.look.calibrate(op, x, free / 3)
 
 
-def test_auto_takes_the_anchors_of_the_last_calibration() -> None:
+def test_calibrate_changes_nothing_and_its_cuts_are_stored() -> None:
     op, x = additive(24, 3.0), rows()
     free = max(true_drift(op, x))
     for tolerance in free / 3, free / 30, 2 * free:
-        anchors = inv.calibrate(op, x, tolerance)
-        auto = inv.checkpoint(op, anchors="auto")
-        assert auto == inv.checkpoint(op, anchors=anchors) == inv.checkpoint(inv.checkpoint(op), anchors="auto")
-        stored = inv.measure(auto, x.requires_grad_()).held_bytes - inv.measure(inv.checkpoint(op), x).held_bytes
-        assert stored == len(anchors) * x.nbytes
-    assert copy.deepcopy(op) is not op and inv.checkpoint(copy.deepcopy(op), anchors="auto").options == auto.options
-    with pytest.raises(OptionError, match="expected an op that has been calibrated"):
-        inv.checkpoint(~op, anchors="auto")
+        cuts = inv.look.calibrate(op, x, tolerance)
+        assert cuts == inv.look.calibrate(op, x, tolerance)
+        fast, whole = inv.checkpoint(op, cuts=cuts), inv.checkpoint(op)
+        assert (fast == whole) == (cuts == ())
+        stored = inv.measure(fast, x.requires_grad_()).held_bytes - inv.measure(whole, x).held_bytes
+        assert stored == len(cuts) * x.nbytes
 
 
 def test_calibrate_stores_the_fewest() -> None:
     """Every smaller set of cuts, tried one by one, exceeds the tolerance."""
     op, x = additive(6, 4.0), rows()
     tolerance = max(true_drift(op, x)) / 20
-    anchors = inv.calibrate(op, x, tolerance)
-    assert 1 <= len(anchors) <= 2
-    fewer = combinations(range(1, len(op.parts)), len(anchors) - 1)
-    assert all(max(true_drift(op, x, cuts)) > tolerance for cuts in fewer)
+    cuts = inv.look.calibrate(op, x, tolerance)
+    assert 1 <= len(cuts) <= 2
+    fewer = combinations(range(1, len(op.parts)), len(cuts) - 1)
+    assert all(max(true_drift(op, x, some)) > tolerance for some in fewer)
 
 
 def test_calibrate_starts_anew_at_what_is_stored_anyway() -> None:
     grows = inv.pair(lambda x: x / 1e2, lambda y: y * 1e2 * (1 + 1e-6))
-    op = inv.chain(*[grows] * 3, inv.store(exponential()), *[grows] * 3)
-    assert inv.calibrate(op, rows(), 3.5e-6) == () and inv.calibrate(op, rows(), 2.5e-6) == (1, 5)
+    op = inv.chain(*[grows] * 3, inv.mark(exponential(), "store"), *[grows] * 3)
+    assert inv.look.calibrate(op, rows(), 3.5e-6) == () and inv.look.calibrate(op, rows(), 2.5e-6) == (1, 5)
 
 
-def test_a_tolerance_that_no_anchor_reaches_is_named() -> None:
+def test_a_tolerance_that_no_cut_reaches_is_named() -> None:
     with pytest.raises(OptionError) as caught:
-        inv.calibrate(wrong_inverse()[0], rows(), 1e-3)
+        inv.look.calibrate(wrong_inverse()[0], rows(), 1e-3)
     assert str(caught.value) == (
-        "calibrate: stage 1 (pair) alone is off by 1.0e+00, expected at most 1.0e-03; allow more, or mark the stage "
-        "inv.recompute or inv.store"
+        "calibrate: stage 1 (pair) alone is off by 1.0e+00, expected at most 1.0e-03; allow more, or mark the stage: "
+        "inv.mark(op, 'recompute' or 'store')"
     )
 
 
@@ -535,9 +532,9 @@ def test_what_is_wrong_with_a_command_is_one_line(
 
 
 def test_it_is_a_command(monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["invfunc", "check", "invfunc:identity", "--shape", "2,3", "--shape", "4"])
+    monkeypatch.setattr(sys, "argv", ["invfunc", "check", "invfunc:chain", "--shape", "2,3", "--shape", "4"])
     main()
-    assert capsys.readouterr().out.startswith("identity() on ((2, 3), (4,)) float32")
+    assert capsys.readouterr().out.startswith("chain() on ((2, 3), (4,)) float32")
 
 
 def test_a_report_is_a_value() -> None:

@@ -13,7 +13,7 @@ ACTIVATION = 5 * 8 * 8
 
 
 def rows(op: object, *inputs: Tensor) -> list[tuple[str, str, int]]:
-    return [(row.where, row.what, row.bytes) for row in inv.saved(op, *inputs)]
+    return [(row.where, row.what, row.bytes) for row in inv.look.saved(op, *inputs)]
 
 
 def pipeline(*middle: object) -> inv.Invertible:
@@ -32,15 +32,15 @@ def test_a_pipeline_keeps_its_output_at_any_depth() -> None:
 
 def test_what_is_kept_is_what_stays_alive() -> None:
     block = inv.couple(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
-    ends = pipeline(inv.store(block), inv.recompute(block)), torch.sigmoid
+    ends = pipeline(inv.mark(block, "store"), inv.mark(block, "recompute")), torch.sigmoid
     op = inv.checkpoint(inv.chain(pipeline(block), torch.sigmoid, *ends))
     x = given()
-    kept = sum(row.bytes for row in inv.saved(op, x))
+    kept = sum(row.bytes for row in inv.look.saved(op, x))
     assert kept == inv.measure(lambda: op(x)).held_bytes
 
 
 def test_residues_and_inputs_of_stages_are_named_by_their_place() -> None:
-    op = inv.chain(inv.ops.relu(), inv.recompute(inv.ops.tanh()), inv.ops.relu())
+    op = inv.chain(inv.ops.relu(), inv.mark(inv.ops.tanh(), "recompute"), inv.ops.relu())
     found = rows(inv.checkpoint(op), given())
     assert [where for where, *_ in found] == [
         "chain stage 0 (relu)",
@@ -53,7 +53,7 @@ def test_residues_and_inputs_of_stages_are_named_by_their_place() -> None:
 
 def test_random_states_and_buffers_are_listed() -> None:
     op = pipeline(inv.couple(nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5))))
-    found = inv.saved(inv.checkpoint(op), given())
+    found = inv.look.saved(inv.checkpoint(op), given())
     assert {row.what for row in found} >= {"random state", "buffer running_mean (4,) float64"}
     assert {row.where for row in found if "random" in row.what} == {"chain stage 1 (couple)"}
 
@@ -69,13 +69,13 @@ def test_plain_functions_modules_and_checkpointed_functions() -> None:
 
 def test_nothing_is_kept_without_gradients() -> None:
     op = inv.checkpoint(pipeline(inv.couple(torch.sin)))
-    assert inv.saved(op, torch.randn(5, 8)) == []
+    assert inv.look.saved(op, torch.randn(5, 8)) == []
     with torch.no_grad():
-        assert inv.saved(op, given()) == []
+        assert inv.look.saved(op, given()) == []
 
 
 def test_the_table_ends_with_the_total(capsys: pytest.CaptureFixture[str]) -> None:
-    inv.print_saved(inv.checkpoint(pipeline(inv.couple(torch.sin))), given())
+    inv.look.print_saved(inv.checkpoint(pipeline(inv.couple(torch.sin))), given())
     head, row, total = capsys.readouterr().out.splitlines()
     assert head.split() == ["where", "what", "bytes", "why"]
     assert row.split("  ")[0] == "end of a trunk" and total.split() == ["total", str(ACTIVATION)]

@@ -102,7 +102,7 @@ def test_options_of_streams(make, message: str) -> None:
 
 
 def test_errors_of_streams_say_where() -> None:
-    net = inv.chain(inv.identity(), ops.couple_streams([mlp(4), mlp(4, 3)], reads="sum"), inv.identity())
+    net = inv.chain(inv.chain(), ops.couple_streams([mlp(4), mlp(4, 3)], reads="sum"), inv.chain())
     with pytest.raises(WireError, match=r"^chain stage 0 .*: fns\[1\] returned \(3, 3\), expected \(3, 4\) like its"):
         inv.chain(net, inv.swap())(*streams(2))
     with pytest.raises(WireError, match="couple_streams of 2 components received the wrong number of components"):
@@ -132,7 +132,7 @@ def test_components_that_are_added_or_joined_fit_each_other() -> None:
     ],
 )
 def test_with_its_log_determinant_too(make, components: int, couplings: int) -> None:
-    f = Counted(inv.tanh_scale(mlp(4, 8), dim=-1))  # type: ignore[arg-type]
+    f = Counted(inv.ops.tanh_scale(mlp(4, 8), dim=-1))  # type: ignore[arg-type]
     x = streams(components, 8, 4)
     runs(inv.with_log_det(make(f)), (x if components > 1 else x[0], torch.zeros(8)), f)
     assert f.count == 2 * couplings
@@ -185,7 +185,7 @@ def test_a_condition_on_the_wire_is_one_in_a_closure() -> None:
 
 def test_given_goes_through_compositions() -> None:
     f, g = Product(4), Product(4)
-    inner = inv.chain(inv.couple(f), inv.swap(), inv.pair(torch.exp, torch.log) >> inv.identity())
+    inner = inv.chain(inv.couple(f), inv.swap(), inv.pair(torch.exp, torch.log) >> inv.chain())
     op = inv.parallel(inv.couple(f, g), inv.chain(inv.couple(g), inv.swap()))
     x1, x2, x3, x4, c = streams(5)
     (left, right), same = ops.given(op)(((x1, x2), (x3, x4)), c)
@@ -200,7 +200,7 @@ def test_given_goes_through_compositions() -> None:
 def test_given_goes_through_marks() -> None:
     f, (x1, x2, c) = Product(4), streams(3)
     block = inv.couple(f, f)
-    marked = inv.chain(inv.recompute(block), inv.store(block), inv.reconstruct(block))
+    marked = inv.chain(inv.mark(block, "recompute"), inv.mark(block, "store"), inv.mark(block, "invert"))
     plain, lowered = (
         torch.autograd.grad(run((x1, x2), c)[0][0].sin().sum(), [x1, x2, c, *f.parameters()])
         for run in (ops.given(inv.chain(block, block, block)), inv.checkpoint(ops.given(marked)))
@@ -268,7 +268,7 @@ def test_errors_of_given() -> None:
 
 def test_a_masked_coupling_is_the_formula_of_real_nvp() -> None:
     mask = ops.checkerboard_mask([4, 6])
-    net = inv.tanh_scale(conv(3, 6))
+    net = inv.ops.tanh_scale(conv(3, 6))
     x = torch.randn(2, 3, 4, 6)
     m = mask.double()
     s, t = net(m * x)

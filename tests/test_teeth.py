@@ -57,7 +57,7 @@ def interleaved() -> inv.Invertible:
 
 
 def affine() -> inv.Invertible:
-    return inv.couple(inv.tanh_scale(mlp(4, 8)), law=inv.affine)
+    return inv.couple(inv.ops.tanh_scale(mlp(4, 8)), law=inv.affine)
 
 
 # ---- a tooth ---------------------------------------------------------------------------------------------------------

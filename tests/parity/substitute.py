@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from invfunc.nn import memcnn
+from invfunc.compat import memcnn
 
 AFFINE = ("AffineCoupling", "AffineBlock", "AffineAdapterNaive", "AffineAdapterSigmoid")
 ADDITIVE = ("AdditiveCoupling", "AdditiveBlock")
