@@ -32,17 +32,17 @@ def seconds(op, x):
     return time.thread_time() - begin
 
 
-def cost(width, depth, batch, anchors=0):
+def cost(width, depth, batch, cuts=0):
     """The median time with the meter over that without, and the microseconds for each trunk."""
     op, x = chain(width, depth), torch.randn(batch, width)
-    with_meter, without = (inv.checkpoint(op, drift=d, anchors=anchors) for d in ("warn", "off"))
+    with_meter, without = (inv.checkpoint(op, drift=d, segments=cuts + 1) for d in ("warn", "off"))
     times = []
     for i in range(REPEATS + 5):
         order = (with_meter, without) if i % 2 else (without, with_meter)
         found = {f: seconds(f, x) for f in order}
         times.append((found[with_meter], found[without]))
     a, b = zip(*times[5:], strict=True)
-    extra = statistics.median(x - y for x, y in zip(a, b, strict=True)) / (anchors + 1)
+    extra = statistics.median(x - y for x, y in zip(a, b, strict=True)) / (cuts + 1)
     return statistics.median(a) / statistics.median(b), 1e6 * extra
 
 
@@ -60,15 +60,15 @@ def estimate(width, depth, batch):
 def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print("width  depth  batch  anchors  with / without  microseconds a trunk  estimated / true drift")
-    for width, depth, batch, anchors in [
+    print("width  depth  batch     cuts  with / without  microseconds a trunk  estimated / true drift")
+    for width, depth, batch, cuts in [
         (64, 8, 64, 0),
         (512, 4, 64, 0),
         (512, 16, 64, 7),
     ]:
-        ratio, extra = cost(width, depth, batch, anchors)
+        ratio, extra = cost(width, depth, batch, cuts)
         print(
-            f"{width:5}  {depth:5}  {batch:5}  {anchors:7}  {ratio:14.3f}  {extra:20.0f}  {estimate(width, depth, batch):22.2f}"
+            f"{width:5}  {depth:5}  {batch:5}  {cuts:7}  {ratio:14.3f}  {extra:20.0f}  {estimate(width, depth, batch):22.2f}"
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import invfunc as inv
+from invfunc.plan import profile
 
 from .networks import Net
 
@@ -185,7 +186,7 @@ def planned(peer: Engine, net: Net) -> Call:
     more may fit than it says.
     """
     op, limit = inv.chain(torch.clone, pipeline(net)), peak(peer.build(net), net)
-    costs = inv.profile(op, net.x.detach())
+    costs = profile(op, net.x.detach())
     first, *others = costs.ops
     costs = replace(costs, ops=(replace(first, region=math.inf), *others))
     plans = (inv.plan(costs, budget=limit + eighth * net.x.nbytes // 8) for eighth in range(8, -9, -1))

@@ -21,6 +21,7 @@ from planning_chains import LIMITS, ROUNDING, SHARES, demo, homogeneous, mixed, 
 
 import invfunc as inv
 from invfunc.plan import Plan
+from invfunc.plan import profile as costs_of
 from invfunc.plan.schedule import fixed_schedules, predict, store_all
 from invfunc.plan.search import curve_of, least
 from invfunc.plan.value import gradients, mean_square
@@ -88,7 +89,7 @@ def profile() -> Iterator[str]:
 
 def profiled(chain: Chain) -> tuple[Any, ...]:
     name, f, x = chain
-    plain, taken = clock(stepping(f, x, weights_of(f, x)), lambda: inv.profile(f, x), repeats=3)
+    plain, taken = clock(stepping(f, x, weights_of(f, x)), lambda: costs_of(f, x), repeats=3)
     return name, f"{plain:.3f}", f"{taken:.2f}", f"{taken / plain:.1f}"
 
 
@@ -100,7 +101,7 @@ def plans() -> Iterator[str]:
 
 
 def planned(name: str, f: inv.Invertible, x: Tensor) -> Iterator[str]:
-    costs, weights = inv.profile(f, x), weights_of(f, x)
+    costs, weights = costs_of(f, x), weights_of(f, x)
     top, bound = (predict(costs, s).peak_bytes for s in (store_all(len(costs.ops)), least(costs)))
     budgets = {f"{share:.0%}": int(share * top) for share in BUDGETS if share * top >= bound} | {"least": bound}
     made = {at: inv.plan(costs, budget=budget) for at, budget in budgets.items()}
