@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint exact parity bench bench-quick docs package clean
+.PHONY: setup demo test fuzz torch-oldest lint exact parity bench bench-quick docs package clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,27 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto
+
+# Random programs, lowered against plain autograd: `make fuzz FUZZ=1000`; one of them by `python -m tests.fuzz --seed 7`.
+FUZZ ?= 10000
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --count $(FUZZ)
+
+# The suite on the oldest torch that pyproject.toml admits: a CUDA build, several GB. What it requires is older than what
+# constraints.txt says, so that the constraints hold for the rest alone. TESTS="tests/test_laws.py ..." runs a part.
+OLDEST := 2.11.0
+OLD := build/torch-oldest
+TESTS ?=
+
+torch-oldest: $(OLD)/.stamp
+	$(OLD)/bin/python -m pytest -n auto $(TESTS)
+
+$(OLD)/.stamp: Makefile pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLD)
+	grep -viE '^(torch|setuptools|cuda-|nvidia-)' constraints.txt > $(OLD)/constraints.txt
+	PIP_CONSTRAINT=$(OLD)/constraints.txt $(OLD)/bin/python -m pip install --quiet torch==$(OLDEST) -e '.[demo,dev,docs]'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check

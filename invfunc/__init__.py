@@ -1,12 +1,13 @@
 """invfunc: deep networks at constant activation memory, by composing invertible functions and lowering them once."""
 
 from . import compat, errors, look, nn, ops, testing
-from .checkpoint import checkpoint, compile_stages, mark, mode
+from .checkpoint import checkpoint, compile_stages, mark
 from .core.combine import concat, parallel, permute_wires, split, swap
 from .core.couple import additive, affine, couple
 from .core.op import Invertible, chain, invert, one_way, pair
 from .debug import debug
-from .engine.replay import pin
+from .engine.conditions import pin
+from .engine.mode import mode
 from .exact.transform import exact
 from .log_det import flow, log_det, with_log_det
 from .look import check, draw, measure

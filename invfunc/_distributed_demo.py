@@ -22,10 +22,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import nn as inn
 from .__main__ import RATE, Images, Refusal, Setting, batches, data, network
+from ._torch import outside_modes
 from .look.memory import measure
 from .plan import simulate
 
@@ -101,7 +101,7 @@ class Unseen:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         """Reduce and scatter."""
-        with _disable_current_modes():
+        with outside_modes():
             return _reduce_scatter(output_tensor, input_tensor, op, group, async_op)
 
 

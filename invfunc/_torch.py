@@ -1,45 +1,323 @@
-"""What torch tells of the transforms that are active. The one file that asks its private modules."""
+"""Every private name of torch that the package uses, and what stands in for it in a torch that has it no more.
+
+A name is looked up once, by `_private`, and one that is missing never breaks ``import invfunc``. Its *fallback* uses
+public names only: it is slower, or leaves out an optimisation, or, where nothing public tells, raises `TorchNameError`
+when it is needed. ``tests/test_torch_contract.py`` pins what each name has to do, and takes them away one by one.
+"""
 
 from __future__ import annotations
 
-import importlib
+import ctypes
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from sys import getrefcount
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
-import torch._C._functorch as functorch  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy, set_eval_frame
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
-from torch.nn.utils.stateless import _reparametrize_module
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils import parametrize
 from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import _disable_current_modes
+
+from .errors import TorchNameError
+
+if TYPE_CHECKING:
+    import torch.utils._pytree as trees
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
 T = TypeVar("T")
 
-LOOKS_AT_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+# ---- looking up ------------------------------------------------------------------------------------------------------
 
 
-def active() -> bool:
-    """Whether a `torch.func` transform is running."""
-    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+def _private(path: str, fallback: Any = None) -> Any:
+    """What torch has under a private name, or the fallback."""
+    try:
+        return resolve_name(path)
+    except (AttributeError, ImportError):
+        return fallback
 
 
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a transform."""
-    return functorch.is_functorch_wrapped_tensor(tensor)
+def _attribute(path: str, sample: Any, fallback: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What reads a private attribute that only instances have, as a sample has it; or the fallback."""
+    try:
+        read = attrgetter(path.rpartition(".")[2])
+        read(sample)
+    except AttributeError:
+        return fallback
+    return read
+
+
+def _missing(path: str, feature: str) -> TorchNameError:
+    return TorchNameError(f"{feature} needs {path}", got=f"torch {torch.__version__}, which has no such name")
+
+
+def _refuse(path: str, feature: str) -> Callable[..., NoReturn]:
+    """A fallback for what has none."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise _missing(path, feature)
+
+    return refuse
+
+
+# ---- transforms of torch.func ----------------------------------------------------------------------------------------
+
+
+class _Probe(torch.autograd.Function):
+    """Has no ``setup_context``, so that torch refuses it under a transform, and only there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: None) -> None:
+        return None
+
+
+def _refuses_a_probe() -> bool:
+    try:
+        _Probe.apply(None)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _has_no_storage(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return False
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
+
+
+def _level_outside_of_transforms() -> int | None:
+    if active():
+        raise _missing("torch._C._functorch.maybe_current_level", "a function that is watched under a transform")
+    return None
+
+
+def _unwrapped_by_nobody(tensor: Tensor) -> Tensor:
+    raise _missing("torch._C._functorch.get_unwrapped", "a value that is read under a transform")
+
+
+def _level_of_plain(tensor: Tensor) -> int:
+    if is_wrapped(tensor):
+        raise _missing("torch._C._functorch.maybe_get_level", "a function that is watched under a transform")
+    return -1
+
+
+def _same(item: T) -> T:
+    return item
+
+
+# Whether a transform is running. Asked at every stage. Otherwise a Function that no transform takes tells.
+active: Callable[[], bool] = _private("torch._C._are_functorch_transforms_active", _refuses_a_probe)
+
+# Whether a tensor belongs to a transform, which has ended or not. Otherwise: it has no storage.
+is_wrapped: Callable[[Tensor], bool] = _private("torch._C._functorch.is_functorch_wrapped_tensor", _has_no_storage)
+
+# The number of transforms, one inside the other, or None. Otherwise only where there is none.
+_current_level = _private("torch._C._functorch.maybe_current_level", _level_outside_of_transforms)
+
+# The transform that a tensor belongs to. Otherwise only of a tensor that belongs to none.
+_level_of = _private("torch._C._functorch.maybe_get_level", _level_of_plain)
+
+# A tensor without its outermost wrapper, which every check of values needs. Otherwise nothing public tells.
+_get_unwrapped = _private("torch._C._functorch.get_unwrapped", _unwrapped_by_nobody)
+
+# A tensor without the wrappers of transforms that have ended. Otherwise as it is: torch's operators look through them.
+_unwrap_if_dead = _private("torch._C._functorch.unwrap_if_dead", _same)
+
+# The transforms that are running, to find a jvp among them. Otherwise none: `forward_ad`, which jvp enters, is asked.
+_interpreters = _private("torch._C._functorch.get_interpreter_stack", tuple)
+_JVP = _private("torch._C._functorch.TransformType.Jvp", object())
+
+
+def level() -> int:
+    """How many transforms are running, one inside the other."""
+    current = _current_level()
+    return 0 if current is None else current
+
+
+def below(tensor: Tensor, height: int) -> Tensor:
+    """A tensor without the wrappers of transforms above a level."""
+    while _level_of(tensor) > height:
+        tensor = _get_unwrapped(tensor)
+    return tensor
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The data below the wrappers: all samples of a ``vmap``, with its dimension."""
+    while is_wrapped(tensor):
+        tensor = _get_unwrapped(tensor)
+    return tensor
+
+
+def alive(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """Tensors without the wrappers of transforms that have ended: `torch.func.vjp` runs backward after its own end."""
+    return tuple([None if tensor is None else _unwrap_if_dead(tensor) for tensor in tensors])
+
+
+# ---- forward mode ----------------------------------------------------------------------------------------------------
+
+
+def _current_dual_level() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _takes_tangents() -> bool:
+    try:
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+    except RuntimeError:
+        return False
+    return True
+
+
+# Whether a level of `forward_ad` is open. Otherwise a dual tensor is made, which needs one.
+_KNOWS_LEVEL = _private("torch.autograd.forward_ad._current_level") is not None
+_in_dual_level = _current_dual_level if _KNOWS_LEVEL else _takes_tangents
+
+# Computes values without tangents for a while. Otherwise with them, for nobody.
+_set_forward_mode = _private("torch.autograd.forward_ad._set_fwd_grad_enabled", lambda enabled: nullcontext())
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed, by a transform or by `torch.autograd.forward_ad`."""
+    if _in_dual_level():
+        return True
+    if not active():
+        return False
+    return any(transform.key() == _JVP for transform in _interpreters() or ())
+
+
+def without_tangents() -> AbstractContextManager[Any]:
+    """Do not compute forward-mode derivatives inside."""
+    return _set_forward_mode(False)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _grad(outputs: Any, seeds: Any, keep: bool, create: bool, sources: Any, *_: Any, **__: Any) -> Any:
+    return torch.autograd.grad(outputs, sources, seeds, allow_unused=True)
+
+
+# Turns gradients on or off, at a quarter of what the public context manager costs. Otherwise the public function.
+_set_grad_enabled = _private("torch._C._set_grad_enabled", torch.set_grad_enabled)
+
+# `torch.autograd.grad` without its checks, which take two thirds of its time. Otherwise with them.
+_run_engine = _private("torch.autograd.graph._engine_run_backward", _grad)
+
+
+def gradient_edge(tensor: Tensor) -> GradientEdge:
+    """`torch.autograd.graph.get_gradient_edge`; without its ceremony where C++ owns the node."""
+    node = tensor.grad_fn
+    if node is None or isinstance(node, BackwardCFunction):
+        return get_gradient_edge(tensor)
+    return GradientEdge(node, tensor.output_nr)
+
+
+def gradients(
+    roots: Sequence[tuple[GradientEdge | Tensor, Tensor]], sources: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` of outputs and seeds that fit them: what it asks of them would take a third of the time."""
+    outputs, seeds = zip(*roots, strict=True)
+    if has_torch_function(tuple(sources)):
+        return torch.autograd.grad(outputs, sources, seeds, allow_unused=True)
+    return _run_engine(outputs, seeds, False, False, tuple(sources), True, accumulate_grad=False)
+
+
+def with_gradients(enabled: bool, fn: Callable[..., T], *args: Any) -> T:
+    """``fn(*args)`` under `torch.enable_grad` or `torch.no_grad`, at a quarter of what entering and leaving costs."""
+    before = torch.is_grad_enabled()
+    _set_grad_enabled(enabled)
+    try:
+        return fn(*args)
+    finally:
+        _set_grad_enabled(before)
+
+
+# ---- nodes of the graph ----------------------------------------------------------------------------------------------
+
+_NEVER = 2**63 - 1
+
+# When a node was made, to tell those of one call from those before it. Otherwise every node counts as made before.
+_position = _private("torch._C._autograd._get_sequence_nr")
+_number = _private("torch.autograd.graph.Node._sequence_nr")
+_KNOWS_NUMBERS = _position is not None and _number is not None
+
+
+def graph_position() -> int:
+    """A number that every autograd node made from now on, in this thread, reaches or exceeds."""
+    return _position() if _KNOWS_NUMBERS else _NEVER
+
+
+def made_since(node: Any, position: int) -> bool:
+    """Whether a node was made after `graph_position` has told its position."""
+    return _KNOWS_NUMBERS and node._sequence_nr() >= position
+
+
+def number_of(node: Any) -> int:
+    """The number of a node: those of one thread are numbered in the order in which they were made."""
+    if not _KNOWS_NUMBERS:
+        raise _missing("torch.autograd.graph.Node._sequence_nr", "a list of what a call has saved")
+    return node._sequence_nr()
+
+
+@lru_cache(1)
+def _knows_what_it_saved() -> bool:
+    with outside_modes(), torch.inference_mode(False), torch.enable_grad():
+        node = torch.ones(1, device="cpu", requires_grad=True).exp().grad_fn
+    return _attribute("torch.autograd.graph.Node._saved_result", node, _same) is not _same
+
+
+def saved_by(node: Any) -> Iterator[tuple[str, Any]]:
+    """``(name, value)`` of what a node of torch has saved."""
+    if not _knows_what_it_saved():
+        raise _missing("torch.autograd.graph.Node._saved_...", "a list of what a call has saved")
+    for name in dir(node):
+        if name.startswith("_saved_") and not name.startswith("_saved_tensors"):
+            yield name.removeprefix("_saved_"), getattr(node, name)
+
+
+def values_saved_by(node: Any) -> list[Any]:
+    """All values that a node has saved, lists of tensors too; a `RuntimeError` once its backward has freed them."""
+    if node is None:
+        return []
+    if not _knows_what_it_saved():
+        raise _missing("torch.autograd.graph.Node._saved_...", "the donation of an input")
+    return [getattr(node, name, None) for name in dir(node) if name.startswith("_saved_")]
+
+
+# The class of the nodes that a Function makes. Otherwise its name tells.
+_node_class = _attribute("torch.autograd.Function._backward_cls", _Probe, lambda function: None)
+
+
+def is_node_of(node: Any, function: type[torch.autograd.Function]) -> bool:
+    """Whether an autograd node was made by a Function."""
+    kind = _node_class(function)
+    return isinstance(node, kind) if kind is not None else type(node).__name__ == f"{function.__name__}Backward"
+
+
+# ---- Dynamo ----------------------------------------------------------------------------------------------------------
+
+# Lets frames run as they are where Dynamo has given up the one that calls, which may not set the stance. Otherwise the
+# stance alone.
+_set_eval_frame = _private("torch._C._dynamo.eval_frame.set_eval_frame", _same)
+
+# Tells Dynamo to leave a function out. Otherwise it looks into it, which takes the longer to compile.
+_set_strategy = _private("torch._C._dynamo.eval_frame.set_code_exec_strategy")
+_STRATEGY = _private("torch._C._dynamo.eval_frame._FrameExecStrategy")
+_ACTION = _private("torch._C._dynamo.eval_frame._FrameAction")
 
 
 @contextmanager
@@ -48,18 +326,19 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         yield
         return
-    prior = set_eval_frame(None)  # a frame that Dynamo has given up runs eagerly, and may not set the stance
+    prior = _set_eval_frame(None)
     _STANCE.enter()
     try:
         yield
     finally:
         _STANCE.leave()
-        set_eval_frame(prior)
+        _set_eval_frame(prior)
 
 
 def unseen_by_dynamo(fn: Callable[..., T]) -> Callable[..., T]:
     """A function that Dynamo does not look into on its own, where it has given up the frame that calls it."""
-    set_code_exec_strategy(fn.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    if not (_set_strategy is None or _STRATEGY is None or _ACTION is None):
+        _set_strategy(fn.__code__, _STRATEGY(_ACTION.SKIP, _ACTION.SKIP))
     return fn
 
 
@@ -87,53 +366,124 @@ class _Stance:
 _STANCE = _Stance()
 
 
-def gradient_edge(tensor: Tensor) -> GradientEdge:
-    """`torch.autograd.graph.get_gradient_edge`; without its ceremony where C++ owns the node."""
-    node = tensor.grad_fn
-    if node is None or isinstance(node, torch._C._FunctionBase):
-        return get_gradient_edge(tensor)
-    return GradientEdge(node, tensor.output_nr)
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile` makes of one. Otherwise none is: it is called as any module is."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # where it is not imported, nothing is compiled
+    found = None if dynamo is None else getattr(dynamo, "OptimizedModule", None)
+    return found is not None and isinstance(module, found)
 
 
-def gradients(
-    roots: Sequence[tuple[GradientEdge | Tensor, Tensor]], sources: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    """`torch.autograd.grad` of outputs and seeds that fit them: what it asks of them would take a third of the time."""
-    outputs, seeds = zip(*roots, strict=True)
-    if has_torch_function(tuple(sources)):
-        return torch.autograd.grad(outputs, sources, seeds, allow_unused=True)
-    return _engine_run_backward(outputs, seeds, False, False, tuple(sources), True, accumulate_grad=False)
+def called_not_traced(fn: Callable[..., T]) -> Callable[..., T]:
+    """A function that Dynamo calls while it traces: of an error that it traces it would show no more than the subject.
 
-
-def with_gradients(enabled: bool, fn: Callable[..., T], *args: Any) -> T:
-    """``fn(*args)`` under `torch.enable_grad` or `torch.no_grad`, at a quarter of what entering and leaving costs."""
-    before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(enabled)
-    try:
-        return fn(*args)
-    finally:
-        torch._C._set_grad_enabled(before)
+    `torch.compiler.assume_constant_result`, which would import Dynamo. Otherwise the function is traced.
+    """
+    setattr(fn, "_dynamo_marked_constant", True)  # noqa: B010 - pyright knows no such attribute
+    return fn
 
 
 def shown_to_modes(functions: Iterable[Callable[..., Any]]) -> None:
-    """Let function modes see functions under Dynamo, as they do outside of it: it forgets those without overrides."""
-    get_overridable_functions = importlib.import_module("torch._dynamo.variables.torch").get_overridable_functions
-    get_overridable_functions().update(functions)  # it caches the set
+    """Let function modes see functions under Dynamo, as they do outside of it: it forgets those without overrides.
+
+    Otherwise nothing public tells, and random numbers that a mode does not see would be others in backward.
+    """
+    path = "torch._dynamo.variables.torch.get_overridable_functions"  # looked up here, since it imports Dynamo
+    _private(path, _refuse(path, "a pipeline under torch.compile"))().update(functions)  # it caches the set
 
 
-def outside_modes() -> AbstractContextManager[Any]:
-    """Run outside of every dispatch mode."""
-    return _disable_current_modes()
+def at_compile_time(fn: Callable[[Any], None]) -> None:
+    """Run a function on what Dynamo knows, while it traces the frame that calls: its context is the argument."""
+    from torch._dynamo.comptime import comptime  # looked up here, since it imports Dynamo
+
+    comptime(fn)
 
 
-def swapped(module: nn.Module, contents: dict[str, Tensor]) -> AbstractContextManager[None]:
-    """A module that holds other tensors inside, as under `torch.func.functional_call`."""
-    return _reparametrize_module(module, contents)
+def in_compiled_backward() -> bool:
+    """Whether compiled autograd runs backward, which adds gradients up without looking for None.
+
+    Otherwise whether tensors are fake, as they are while it traces.
+    """
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    found = False if module is None else getattr(module, "in_compiled_autograd_region", None)
+    return on_fake_tensors() if found is None else found
+
+
+def run_backward(backward: Callable[..., Any], *args: Any) -> Any:
+    """Call a backward; compiled autograd leaves it out of its graph, since it is no function of its arguments alone."""
+    return torch.compiler.disable(backward)(*args) if in_compiled_backward() else backward(*args)
+
+
+# ---- modes and fake tensors ------------------------------------------------------------------------------------------
+
+
+class _NoDispatchMode:
+    """Stands for the class of a mode that sees operators: nothing public shows them."""
+
+    def __init__(self) -> None:
+        raise _missing("torch.utils._python_dispatch.TorchDispatchMode", "a measurement of memory")
+
+
+class _NoFakeTensor(Tensor):
+    """Stands for the class of fake tensors: there are none."""
+
+
+class _InEarnest:
+    """Stands for the mode of fake tensors: real ones, which take their time and memory."""
+
+    def __init__(self, allow_non_fake_inputs: bool = True) -> None:
+        pass
+
+    def __enter__(self) -> _InEarnest:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def from_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
+
+
+def _only_without_modes() -> AbstractContextManager[Any]:
+    if type(torch.empty(0)) is not Tensor:
+        raise _missing("torch.utils._python_dispatch._disable_current_modes", "what is kept from under a mode")
+    return nullcontext()
+
+
+def _mode_of_a_new_tensor(key: Any) -> Any:
+    return getattr(torch.empty(0), "fake_mode", None)
+
+
+if not TYPE_CHECKING:
+    # Sees every operator with its tensors. Otherwise memory is not measured.
+    DispatchMode = _private("torch.utils._python_dispatch.TorchDispatchMode", _NoDispatchMode)
+
+    # Tensors that have shapes and no data. Otherwise sizes are found with real ones.
+    FakeTensor = _private("torch._subclasses.fake_tensor.FakeTensor", _NoFakeTensor)
+    FakeTensorMode = _private("torch._subclasses.fake_tensor.FakeTensorMode", _InEarnest)
+    if FakeTensor is _NoFakeTensor:
+        FakeTensorMode = _InEarnest
+
+# What is raised where an op looks at the values of fake tensors, to go on with real ones. Otherwise after any error.
+LOOKS_AT_VALUES: tuple[type[Exception], ...] = (
+    _private("torch._subclasses.fake_tensor.DataDependentOutputException", RuntimeError),
+    _private("torch._subclasses.fake_tensor.DynamicOutputShapeException", RuntimeError),
+    _private("torch._subclasses.fake_tensor.UnsupportedFakeTensorException", RuntimeError),
+)
+
+# The mode of fake tensors, if it is on. Otherwise a new tensor tells.
+_FAKE = _private("torch._C._TorchDispatchModeKey.FAKE")
+_get_mode = _private("torch._C._get_dispatch_mode", _mode_of_a_new_tensor)
+_get_mode = _mode_of_a_new_tensor if _FAKE is None else _get_mode
+
+# Runs outside of every dispatch mode. Otherwise only where there is none.
+outside_modes: Callable[[], AbstractContextManager[Any]] = _private(
+    "torch.utils._python_dispatch._disable_current_modes", _only_without_modes
+)
 
 
 def fake_mode() -> FakeTensorMode | None:
     """The mode under which tensors have shapes and no data, if there is one."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return _get_mode(_FAKE)
 
 
 def on_fake_tensors() -> bool:
@@ -146,103 +496,422 @@ def fake_device(tensor: Tensor) -> torch.device | None:
     return tensor.fake_device if isinstance(tensor, FakeTensor) and not tensor.fake_mode.in_kernel_invocation else None
 
 
-def in_compiled_backward() -> bool:
-    """Whether compiled autograd runs backward; it adds gradients up without looking for None."""
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return module is not None and module.in_compiled_autograd_region
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+_MODULE = nn.Module()
 
 
-def run_backward(backward: Callable[..., Any], *args: Any) -> Any:
-    """Call a backward; compiled autograd leaves it out of its graph, since it is no function of its arguments alone."""
-    return torch._dynamo.disable(backward)(*args) if in_compiled_backward() else backward(*args)
+def _named_parameters(module: nn.Module) -> Mapping[str, Any]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
-def level() -> int:
-    """How many transforms are running, one inside the other."""
-    current = functorch.maybe_current_level()
-    return 0 if current is None else current
+def _named_buffers(module: nn.Module) -> Mapping[str, Any]:
+    return dict(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
-def below(tensor: Tensor, height: int) -> Tensor:
-    """A tensor without the wrappers of transforms above a level."""
-    while functorch.maybe_get_level(tensor) > height:
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
+def _named_children(module: nn.Module) -> Mapping[str, Any]:
+    return {name: child for name, child in module.named_modules(remove_duplicate=False) if name and "." not in name}
 
 
-def unwrapped(tensor: Tensor) -> Tensor:
-    """The data below the wrappers: all samples of a ``vmap``, with its dimension."""
-    while is_wrapped(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
+def _perhaps(module: nn.Module) -> bool:
+    return True
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode derivatives are being computed, by a transform or by `torch.autograd.forward_ad`."""
-    if forward_ad._current_level >= 0:
-        return True
-    if not active():
-        return False
-    return any(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ())
+# What a module holds under which name, None among it. Otherwise copies, without None.
+parameters_of = _attribute("torch.nn.Module._parameters", _MODULE, _named_parameters)
+buffers_of = _attribute("torch.nn.Module._buffers", _MODULE, _named_buffers)
+children_of = _attribute("torch.nn.Module._modules", _MODULE, _named_children)
+
+# Whether a call of a module does more than its ``forward``. Otherwise it is called as if it did.
+_HOOKS = (
+    _attribute("torch.nn.Module._forward_hooks", _MODULE, _perhaps),
+    _attribute("torch.nn.Module._forward_pre_hooks", _MODULE, _perhaps),
+    _attribute("torch.nn.Module._backward_hooks", _MODULE, _perhaps),
+    _attribute("torch.nn.Module._backward_pre_hooks", _MODULE, _perhaps),
+)
 
 
-def alive(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """Tensors without the wrappers of transforms that have ended: `torch.func.vjp` runs backward after its own end."""
-    return tuple([None if tensor is None else functorch.unwrap_if_dead(tensor) for tensor in tensors])
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run when a module is called."""
+    return any([hooks(module) for hooks in _HOOKS])
 
 
-def graph_position() -> int:
-    """A number that every autograd node made from now on, in this thread, reaches or exceeds."""
-    return torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+def check_input_dim(norm: Any, x: Tensor) -> None:
+    """What torch's batch norms ask of their input. Otherwise its operator says what is wrong."""
+    getattr(norm, "_check_input_dim", _same)(x)
 
 
-def preserved_version(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A tensor that is written inside keeps the version that others have seen."""
-    return torch.autograd._unsafe_preserve_version_counter(tensor)  # pyright: ignore[reportPrivateImportUsage]
+@contextmanager
+def _set_attributes(module: nn.Module, contents: dict[str, Tensor]) -> Iterator[None]:
+    places = {name: (module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in contents}
+    before = [(home, dict(parameters_of(home)), _buffers_and_kind(home)) for home, _ in places.values()]
+    for name, (home, last) in places.items():
+        delattr(home, last)
+        setattr(home, last, contents[name])
+    try:
+        yield
+    finally:
+        for home, last in set(places.values()):
+            delattr(home, last)
+        for home, parameters, buffers in before:
+            _put_back(home, parameters, buffers)
 
 
-def use_count(tensor: Tensor) -> int:
-    """How many holders a tensor has in C++ and Python together."""
-    return tensor._use_count()  # pyright: ignore[reportAttributeAccessIssue]
+def _buffers_and_kind(module: nn.Module) -> dict[str, tuple[Any, bool]]:
+    """What a module has registered as buffers, and whether a state dict shows it."""
+    shown = module.state_dict().keys()
+    return {name: (buffer, name in shown) for name, buffer in buffers_of(module).items()}
 
 
-def is_spare(tensor: Tensor, like: Tensor) -> bool:
-    """Whether a result on the CPU that lies in memory as ``like`` does may be written there.
+def _put_back(home: nn.Module, parameters: dict[str, Any], buffers: dict[str, tuple[Any, bool]]) -> None:
+    """Register everything anew, in the order in which it was."""
+    for name in [*parameters_of(home), *buffers_of(home)]:
+        delattr(home, name)
+    for name, parameter in parameters.items():
+        home.register_parameter(name, parameter)
+    for name, (buffer, persistent) in buffers.items():
+        home.register_buffer(name, buffer, persistent)
 
-    It may when one variable of the caller is all that holds the tensor, in Python and in C++, and nothing else its
-    storage, but the tensor that it is a view of: neither what a backward has saved, nor a hook, nor another view. And
-    when that storage is torch's and this process's own, no larger, and so large that it is worth the question.
+
+# Puts tensors into a module for a while. Otherwise its attributes are set.
+_swap = _private("torch.nn.utils.stateless._reparametrize_module", _set_attributes)
+
+
+def swapped(module: nn.Module, contents: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """A module that holds other tensors inside, as under `torch.func.functional_call`."""
+    return _swap(module, contents)
+
+
+# What parametrized modules have computed, to be set aside. Otherwise there may be nothing to set aside.
+_KNOWS_CACHE = _private("torch.nn.utils.parametrize._cache") is not None
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        """Another tensor."""
+        return 2 * x
+
+
+def _is_caching() -> bool:
+    """Whether a surrounding ``parametrize.cached()`` is open: one and the same tensor is read twice."""
+    probe = nn.Module()
+    probe.register_buffer("x", torch.ones(()))
+    parametrize.register_parametrization(probe, "x", _Doubled())
+    return probe.x is probe.x
+
+
+@contextmanager
+def parametrized_once() -> Iterator[None]:
+    """Compute parametrized weights once inside; a surrounding ``parametrize.cached()`` is neither read nor changed."""
+    if not _KNOWS_CACHE and _is_caching():
+        raise _missing("torch.nn.utils.parametrize._cache", "an iteration inside of parametrize.cached()")
+    held = parametrize._cache if _KNOWS_CACHE else {}
+    if _KNOWS_CACHE:
+        parametrize._cache = {}
+    try:
+        with parametrize.cached():
+            yield
+    finally:
+        if _KNOWS_CACHE:
+            parametrize._cache = held
+
+
+# ---- trees of tuples, lists and dicts --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A tree without its leaves."""
+
+    kind: Any  # how to make the node of its parts; None for a leaf
+    parts: tuple[_Spec, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Dict:
+    """Makes a dict of its values."""
+
+    keys: tuple[Any, ...]
+
+    def __call__(self, parts: Iterable[Any]) -> dict[Any, Any]:
+        return dict(zip(self.keys, parts, strict=True))
+
+
+class _Trees:
+    """Stands for ``torch.utils._pytree``: tuples, named ones too, lists and dicts, and no class of somebody else."""
+
+    TreeSpec = _Spec
+
+    @staticmethod
+    def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], _Spec]:
+        if is_leaf is not None and is_leaf(tree):
+            return [tree], _Spec(None)
+        if type(tree) is dict:
+            kind, parts = _Dict(tuple(tree)), list(tree.values())
+        elif type(tree) in (tuple, list) or (isinstance(tree, tuple) and hasattr(tree, "_make")):
+            kind, parts = getattr(type(tree), "_make", type(tree)), list(tree)
+        else:
+            return [tree], _Spec(None)
+        flat = [_Trees.tree_flatten(part, is_leaf) for part in parts]
+        return [leaf for leaves, _ in flat for leaf in leaves], _Spec(kind, tuple([spec for _, spec in flat]))
+
+    @staticmethod
+    def tree_unflatten(leaves: Iterable[Any], spec: _Spec) -> Any:
+        left = iter(leaves)
+
+        def build(spec: _Spec) -> Any:
+            return next(left) if spec.kind is None else spec.kind([build(part) for part in spec.parts])
+
+        return build(spec)
+
+    @staticmethod
+    def tree_leaves(tree: Any) -> list[Any]:
+        return _Trees.tree_flatten(tree)[0]
+
+    @staticmethod
+    def tree_map_only(kind: type, fn: Callable[[Any], Any], tree: Any) -> Any:
+        leaves, spec = _Trees.tree_flatten(tree)
+        return _Trees.tree_unflatten([fn(leaf) if isinstance(leaf, kind) else leaf for leaf in leaves], spec)
+
+
+if not TYPE_CHECKING:
+    # Takes nested containers apart, those of other libraries too. Otherwise Python's own alone.
+    trees = _private("torch.utils._pytree", _Trees)
+
+
+# ---- who holds a tensor ----------------------------------------------------------------------------------------------
+
+
+# What tells storages from each other. Otherwise their Python objects, which live as long as they do.
+storage_id: Callable[[torch.UntypedStorage], int] = _private("torch.UntypedStorage._cdata", id)
+storage_id = storage_id if storage_id is id else attrgetter("_cdata")
+
+# How many holders a tensor has in C++ and Python together. Otherwise nothing is written in place, nor donated.
+use_count: Callable[[Tensor], int] = _private(
+    "torch.Tensor._use_count", _refuse("torch.Tensor._use_count", "the donation of an input")
+)
+
+# Lets a tensor be written without notice to who has saved it. Otherwise torch refuses their backward.
+preserved_version: Callable[[Tensor], AbstractContextManager[Any]] = _private(
+    "torch.autograd._unsafe_preserve_version_counter", nullcontext
+)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Where a tensor lives: equal for tensors that share memory."""
+    return storage_id(tensor.untyped_storage())
+
+
+# Whether ``parametrize.cached()`` is open. Otherwise nobody knows, and a weight that it holds is computed again.
+_KNOWS_CACHING = _KNOWS_CACHE and _private("torch.nn.utils.parametrize._cache_enabled") is not None
+
+
+def parametrized_so_far() -> dict[Any, Any] | None:
+    """The weights that an open ``parametrize.cached()`` holds; None where none is open."""
+    return dict(parametrize._cache) if _KNOWS_CACHING and parametrize._cache_enabled else None
+
+
+@contextmanager
+def parametrized_as(cache: dict[Any, Any] | None) -> Iterator[None]:
+    """Run as `parametrized_so_far` found it."""
+    held, enabled = parametrize._cache, parametrize._cache_enabled
+    parametrize._cache, parametrize._cache_enabled = dict(cache or {}), int(cache is not None)
+    try:
+        yield
+    finally:
+        parametrize._cache, parametrize._cache_enabled = held, enabled
+
+
+# Whether a tensor is a view. Otherwise it is one if it has a base.
+is_view: Callable[[Tensor], bool] = _private("torch.Tensor._is_view", lambda tensor: tensor._base is not None)
+
+_DONATION = "the donation of an input"
+
+# Gives two Python tensors each other's insides. Otherwise nothing is donated.
+swap_insides: Callable[[Tensor, Tensor], None] = _private(
+    "torch._C._swap_tensor_impl", _refuse("torch._C._swap_tensor_impl", _DONATION)
+)
+
+# Makes a tensor of a subclass that has a shape and no data. Otherwise nothing is donated.
+make_wrapper: Callable[..., Any] = _private(
+    "torch.Tensor._make_wrapper_subclass", _refuse("torch.Tensor._make_wrapper_subclass", _DONATION)
+)
+
+# How many hold a storage, by its address. Otherwise nothing is donated.
+_count_storage = _private("torch._C._storage_Use_Count", _refuse("torch._C._storage_Use_Count", _DONATION))
+if storage_id is id:  # no address to ask with
+    _count_storage = _refuse("torch.UntypedStorage._cdata", _DONATION)
+
+
+def storage_use_count(storage: torch.UntypedStorage) -> int:
+    """How many hold a storage, its Python object among them."""
+    return _count_storage(storage_id(storage))
+
+
+# ---- saved-tensor hooks ----------------------------------------------------------------------------------------------
+
+
+class _Open(threading.local):
+    """The hooks that a thread has pushed by `_enter_hooks`."""
+
+    def __init__(self) -> None:
+        self.hooks: list[Any] = []
+
+
+_OPEN = _Open()
+
+
+def _enter_hooks(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    hooks.__enter__()
+    _OPEN.hooks.append(hooks)
+
+
+def _leave_hooks() -> None:
+    _OPEN.hooks.pop().__exit__()
+
+
+_disable_hooks = torch.autograd.graph.disable_saved_tensors_hooks  # torch's own: see `allow_hooks_below_transforms`
+
+
+def _only_without_hooks(ignore_tracing: bool) -> None:
+    """Torch refuses to turn hooks off where there are some."""
+    try:
+        with _disable_hooks("hooks are being looked for"):
+            return
+    except RuntimeError:
+        raise _missing(
+            "torch._C._autograd._top_saved_tensors_default_hooks", "a call below saved-tensor hooks"
+        ) from None
+
+
+# Put hooks in force, and take them back, at a fraction of what the public context manager costs. Otherwise by that.
+push_hooks: Callable[..., Any] = _private("torch._C._autograd._push_saved_tensors_default_hooks", _enter_hooks)
+pop_hooks: Callable[[], Any] = _private("torch._C._autograd._pop_saved_tensors_default_hooks", _leave_hooks)
+if push_hooks is _enter_hooks or pop_hooks is _leave_hooks:  # they go in pairs
+    push_hooks, pop_hooks = _enter_hooks, _leave_hooks
+
+# The hooks in force. Otherwise only where there are none.
+_top_hooks = _private("torch._C._autograd._top_saved_tensors_default_hooks", _only_without_hooks)
+
+# Forbid hooks, and allow them again. Otherwise transforms that refuse hooks refuse those of this package, too.
+_forbid_hooks = _private("torch._C._autograd._saved_tensors_hooks_disable")
+_allow_hooks = _private("torch._C._autograd._saved_tensors_hooks_enable")
+_why_no_hooks = _private("torch._C._autograd._saved_tensors_hooks_get_disabled_error_message")
+_CAN_ALLOW = None not in (_forbid_hooks, _allow_hooks, _why_no_hooks) and _top_hooks is not _only_without_hooks
+
+
+def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The saved-tensor hooks that are in force, such as those of `torch.autograd.graph.save_on_cpu`."""
+    return _top_hooks(False)
+
+
+def allow_hooks_below_transforms() -> None:
+    """Let a `torch.func` transform begin below saved-tensor hooks that are this package's own.
+
+    ``grad``, ``vjp``, ``jacrev`` and ``hessian`` refuse hooks of any kind, since a hook may do with a tensor of theirs
+    what it wants (https://github.com/pytorch/pytorch/issues/95327). Ours number tensors, and give them back.
     """
-    if type(tensor) is not Tensor or tensor.numel() < _LARGE or not torch._C._has_storage(tensor):
-        return False
-    if not tensor.is_cpu or tensor.dtype is not like.dtype or tensor.stride() != like.stride():
-        return False
-    if getrefcount(tensor) != _ONE_VARIABLE or use_count(tensor) != 1:
-        return False
-    if tensor.is_inference() or torch._debug_has_internal_overlap(tensor):  # pyright: ignore[reportPrivateImportUsage]
-        return False
-    return _holders(tensor) in (_OF_A_TENSOR, _OF_A_VIEW)
+    graph = torch.autograd.graph
+    refuse = graph.disable_saved_tensors_hooks
+    if not _CAN_ALLOW or getattr(refuse, "allows_invfunc", False):
+        return
+
+    @contextmanager
+    def disable_saved_tensors_hooks(error_message: str) -> Iterator[None]:
+        hooks = top_hooks()
+        owner = getattr(hooks[0], "__module__", "") if hooks is not None else ""
+        if not owner.startswith("invfunc."):
+            with refuse(error_message):
+                yield
+            return
+        before = _why_no_hooks()
+        _forbid_hooks(error_message, False)
+        try:
+            yield
+        finally:
+            if before is None:
+                _allow_hooks()
+            else:
+                _forbid_hooks(before, False)
+
+    setattr(disable_saved_tensors_hooks, "allows_invfunc", True)  # noqa: B010 - pyright knows no such attribute
+    graph.disable_saved_tensors_hooks = disable_saved_tensors_hooks
 
 
-def _holders(tensor: Tensor) -> tuple[int, ...] | None:
-    """How many hold a tensor's storage, and what it is a view of, in Python and in C++; None if that is not all."""
-    storage, base = tensor.untyped_storage(), tensor._base
-    if storage.nbytes() != tensor.nbytes or storage.is_shared() or not storage.resizable():
+# Whether the backward that is running keeps its graph for another one. Otherwise it is taken to: memory goes later.
+keeps_graph: Callable[[], bool] = _private("torch._C._autograd._get_current_graph_task_keep_graph", lambda: True)
+
+
+def _only_without_transforms() -> AbstractContextManager[Any]:
+    if active():
+        raise _missing(
+            "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack", "a backward that runs under a transform"
+        )
+    return nullcontext()
+
+
+def below_transforms() -> AbstractContextManager[Any]:
+    """Outside of every `torch.func` transform. Otherwise only where there is none."""
+    return _private("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack", _only_without_transforms)()
+
+
+# ---- what surrounds a call -------------------------------------------------------------------------------------------
+
+cpu_random_state: Callable[[], Tensor] = torch.default_generator.get_state
+set_grad_enabled: Callable[[bool], Any] = _set_grad_enabled
+
+# Whether autocast is on for any device. Otherwise every device is asked.
+is_any_autocast_enabled: Callable[[], bool] = _private("torch._C._is_any_autocast_enabled", lambda: True)
+
+# Lets neither modes nor subclasses see what is called inside. Otherwise enclosing ones see it.
+without_torch_function: Callable[[], AbstractContextManager[Any]] = _private(
+    "torch._C.DisableTorchFunction", nullcontext
+)
+
+# Draws what `torch.distributions.Gamma` draws. Otherwise it is not noticed in a compiled function.
+standard_gamma: Callable[..., Any] = _private("torch._standard_gamma", torch.poisson)
+
+_compare = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
+_compare.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+
+
+def is_same_state(a: Tensor, b: Tensor) -> bool:
+    """Whether two states of a generator are the same: ten times faster than as tensors, and not dispatched."""
+    return not _compare(a.data_ptr(), b.data_ptr(), a.nbytes)
+
+
+# How many function modes are on, of which a default device is one. Otherwise torch is asked for the device each time.
+_count_function_modes = _private("torch._C._len_torch_function_stack", lambda: 1)
+
+
+def default_device() -> torch.device | None:
+    """The device of `torch.set_default_device` or ``with torch.device(...)``; None where nobody has set one."""
+    if not _count_function_modes():
         return None
-    found = getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
-    return found if base is None else (*found, getrefcount(base), use_count(base))
+    device = torch.get_default_device()
+    return None if device == torch.device("cpu") else device
 
 
-def _references(tensor: Tensor) -> int:
-    return getrefcount(tensor)
+# Which backward is running; below zero where none is. Otherwise what could be asked once in it is asked each time.
+graph_task_id: Callable[[], int] = _private("torch._C._current_graph_task_id", lambda: -1)
+
+# Calls a function when the backward that is running has ended. Otherwise nothing is donated.
+at_end_of_backward: Callable[[Callable[[], None]], None] = _private(
+    "torch.autograd.Variable._execution_engine.queue_callback",
+    _refuse("torch.autograd.Variable._execution_engine.queue_callback", _DONATION),
+)
 
 
-def _counted() -> tuple[int, Any, Any]:
-    """What Python and torch count, which is up to their versions, where nobody else holds anything."""
-    fresh, view = torch.empty(1, device="cpu"), torch.empty(1, device="cpu").view(1)
-    return _references(fresh), _holders(fresh), _holders(view)
+def has_accelerator() -> bool:
+    """Whether there can be tensors on another device than the CPU."""
+    return torch.accelerator.current_accelerator() is not None
 
 
-with outside_modes(), torch.inference_mode(False):
-    _ONE_VARIABLE, _OF_A_TENSOR, _OF_A_VIEW = _counted()
-_LARGE = 2**14  # numbers: what is smaller is in the processor's caches anyway
+def check_donation() -> None:
+    """Raise at once where a name is missing that donation needs later."""
+    for need in (swap_insides, make_wrapper, _count_storage, at_end_of_backward):
+        if getattr(need, "__qualname__", "").startswith("_refuse."):
+            need()  # pyright: ignore[reportCallIssue]
+    if not _knows_what_it_saved():
+        raise _missing("torch.autograd.graph.Node._saved_...", _DONATION)

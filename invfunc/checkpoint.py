@@ -3,79 +3,21 @@
 from __future__ import annotations
 
 import copyreg
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
-from functools import WRAPPER_ASSIGNMENTS, partial
-from types import MethodType
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-import torch.utils._pytree as pytree
-from torch import Size, Tensor, nn
-
-from .core.op import VJP, Invertible, OneWay, Pair, Residue, name_of, pair
+from . import _torch
+from .core.op import VJP, Again, Invertible, OneWay, Pair, Residue, name_of, pair
 from .engine import compiled
-from .engine.lowering import Options, lower, may_have_gradients, owning, recompute_values, runs_plainly, walk
+from .engine.interface import Options, Run, State
+from .engine.lower import lower, walk
 from .engine.meter import Drift, checked_drift
-from .engine.strands import State
-from .errors import NotInvertibleError, OptionError, ReplayError, WireError
-from .wires import Wire, is_differentiable
-
-MODES = ("invert", "store", "recompute")
-
-_MODE: ContextVar[str | None] = ContextVar("mode", default=None)
-
-
-@contextmanager
-def mode(name: str) -> Iterator[None]:
-    """Override how everything that is called inside is lowered.
-
-    Args:
-        name: ``"invert"`` (keep nothing, rebuild by the inverse), ``"store"`` (plain autograd) or ``"recompute"``
-            (keep each segment's input, run it again). It overrides every `checkpoint` option and every mark. What has
-            no inverse is stored as marked, whatever the mode.
-
-    A mode changes neither a value nor a gradient, only memory and time. It nests, restores what was before, and is
-    local to its thread and its asynchronous task.
-
-    Example:
-        >>> import torch, invfunc as inv
-        >>> fast = inv.checkpoint(inv.pair(torch.exp, torch.log))
-        >>> x = torch.zeros(1, requires_grad=True)
-        >>> with inv.mode("store"):
-        ...     fast(x).grad_fn.name()
-        'ExpBackward0'
-    """
-    token = _MODE.set(_checked_mode(name))
-    try:
-        yield
-    finally:
-        _MODE.reset(token)
-
-
-def _checked_mode(name: str) -> str:
-    if name not in MODES:
-        raise OptionError(f"mode is {name!r}", expected=" or ".join(map(repr, MODES)))
-    return name
-
-
-def forced_mode() -> str | None:
-    """The mode of the surrounding ``with inv.mode(...)``; it overrides every option, mark and plan."""
-    return None if torch.compiler.is_compiling() else _MODE.get()
-
-
-def _current(options: Options) -> Options:
-    """Options under the mode of the surrounding ``with inv.mode(...)``; what is not rebuilt can not be donated."""
-    override = forced_mode()
-    if override is None:
-        return options
-    return replace(options, mode=override, donate=override == "invert" and options.donate)
-
+from .engine.mode import checked_mode, current, forced_mode
+from .errors import NotInvertibleError, OptionError
+from .functions import CheckpointedFunction, global_name, set_names
+from .wires import Wire
 
 # ---- lowered and marked values ---------------------------------------------------------------------------------------
 
@@ -95,6 +37,9 @@ class Wrapper(Invertible):
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         return self.op.pull(residue, y, gy, vjp, needs)
 
+    def rebuild(self, residue: Residue, y: Wire, again: Again) -> Wire:
+        return self.op.rebuild(residue, y, again)
+
     @property
     def parts(self) -> tuple[Invertible, ...]:
         return (self.op,)
@@ -110,11 +55,8 @@ class Checkpointed(Wrapper):
 
     options: Options = Options()
 
-    def __post_init__(self) -> None:
-        compiled.prepare(self.op)
-
     def forward(self, x: Wire) -> Wire:
-        return lower(self.op, x, _current(self.options))
+        return lower(self.op, x, current(self.options))
 
     def inverse(self, y: Wire) -> Wire:
         return self.inverted().forward(y)
@@ -138,7 +80,7 @@ class Checkpointed(Wrapper):
 
     def __reduce__(self) -> Any:
         """A decorated function is pickled by its name, as functions are."""
-        return _global_name(self) or (copyreg.__newobj__, (Checkpointed,), vars(self))  # pyright: ignore
+        return global_name(self) or (copyreg.__newobj__, (Checkpointed,), vars(self))  # pyright: ignore
 
     def __repr__(self) -> str:
         given = {k: v for k, v in vars(self.options).items() if v != getattr(Options(), k)}
@@ -148,8 +90,13 @@ class Checkpointed(Wrapper):
 
 
 @walk.register
-def _(op: Checkpointed, state: State, options: Options) -> State:
-    return walk(op.op, state, replace(options, mode=options.mode if forced_mode() else op.options.mode))
+def _(op: Checkpointed, state: State, run: Run) -> State:
+    return walk(op.op, state, run if forced_mode() else in_mode(run, op.options.mode))
+
+
+def in_mode(run: Run, mode: str) -> Run:
+    """A walk in another mode."""
+    return run if run.options.mode == mode else run.under(replace(run.options, mode=mode))
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,8 +120,8 @@ class Marked(Wrapper):
 
 
 @walk.register
-def _(op: Marked, state: State, options: Options) -> State:
-    return walk(op.op, state, options if forced_mode() else replace(options, mode=op.mark))
+def _(op: Marked, state: State, run: Run) -> State:
+    return walk(op.op, state, run if forced_mode() else in_mode(run, op.mark))
 
 
 def mark(op: Invertible | Callable[..., Any], mode: str) -> Invertible:
@@ -203,7 +150,7 @@ def mark(op: Invertible | Callable[..., Any], mode: str) -> Invertible:
         >>> body = inv.pair(torch.sinh, torch.asinh)
         >>> fast = inv.checkpoint(inv.chain(body, inv.mark(body, "store"), body))
     """
-    return Marked(_lift(op), _checked_mode(mode))
+    return Marked(_lift(op), checked_mode(mode))
 
 
 def _lift(op: Invertible | Callable[..., Any]) -> Invertible:
@@ -231,8 +178,13 @@ class CompiledStages(Wrapper):
 
 
 @walk.register
-def _(op: CompiledStages, state: State, options: Options) -> State:
-    return walk(op.op, state, replace(options, step=op.step))
+def _(op: CompiledStages, state: State, run: Run) -> State:
+    if isinstance(run.engine, compiled.Traced) or _torch.active():
+        return walk(op.op, state, run)
+    engine = compiled.Traced(op.step)
+    inner = Run(engine, run.options, run.path)
+    y = engine.close(walk(op.op, engine.begin(run.engine.close(state), inner, partial(repr, op)), inner))
+    return run.engine.begin(y, run, partial(repr, op))
 
 
 def compile_stages(op: Invertible, **options: Any) -> Invertible:
@@ -250,7 +202,7 @@ def compile_stages(op: Invertible, **options: Any) -> Invertible:
         fuses across them. What is kept is as without it; the stages are called from Python.
 
     Limits:
-        Random numbers other than dropout's, and closures over tensors that require grad, raise (as they do in
+        Random numbers other than dropout's, and global tensors that require grad, raise (as they do in
         ``torch.compile``). Below a `torch.func` transform and in double backward nothing is compiled; inside of an
         outer ``torch.compile`` the stages become part of its graph.
 
@@ -263,135 +215,6 @@ def compile_stages(op: Invertible, **options: Any) -> Invertible:
     if isinstance(op, Checkpointed):
         return replace(op, op=compile_stages(op.op, **options))
     return CompiledStages(op, compiled.Steps(options))
-
-
-# ---- plain functions ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Tree:
-    """A pytree without its tensors: one leaf of a wire, in front of them."""
-
-    spec: pytree.TreeSpec
-    rest: list[Any]  # its leaves, Tensor in the place of tensors
-
-    @staticmethod
-    def fell(tree: Any) -> tuple[Any, ...]:
-        """A pytree as a wire: ``(Tree, tensor, tensor, ...)``."""
-        flat, spec = pytree.tree_flatten(tree, lambda node: isinstance(node, Size))
-        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
-        return Tree(spec, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat]), *tensors
-
-    def grow(self, tensors: Iterable[Tensor]) -> Any:
-        """The pytree with these tensors."""
-        left = iter(tensors)
-        return pytree.tree_unflatten([next(left) if leaf is Tensor else leaf for leaf in self.rest], self.spec)
-
-    def objects(self) -> list[Any]:
-        """Leaves of the user's own classes: they may hold tensors that nobody sees."""
-        found = [leaf for leaf in self.rest if not isinstance(leaf, (type, Enum))]
-        return [leaf for leaf in found if type(leaf).__module__ not in _PLAIN]
-
-
-_PLAIN = ("builtins", "torch", "numpy")
-
-
-@dataclass(frozen=True)
-class OnTree:
-    """A function of any arguments and results as a function of one wire."""
-
-    fn: Callable[..., Any]
-
-    @property
-    def functions(self) -> tuple[Callable[..., Any], ...]:
-        """The user's function."""
-        return (self.fn,)
-
-    def __call__(self, arguments: Tree, *tensors: Tensor) -> tuple[Any, ...]:
-        args, kwargs = arguments.grow(tensors)
-        results, *out = Tree.fell(self.fn(*args, **kwargs))
-        for item in results.objects():
-            if any(map(is_differentiable, getattr(item, "__dict__", {}).values())):
-                raise WireError(
-                    f"{name_of(self.fn)} returned a {type(item).__name__} with tensors in it",
-                    expected="tensors, or containers that torch.utils._pytree knows",
-                    cure="return a tuple or a dict, or register the class with torch.utils._pytree",
-                )
-        return results, *out
-
-    @property
-    def __name__(self) -> str:
-        return name_of(self.fn)
-
-
-class CheckpointedFunction:
-    """A plain function that is recomputed from its stored inputs; built by `checkpoint`."""
-
-    __wrapped__: Callable[..., Any]
-
-    def __init__(self, fn: Callable[..., Any], options: Options, op: Invertible | None = None) -> None:
-        self.options = options
-        self.op = OneWay(OnTree(fn)) if op is None else op
-        compiled.prepare(self.op)
-        self.known: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()  # of methods, by instance
-        wraps(self, fn)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        if runs_plainly() or _current(self.options).mode == "store":
-            return self.__wrapped__(*args, **kwargs)
-        x = Tree.fell((args, kwargs))
-        op = owning(self.op, opaque=True) if x[0].objects() else self.op
-        if not may_have_gradients(op, x):
-            return self.__wrapped__(*args, **kwargs)
-        self._check_arguments(x[0])
-        results, *out = recompute_values(op, x, self.options)
-        return results.grow(out)
-
-    def _check_arguments(self, arguments: Tree) -> None:
-        for leaf in arguments.rest:
-            if isinstance(leaf, Iterator):
-                raise ReplayError(
-                    f"{self!r} got a {type(leaf).__name__}",
-                    expected="arguments that can be read twice: backward runs the function again",
-                    cure="pass a list",
-                )
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """A checkpointed function in a class is a method."""
-        if instance is None:
-            return self
-        method = MethodType(self.__wrapped__, instance)
-        op = OneWay(OnTree(method))
-        if isinstance(instance, nn.Module):
-            op = owning(op, self_contained=self.known.setdefault(instance, {}))
-        return CheckpointedFunction(method, self.options, op)
-
-    def __reduce__(self) -> Any:
-        return _global_name(self) or (_checkpointed, (self.__wrapped__, self.options))
-
-    def __repr__(self) -> str:
-        return f"checkpoint({name_of(self.__wrapped__)})"
-
-
-def _checkpointed(fn: Callable[..., Any], options: Options) -> CheckpointedFunction:
-    return fn if isinstance(fn, CheckpointedFunction) else CheckpointedFunction(fn, options)
-
-
-def _global_name(value: Any) -> str | None:
-    """The name by which a decorated function is found in its module, for pickle; None if it is not."""
-    path = getattr(value, "__qualname__", None)
-    found: Any = sys.modules.get(getattr(value, "__module__", ""))
-    for name in path.split(".") if path else ():
-        found = getattr(found, name, None)
-    return path if path and found is value else None
-
-
-def wraps(wrapper: Any, fn: Callable[..., Any]) -> None:
-    """`functools.update_wrapper` for values, which are frozen, and for modules, whose ``__dict__`` is not copied."""
-    for name in (n for n in WRAPPER_ASSIGNMENTS if hasattr(fn, n)):
-        object.__setattr__(wrapper, name, getattr(fn, name))
-    object.__setattr__(wrapper, "__wrapped__", fn)
 
 
 # ---- the transformer ------------------------------------------------------------------------------------------------
@@ -407,6 +230,7 @@ def checkpoint(
     drift: Drift = "warn",
     donate: bool | Sequence[int] = False,
     preserve_rng_state: bool = True,
+    determinism_check: str = "default",
     plan: Any = None,
 ) -> Any:
     r"""Lower a pipeline, or any plain function, so that its activations are freed and rebuilt in backward.
@@ -427,6 +251,8 @@ def checkpoint(
             1e-6 on in float64, 1e-3 in float32, 3e-2 in half precision. A number warns from that on.
         donate: Free the storage of the input, too, until backward rebuilds it: True, or the places on the wire.
         preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
+        determinism_check: Whether the shapes and dtypes of what a function saves when it runs again are compared with
+            forward (``"default"``) or not (``"none"``), as in `torch.utils.checkpoint`. Their number always is.
         plan: What to do with each op of the chain, from `invfunc.plan`, in place of mode, segments and cuts.
 
     Returns:
@@ -463,18 +289,30 @@ def checkpoint(
     """
     trunks = _checked_cuts(segments, cuts)
     given = donate if isinstance(donate, bool) else tuple(donate)
-    options = Options(_checked_mode(mode), trunks, given, preserve_rng_state, checked_drift(drift))
+    options = Options(
+        checked_mode(mode), trunks, given, preserve_rng_state, checked_drift(drift), _checked_check(determinism_check)
+    )
     if given and mode != "invert":
         raise OptionError(f"checkpoint: donate={donate} with mode={mode!r}", expected="mode 'invert': only it rebuilds")
     if plan is not None:
-        if inverse is not None or replace(options, preserve_rng_state=True, drift="warn") != Options():
+        if (
+            inverse is not None
+            or replace(options, preserve_rng_state=True, drift="warn", determinism_check="default") != Options()
+        ):
             raise OptionError(
-                "checkpoint: plan=... comes with other options", expected="f, plan, drift and preserve_rng_state"
+                "checkpoint: plan=... comes with other options",
+                expected="f, plan, drift, preserve_rng_state and determinism_check",
             )
         return Checkpointed(plan.applied_to(f), options)
     if f is None:
         return partial(_checkpoint, inverse=inverse, options=options)
     return _checkpoint(f, inverse, options)
+
+
+def _checked_check(determinism_check: str) -> str:
+    if determinism_check not in ("default", "none"):
+        raise OptionError(f"checkpoint: determinism_check={determinism_check!r}", expected="'default' or 'none'")
+    return determinism_check
 
 
 def _checked_cuts(segments: int, cuts: Sequence[int]) -> int | tuple[int, ...]:
@@ -503,7 +341,7 @@ def _checkpoint(f: Any, inverse: Callable[..., Any] | None, options: Options) ->
             )
         return f if isinstance(f, CheckpointedFunction) else CheckpointedFunction(f, options)
     lowered = Checkpointed(pair(f, inverse), options)
-    wraps(lowered, f)
+    set_names(lowered, f)
     return lowered
 
 

@@ -74,6 +74,10 @@ class OptionError(InvertibleError, ValueError):
     """An argument of a constructor or transformer is not one of those it takes."""
 
 
+class TorchNameError(InvertibleError):
+    """A feature needs a private name of torch that the installed version does not have."""
+
+
 def place_error(error: Exception, place: str) -> None:
     """Prefix the path of our own errors; leave a note on the user's."""
     if not place:

@@ -21,6 +21,7 @@ from .core.combine import Parallel, Plumbing, check_components, parallel
 from .core.couple import DerivedLaw, Half, InverseLaw, Law, sum_per_sample
 from .core.op import (
     VJP,
+    Again,
     ByKind,
     Chain,
     Inverse,
@@ -222,8 +223,8 @@ class LogDetLaw(DerivedLaw):
     def derive(self, op: Invertible) -> Invertible:
         return lifted(op, self.exact)
 
-    def acts_on(self, x1: Wire) -> Wire:
-        return super().acts_on(x1[0])
+    def acts_on(self, x: Wire) -> Wire:
+        return super().acts_on(x[0])
 
 
 def lift_law(law: Law, exact: str | None) -> Law:
@@ -279,6 +280,15 @@ class Counting(Invertible):
         x = vjp.run(self.op.inverse_with_residue, (residue, y))
         (_, added), pull = vjp(partial(self._of, isinstance(x, tuple)), x, None if needs is None else needs[0])
         return (x, total - added.to(total.dtype)), (pull(gy), gy[1])
+
+    def rebuild(self, residue: Residue, y: Wire, again: Again) -> Wire:
+        """The rule is evaluated once, as in `pull`."""
+        y, total = _checked(y)
+        x = again.quietly(self.op.inverse_with_residue, residue, y)
+        again.rewind()
+        like, _ = again.like
+        _, added = again.evaluate(partial(self._of, isinstance(x, tuple)), x, like)
+        return x, total - added.detach().to(total.dtype)
 
     def _of(self, is_tuple: bool, *x: Wire) -> tuple[Wire, Tensor]:
         """``x -> (y, log|det J|)``, of a wire that arrives as positional arguments."""
@@ -493,12 +503,12 @@ class OpTransform(Transform):
 
     def __init__(self, op: Invertible, event_dim: int, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
-        self.op, self.counting = op, with_log_det(op)
+        self.op, self.counting, self.cached = op, with_log_det(op), cache_size
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
 
     def with_cache(self, cache_size: int = 1) -> Transform:
         """The same transform with another cache."""
-        return self if cache_size == self._cache_size else OpTransform(self.op, self.domain.event_dim, cache_size)
+        return self if cache_size == self.cached else OpTransform(self.op, self.domain.event_dim, cache_size)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, OpTransform) and (self.op, self.domain.event_dim) == (other.op, other.domain.event_dim)
@@ -615,7 +625,7 @@ def from_transform(transform: Transform) -> Invertible:
         return transform.op
     if not transform.bijective:
         raise NotInvertibleError(f"from_transform: {transform!r} is not bijective")
-    pure = transform if transform._cache_size == 0 else transform.with_cache(0)
+    pure = transform.with_cache(0)
     forward, inverse = partial(_through, pure), partial(_through, pure.inv)
     name = f"from_transform({' '.join(repr(transform).split())})"  # a composition shows itself over several lines
     return pair(forward, inverse, log_det=partial(_transform_log_det, pure), name=name)

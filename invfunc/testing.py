@@ -22,7 +22,7 @@ from .core.combine import _concat, _split, parallel
 from .core.compare import largest, largest_difference
 from .core.couple import Half
 from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, invert, pair
-from .engine.replay import owners
+from .engine.snapshot import Parts
 from .errors import DriftWarning, NotDifferentiableError
 from .log_det import log_det
 from .look.trial import (
@@ -150,7 +150,7 @@ def check_laws(
 
 
 def _buffers(op: Invertible) -> list[Tensor]:
-    return [buffer for module in owners(op.functions).modules for buffer in module.buffers()]
+    return [buffer for module in Parts(op.functions).roots for buffer in module.buffers()]
 
 
 # ---- comparison --------------------------------------------------------------------------------------------------
@@ -623,6 +623,9 @@ def checkpoint_functional(f: Invertible, x: Wire) -> Iterator[Claim]:
     """torch.func.vjp(checkpoint(f), x)(gy) = torch.func.vjp(f, x)(gy)."""
     found, expected = _functional_vjp(checkpoint(f), x)(*differentiable(x)), _functional_vjp(f, x)(*differentiable(x))
     yield "torch.func.vjp(checkpoint(f), x)", found, "torch.func.vjp(f, x)", expected
+    closed = closed_over(f, x)
+    theirs, ours = (tuple(vjp_of(roots(y), closed)) for y, _ in (expected, found))
+    yield "closed-over gradients of torch.func.vjp(checkpoint(f), x)", ours, "of torch.func.vjp(f, x)", theirs
 
 
 def _batch(tensor: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-CORE = ["test_combinators.py", "test_errors.py", "test_laws.py", "test_autograd.py"]
-NEEDED = ["conftest.py", "catalogue.py", *CORE]
+AUTOGRAD = ["test_autograd_calls.py", "test_autograd_hooks.py", "test_autograd_tensors.py", "test_autograd_modes.py"]
+CORE = ["test_combinators.py", "test_errors.py", "test_laws.py", "test_copies.py", *AUTOGRAD]
+NEEDED = ["conftest.py", "catalogue.py", "kit.py", *CORE]
 OUTSIDE = """
 import importlib.util, sys
 import invfunc

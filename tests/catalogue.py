@@ -291,7 +291,6 @@ RANDOM = dict.fromkeys(TRANSFORMS, "a transform draws its own random numbers")
 BUFFERS = dict.fromkeys(TRANSFORMS, "torch.func can not write running statistics")
 STATISTICS = {
     "log_det_is_jacobian": "it is that with the statistics held fixed",
-    "checkpoint_twice": "a residue is a constant to the gradient of a gradient",
     "checkpoint_vmap": "torch.vmap can not write running statistics",
 }
 

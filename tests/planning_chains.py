@@ -11,10 +11,11 @@ import invfunc as inv
 from invfunc.__main__ import Setting, network
 from invfunc.errors import OptionError
 from invfunc.look.memory import measure
-from invfunc.plan import Costs, OpCosts, Plan, profile
-from invfunc.plan.executor import flat_ops
+from invfunc.plan import Costs, OpCosts, Plan
+from invfunc.plan.clock import Clock, timed
+from invfunc.plan.executor import flat_ops, has_inverse
 from invfunc.plan.inputs import as_input
-from invfunc.plan.profiling import mean_square
+from invfunc.plan.profiling import Profiler, mean_square
 from invfunc.plan.schedule import predict
 from invfunc.plan.search import Limits, best, least
 from invfunc.plan.trials import parameters_of
@@ -26,7 +27,6 @@ def homogeneous(count: int, lossy: int = 0, tape: int = 4000) -> Costs:
     op = OpCosts(
         "op", 1.0, 2.0, 3.21, bytes=1000, gradient=1000, tape=tape, holds_input=(1000,), holds_output=(0,),
         peak_forward=1000, peak_taped=1000 + tape, peak_backward=1000 + tape, peak_inverse=3000 + tape,
-        peak_backward_last=tape, peak_inverse_last=2000 + tape,
     )  # fmt: skip
     one_way = OpCosts(**{**vars(op), "inverse": math.inf})
     return Costs(tuple(one_way if lossy and i % lossy == 0 else op for i in range(count)), input_bytes=1000)
@@ -109,12 +109,21 @@ def demo(depth: int, dtype: torch.dtype = torch.float32):
 
 
 def given_seconds(op, x, invertible, again):
-    """In the place of measured ones, so that plans are the same everywhere."""
+    """A clock of the profiler that measures nothing, so that plans are the same everywhere."""
     size = 1.0 if "Sequential" in repr(op) else 0.1
     given = {"forward": size, "idle": 0.0, "step": 3 * size, "again": 4 * size + 0.1, "idle, carried": 0.0}
     undone = {"undone": (41.0 if "i-ResNet" in repr(op) else 4.2) * size} if invertible else {}
     with torch.no_grad():
         return as_input(op.forward(x)), given | undone
+
+
+def profile(op, x, **options) -> Costs:
+    """`invfunc.plan.profile`, by the seconds that are given."""
+    return Profiler(clock=given_seconds, **options).costs(op, x)
+
+
+def fake_costs(op) -> Costs:
+    return Costs(tuple(OpCosts("op", 1.0, 1.0, 1.0 if has_inverse(o) else math.inf) for o in flat_ops(op)))
 
 
 def weights_of(op, x):
@@ -123,6 +132,20 @@ def weights_of(op, x):
         found |= {id(t): t for t in parameters_of(part, value)}
         value = part(value)
     return list(found.values())
+
+
+def step(op, x, weights, of=None):
+    torch.manual_seed(0)
+    norms = [
+        m for part in flat_ops(of or op) for fn in part.functions if isinstance(fn, nn.Module) for m in fn.modules()
+    ]
+    norms = [m for m in norms if isinstance(m, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.reset_running_stats()
+    x = x.detach().requires_grad_()
+    y = op(x)
+    gradients = torch.autograd.grad(y.square().mean(), [x, *weights])
+    return [y.detach(), *gradients, torch.rand(1), *[norm.running_mean.clone() for norm in norms]]
 
 
 def peak_of(op, x, weights) -> int:
@@ -190,11 +213,11 @@ LIMITS = [1e-3, 1e-4, 1e-5, 1e-6]  # of the gradient error
 SHARES = [1.1, 1.5]  # of the least memory that inverses which may round allow
 
 
-def new_errors(make, shares=SHARES, limits=LIMITS):
+def new_errors(make, shares=SHARES, limits=LIMITS, clock: Clock = timed):
     """``((share, limit), error)`` for all that can be met: plans from one batch, gradients of another."""
     torch.manual_seed(0)
     f, seen, new = make(), torch.randn(256, 16).requires_grad_(), torch.randn(256, 16).requires_grad_()
-    costs, weights = profile(f, seen, errors=True), weights_of(f, new)
+    costs, weights = Profiler(errors=True, clock=clock).costs(f, seen), weights_of(f, new)
     exact = gradients(f, new, mean_square, weights)
     bound = predict(costs, least(costs)).peak_bytes
     for share, limit in product(shares, limits):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from kit import TOLERANCE, WIDE, assert_close
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
@@ -24,9 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
 ]
 
-WIDTH = 8
-TOLERANCE = 1e-9
-
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
@@ -36,13 +34,13 @@ def fresh() -> None:
 class Tanh(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.linear = nn.Linear(WIDE, WIDE)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.linear(x))
 
 
-def mlp(width: int = WIDTH, out: int | None = None) -> nn.Module:
+def mlp(width: int = WIDE, out: int | None = None) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out or width))
 
 
@@ -51,7 +49,7 @@ class Network(nn.Module):
 
     def __init__(self, make: Callable[[nn.ModuleList], Any], **options: Any) -> None:
         super().__init__()
-        self.stem, self.owned, self.head = nn.Linear(4, 2 * WIDTH), nn.ModuleList(), nn.Linear(2 * WIDTH, 3)
+        self.stem, self.owned, self.head = nn.Linear(4, 2 * WIDE), nn.ModuleList(), nn.Linear(2 * WIDE, 3)
         self.op = make(self.owned)
         self.fast = inv.checkpoint(self.op, **options)
 
@@ -76,21 +74,21 @@ def couplings(modules: nn.ModuleList, depth: int = 1) -> Any:
 
 
 def affine(modules: nn.ModuleList) -> Any:
-    return between(inv.couple(inv.ops.tanh_scale(owned(modules, mlp(out=2 * WIDTH))), law=inv.affine), inv.swap())
+    return between(inv.couple(inv.ops.tanh_scale(owned(modules, mlp(out=2 * WIDE))), law=inv.affine), inv.swap())
 
 
 def tensors(modules: nn.ModuleList) -> Any:
-    linear = owned(modules, nn.Linear(2 * WIDTH, 2 * WIDTH))
+    linear = owned(modules, nn.Linear(2 * WIDE, 2 * WIDE))
     return inv.chain(inv.ops.linear(linear.weight, linear.bias), inv.ops.leaky_relu(0.5), inv.ops.tanh())
 
 
 def closures(modules: nn.ModuleList) -> Any:
-    f, g = owned(modules, mlp()), owned(modules, nn.Linear(WIDTH, WIDTH))
+    f, g = owned(modules, mlp()), owned(modules, nn.Linear(WIDE, WIDE))
 
     def h(x: Tensor) -> Tensor:
         return f(x).sin() + g(x)
 
-    return between(inv.couple(h, partial(_scaled, owned(modules, nn.Linear(1, WIDTH)).bias)))
+    return between(inv.couple(h, partial(_scaled, owned(modules, nn.Linear(1, WIDE)).bias)))
 
 
 def _scaled(scale: Tensor, x: Tensor) -> Tensor:
@@ -103,7 +101,7 @@ def marks(modules: nn.ModuleList) -> Any:
 
 
 def buffers(modules: nn.ModuleList) -> Any:
-    return between(inv.couple(owned(modules, nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)))))
+    return between(inv.couple(owned(modules, nn.Sequential(nn.Linear(WIDE, WIDE), nn.BatchNorm1d(WIDE)))))
 
 
 def one_way(modules: nn.ModuleList) -> Any:
@@ -137,7 +135,7 @@ def step(net: Network, fn: Callable[[Tensor], Tensor], batch: int = 5) -> list[T
 
 
 def assert_same_step(net: Network, fn: Callable[[Tensor], Tensor], batch: int = 5) -> None:
-    torch.testing.assert_close(step(net, fn, batch), step(net, net.plain, batch), rtol=TOLERANCE, atol=TOLERANCE)
+    assert_close(step(net, fn, batch), step(net, net.plain, batch))
 
 
 # ---- the same numbers, in one graph ----------------------------------------------------------------------------------
@@ -177,7 +175,7 @@ def test_a_gradient_that_is_compiled() -> None:
     compiled = torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(parameters, x)
     net.plain(x).pow(2).sum().backward()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(compiled[name], parameter.grad, rtol=TOLERANCE, atol=TOLERANCE)
+        assert_close(compiled[name], parameter.grad)
 
 
 def test_a_batch_of_any_size_needs_two_graphs() -> None:
@@ -213,7 +211,7 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.outer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.inner, self.outer = nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE)
         self.outer.weight = self.inner.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,13 +220,13 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("mode", ["invert", "recompute"])
 def test_tied_weights_and_an_input_that_needs_no_gradient(mode: str) -> None:
-    f, x = Tied(), torch.randn(5, 2 * WIDTH)
+    f, x = Tied(), torch.randn(5, 2 * WIDE)
     op = between(inv.couple(f), inv.swap(), inv.couple(f))
     parameters = list(f.parameters())
     compiled = torch.compile(inv.checkpoint(op, mode=mode), backend="aot_eager", fullgraph=True)
     found = torch.autograd.grad(compiled(x).pow(2).sum(), parameters)
     expected = torch.autograd.grad(op(x).pow(2).sum(), parameters)
-    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "vmap of grad"])
@@ -243,26 +241,191 @@ def test_below_vmap_it_runs_plainly(transform: str) -> None:
     torch.testing.assert_close(torch.compile(fn, backend="aot_eager", fullgraph=True)(x), fn(x))
 
 
-def test_a_closure_over_a_tensor_says_what_to_pass() -> None:
-    w = torch.randn(WIDTH, requires_grad=True)
-    net = Network(lambda modules: between(inv.couple(lambda x: x * w)))
+# ---- closures, and pipelines that are built in the graph -------------------------------------------------------------
+
+
+LOOSE = torch.randn(WIDE, requires_grad=True)  # the functions below find it among their globals
+
+
+class Scale:
+    """A plain object that can be called."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+@pytest.mark.parametrize("fn", [lambda x: x * LOOSE, Scale(LOOSE)], ids=["<lambda>", "Scale"])
+def test_a_closure_over_a_tensor_says_what_to_pass(fn: Any, request: pytest.FixtureRequest) -> None:
+    net = Network(lambda modules: between(inv.couple(fn)))
     message = (
-        "<lambda>, which is being compiled, closes over a tensor that requires grad, expected tensors that belong to a "
-        r"module, or are bound in a partial; let a module own the tensor, or bind it: functools.partial\(fn, tensor\)"
+        f"{request.node.callspec.id}, which is being compiled, closes over a tensor that requires grad, expected tensors "
+        r"that belong to a module, or are bound in a partial; let a module own the tensor, or bind it: "
+        r"functools.partial\(fn, tensor\)"
     )
     with pytest.raises(Exception, match=message):
         torch.compile(net, backend="aot_eager", fullgraph=True)(torch.randn(5, 4))
 
 
+def _nested(x: Tensor, w: Tensor) -> Any:
+    """A function that calls another one, which closes over what is computed in the graph."""
+    double = 2 * w
+
+    def inner(h: Tensor) -> Tensor:
+        return torch.tanh(h @ double.T)
+
+    return inv.couple(lambda h: inner(h) + inner(h.sin()), inner)
+
+
+def _recursive(x: Tensor, w: Tensor) -> Any:
+    def fn(h: Tensor, left: int = 2) -> Tensor:
+        return fn(torch.tanh(h @ w), left - 1) if left else h
+
+    return inv.couple(fn)
+
+
+def _input(x: Tensor, w: Tensor) -> Any:
+    first, second = x.chunk(2, 1)
+    return inv.couple(lambda h: h * first + second @ w, lambda h: h * first)
+
+
+def _containers(x: Tensor, w: Tensor) -> Any:
+    held = {"a": [w, (w.sin(),)]}
+    return inv.couple(lambda h: h @ held["a"][0] @ held["a"][1][0])
+
+
+def _own_module(x: Tensor, w: Tensor) -> Any:
+    norm = NORM
+    return inv.couple(lambda h: torch.tanh(norm(h) @ w))
+
+
+NORM = nn.BatchNorm1d(WIDE, dtype=torch.float64)
+BUILT: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "arguments": lambda x, w: inv.couple(lambda h: torch.tanh(h @ w), lambda h: h @ w.T),
+    "defaults": lambda x, w: inv.couple(lambda h, w=w: h @ w, lambda h, *, w=w: h @ w),
+    "affine": lambda x, w: inv.couple(inv.ops.tanh_scale(lambda h: torch.cat([h @ w, h], 1)), law=inv.affine),
+    "global": lambda x, w: inv.couple(lambda h: NORM(h) @ w),
+    "nested": _nested,
+    "recursive": _recursive,
+    "input": _input,
+    "containers": _containers,
+    "module": _own_module,
+    "marked": lambda x, w: inv.mark(inv.couple(lambda h: torch.tanh(h @ w)), "recompute"),
+}
+
+
+def _gradients(fn: Callable[..., Tensor], modules: nn.Module) -> list[Any]:
+    before = {name: tensor.clone() for name, tensor in modules.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(n, m, generator=generator).div_(3).requires_grad_() for n, m in ((5, 2 * WIDE), (WIDE, WIDE)))
+    y = fn(x, w)
+    parameters = [x, w, *modules.parameters()]
+    found = torch.autograd.grad(y.pow(2).sum(), parameters, allow_unused=True, materialize_grads=True)
+    buffers = [buffer.clone() for buffer in modules.buffers()]
+    modules.load_state_dict(before)
+    return [y.detach(), *found, *buffers]
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_pipeline_that_is_built_in_the_graph(name: str) -> None:
+    modules = nn.ModuleList([Tanh(), NORM])
+
+    def op(x: Tensor, w: Tensor) -> Any:
+        return between(BUILT[name](x, w), inv.swap(), inv.couple(modules[0], lambda h: h @ w))
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return inv.checkpoint(op(x, w))(x)
+
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    assert_close(_gradients(compiled, modules), _gradients(lambda x, w: op(x, w)(x), modules))
+
+
+class Built(nn.Module):
+    """Builds its pipeline in every forward, of its own modules and an argument."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.fs = nn.ModuleList([Tanh() for _ in range(depth)])
+
+    def op(self, w: Tensor) -> Any:
+        blocks = [(inv.couple(lambda h: torch.tanh(h @ w), f), inv.swap()) for f in self.fs]
+        return between(*(part for block in blocks for part in block))
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return inv.checkpoint(self.op(w))(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_module_that_builds_its_pipeline(backend: str) -> None:
+    net = Built(2)
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    assert_close(_gradients(compiled, net), _gradients(lambda x, w: net.op(w)(x), net))
+
+
+def test_memory_of_a_pipeline_that_is_built_in_the_graph() -> None:
+    kept, peaks = [], []
+    for depth in 4, 16:
+        torch._dynamo.reset()
+        net, saved = Built(depth), Saved()
+        compiled = torch.compile(net, backend=saved, fullgraph=True)
+        x, w = torch.randn(BATCH, 2 * WIDE, requires_grad=True), torch.randn(WIDE, WIDE, requires_grad=True)
+
+        def run() -> None:
+            compiled(x, w).sum().backward()  # noqa: B023 - called below
+
+        run()
+        kept.append(saved.bytes)
+        peaks.append(peak_bytes(run) - sum(p.numel() * p.element_size() for p in net.parameters()))
+    activation = BATCH * 2 * WIDE * 8
+    assert kept[0] == kept[1] and sum(kept[0]) <= 2 * activation
+    assert peaks[1] <= peaks[0] + activation / 2
+
+
+def test_functions_that_there_were_before_close_over_tensors_too() -> None:
+    w = torch.randn(WIDE, WIDE, requires_grad=True)
+
+    def apply(h: Tensor) -> Tensor:
+        return torch.tanh(h @ w)
+
+    op = between(inv.couple(apply), inv.swap(), inv.couple(lambda h: apply(h).sin(), apply))
+    x = torch.randn(5, 2 * WIDE, requires_grad=True)
+    expected = torch.autograd.grad(op(x).pow(2).sum(), [x, w])
+    for fast in (
+        torch.compile(inv.checkpoint(op), backend="aot_eager", fullgraph=True),
+        inv.compile_stages(inv.checkpoint(op), backend="aot_eager"),
+    ):
+        assert_close(torch.autograd.grad(fast(x).pow(2).sum(), [x, w]), expected)
+
+
+def test_a_function_that_is_checkpointed_in_the_graph() -> None:
+    def forward(x: Tensor, w: Tensor, lowered: bool) -> Tensor:
+        double = 2 * w
+
+        def fn(x: Tensor, scale: Tensor = w) -> Tensor:
+            return torch.tanh(x @ double) @ scale
+
+        return (inv.checkpoint(fn) if lowered else fn)(x[:, :WIDE])
+
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    nothing = nn.ModuleList()
+    found = _gradients(lambda x, w: compiled(x, w, True), nothing)
+    assert_close(found, _gradients(lambda x, w: forward(x, w, False), nothing))
+
+
+# ---- random numbers --------------------------------------------------------------------------------------------------
+
+
 def test_dropout_draws_the_same_mask_in_backward() -> None:
     op = between(inv.couple(nn.Dropout(0.5)))
     compiled = torch.compile(inv.checkpoint(op), backend="aot_eager", fullgraph=True)
-    x, gy = torch.randn(5, 2 * WIDTH, requires_grad=True), torch.randn(5, 2 * WIDTH)
+    x, gy = torch.randn(5, 2 * WIDE, requires_grad=True), torch.randn(5, 2 * WIDE)
     y = compiled(x)
     (gx,) = torch.autograd.grad(y, x, gy)
-    mask = ((y - x)[:, :WIDTH].abs() > TOLERANCE).double()  # dropout is all that was added
+    mask = ((y - x)[:, :WIDE].abs() > TOLERANCE).double()  # dropout is all that was added
     assert 0 < mask.mean() < 1
-    torch.testing.assert_close(gx[:, WIDTH:], gy[:, WIDTH:] + 2 * mask * gy[:, :WIDTH])
+    torch.testing.assert_close(gx[:, WIDE:], gy[:, WIDE:] + 2 * mask * gy[:, :WIDE])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +459,7 @@ def test_other_random_numbers_are_refused(draw: Callable[[Tensor], Tensor]) -> N
     op = inv.checkpoint(between(inv.couple(draw)))
     message = "draws random numbers with .*, expected none but those of dropout: a graph can not draw the same again; store it"
     with pytest.raises(Exception, match=message):
-        torch.compile(op, backend="eager", fullgraph=True)(torch.randn(5, 2 * WIDTH, requires_grad=True))
+        torch.compile(op, backend="eager", fullgraph=True)(torch.randn(5, 2 * WIDE, requires_grad=True))
 
 
 def test_a_frame_that_dynamo_gives_up_runs_eagerly() -> None:
@@ -340,7 +503,7 @@ class Context(nn.Module):
 
     def __init__(self, context: Tensor) -> None:
         super().__init__()
-        self.context, self.outer, self.inner = context, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.context, self.outer, self.inner = context, nn.Linear(WIDE, WIDE), nn.Linear(WIDE, WIDE)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.inner(x) + torch.tanh(self.outer(self.context)).sin())
@@ -351,9 +514,7 @@ class LowRank(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.a, self.b = (
-            nn.Parameter(torch.randn(s) / 3) for s in ((WIDTH, WIDTH), (WIDTH, 1), (1, WIDTH))
-        )
+        self.weight, self.a, self.b = (nn.Parameter(torch.randn(s) / 3) for s in ((WIDE, WIDE), (WIDE, 1), (1, WIDE)))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x @ (self.weight + self.a @ self.b))
@@ -364,7 +525,7 @@ def additive_chain(depth: int) -> Any:
 
 
 def context_chain(depth: int) -> Any:
-    context = torch.randn(BATCH, WIDTH)
+    context = torch.randn(BATCH, WIDE)
     return [part for _ in range(depth) for part in (inv.couple(Context(context)), inv.swap())]
 
 
@@ -380,7 +541,7 @@ def kept_and_peak(chain: Callable[[int], Any], depth: int) -> tuple[list[int], i
     op = inv.checkpoint(between(*chain(depth)))
     saved = Saved()
     compiled = torch.compile(op, backend=saved, fullgraph=True)
-    x = torch.randn(BATCH, 2 * WIDTH, requires_grad=True)
+    x = torch.randn(BATCH, 2 * WIDE, requires_grad=True)
 
     def run() -> None:
         compiled(x).sum().backward()
@@ -402,7 +563,7 @@ def peak_bytes(run: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("chain", [additive_chain, context_chain, pass_through_chain, low_rank_chain])
 def test_memory_does_not_grow_with_depth(chain: Callable[[int], Any]) -> None:
-    activation = BATCH * 2 * WIDTH * 8
+    activation = BATCH * 2 * WIDE * 8
     (shallow, shallow_peak), (deep, deep_peak) = kept_and_peak(chain, 4), kept_and_peak(chain, 16)
     assert shallow == deep
     assert sum(deep) <= 2 * activation
@@ -428,7 +589,7 @@ def test_one_graph_for_each_kind_of_stage() -> None:
         torch._dynamo.reset()
         counter = CompileCounter()
         op = inv.compile_stages(inv.checkpoint(between(*additive_chain(depth))), backend=counter)
-        op(torch.randn(5, 2 * WIDTH, requires_grad=True)).sum().backward()
+        op(torch.randn(5, 2 * WIDE, requires_grad=True)).sum().backward()
         counts.append(counter.frame_count)
     assert counts[0] == counts[1] <= 6
 
@@ -445,6 +606,6 @@ def test_compiled_stages_inside_of_a_graph_and_of_a_transform() -> None:
 def test_compiled_stages_on_fake_tensors_are_not_compiled() -> None:
     op = inv.compile_stages(inv.checkpoint(between(inv.couple(Tanh()))), backend="aot_eager")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.randn(5, 2 * WIDTH, requires_grad=True)
+        x = torch.randn(5, 2 * WIDE, requires_grad=True)
         op(x).sum().backward()
         assert x.grad.shape == x.shape

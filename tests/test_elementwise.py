@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import EXAMPLES, mlp, weight
+from kit import SINGLE, assert_close
 from torch import Tensor, nn
 from torch.distributions import transforms as T
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,10 +24,6 @@ from invfunc.look.memory import measure
 from invfunc.testing import check_laws
 
 ops = inv.ops
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance), (found - expected).abs().max().item()
 
 
 # ---- against torch -------------------------------------------------------------------------------------------------
@@ -50,9 +47,9 @@ TWINS = [
 @pytest.mark.parametrize(("op", "twin", "x"), TWINS, ids=[repr(op) for op, _, _ in TWINS])
 def test_an_op_does_what_torch_does(op, twin, x):
     y, log_det = inv.log_det(op, x)
-    close(y, twin(x))
-    close(op.inverse(y), twin.inv(y), 1e-10)
-    close(log_det, twin.log_abs_det_jacobian(x, y).sum(1).expand(len(x)))
+    assert_close(y, twin(x))
+    assert_close(op.inverse(y), twin.inv(y), 1e-10)
+    assert_close(log_det, twin.log_abs_det_jacobian(x, y).sum(1).expand(len(x)))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +65,7 @@ def test_an_op_does_what_torch_does(op, twin, x):
     ids=["sinh", "asinh", "leaky_relu", "relu", "abs", "cbrt"],
 )
 def test_a_function_is_that_of_its_name(op, fn):
-    close(op(REAL), fn(REAL))
+    assert_close(op(REAL), fn(REAL))
 
 
 def test_derived_ops_read_like_the_code():
@@ -80,9 +77,6 @@ def test_derived_ops_read_like_the_code():
     assert repr(ops.power(torch.tensor(2.0))) == "power(p)" and repr(ops.power(2)) == "power(2)"
     assert repr(ops.mixture_cdf(torch.zeros(3))) == "mixture_cdf(parameters)"
     assert ops.exp() == ops.exp()
-
-
-SINGLE = {"dtype": torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +138,7 @@ def test_a_saturated_network_trains(make, x):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_softplus_is_exact_where_torch_switches(dtype):
     x = torch.linspace(-30, 60, 500, dtype=dtype)
-    close(ops.softplus().inverse(ops.softplus()(x)) / x, torch.ones_like(x), 20 * torch.finfo(dtype).eps)
+    assert_close(ops.softplus().inverse(ops.softplus()(x)) / x, torch.ones_like(x), 20 * torch.finfo(dtype).eps)
 
 
 # ---- outside of the domain -----------------------------------------------------------------------------------------
@@ -197,7 +191,7 @@ def test_beyond_the_domain_is_nan_and_beyond_a_spline_is_its_tail():
     assert all(op(torch.tensor([-2.0])).isnan() for op in (ops.log(), ops.logit(), ops.atanh(), ops.power(0.5)))
     far, near = torch.tensor([-40.0, 40.0]), torch.tensor([-1.0, 1.0])
     for spline in (ops.rational_quadratic_spline(weight(14), tails=None), ops.linear_spline(weight(5), tails=None)):
-        close(spline(far), far)
+        assert_close(spline(far), far)
         with inv.debug(True):
             spline(near)
 
@@ -449,8 +443,8 @@ def test_leaky_tanh_is_smooth_and_never_flat():
     (slope,) = torch.autograd.grad(op(x).sum(), x)
     assert slope.min().item() == pytest.approx(1 - math.tanh(2) ** 2)
     assert slope.diff().abs().max() < 5e-3
-    close(op(x)[10000], torch.tensor(0.0))
-    close(op.inverse(op(x)), x, 1e-10)
+    assert_close(op(x)[10000], torch.tensor(0.0))
+    assert_close(op.inverse(op(x)), x, 1e-10)
 
 
 # ---- splines -------------------------------------------------------------------------------------------------------
@@ -474,8 +468,8 @@ def test_a_rational_quadratic_spline_is_that_of_the_paper():
 
     slopes = [1.0, *(1e-3 + nn.functional.softplus(d)).tolist(), 1.0]
     expected = torch.tensor([rq_reference(v, knots(w), knots(h), slopes) for v in x.tolist()])
-    close(ops.rational_quadratic_spline(w, h, d)(x), expected)
-    close(ops.rational_quadratic_spline(torch.cat([w, h, d]))(x), expected)
+    assert_close(ops.rational_quadratic_spline(w, h, d)(x), expected)
+    assert_close(ops.rational_quadratic_spline(torch.cat([w, h, d]))(x), expected)
 
 
 @pytest.mark.parametrize("count", [14, 16])
@@ -489,15 +483,15 @@ def test_a_spline_is_smooth_everywhere_and_increasing(count):
 
 def test_boundary_slopes_go_on_beyond_the_interval():
     op = ops.rational_quadratic_spline(torch.zeros(5), boundary_slopes=(0.5, 2.0), interval=(-1, 1))
-    close(op(torch.tensor([-3.0, 4.0])), torch.tensor([-2.0, 7.0]))
-    close(inv.log_det(op, torch.tensor([[-3.0, 4.0]]))[1], torch.tensor([0.0]))
+    assert_close(op(torch.tensor([-3.0, 4.0])), torch.tensor([-2.0, 7.0]))
+    assert_close(inv.log_det(op, torch.tensor([[-3.0, 4.0]]))[1], torch.tensor([0.0]))
 
 
 def test_knots_themselves():
     x = torch.tensor([[-3.0, 3.0, 0.0]])
     for op in (ops.rational_quadratic_spline(torch.randn(17)), ops.linear_spline(torch.randn(6))):
-        close(op(x)[:, :2], x[:, :2])
-        close(op.inverse(op(x)), x)
+        assert_close(op(x)[:, :2], x[:, :2])
+        assert_close(op.inverse(op(x)), x)
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
@@ -533,27 +527,27 @@ def test_a_mixture_is_its_formula():
     cdf = (logits.softmax(-1) * z.sigmoid()).sum(-1)
     density = (logits.softmax(-1) * z.sigmoid() * (-z).sigmoid() / log_scales.exp()).sum(-1)
     y, total = inv.log_det(ops.mixture_cdf(logits, means, log_scales), x)
-    close(y, cdf)
-    close(total, density.log().sum(1), 1e-10)
-    close(ops.mixture_logit(logits, means, log_scales)(x), (cdf / (1 - cdf)).log(), 1e-8)
+    assert_close(y, cdf)
+    assert_close(total, density.log().sum(1), 1e-10)
+    assert_close(ops.mixture_logit(logits, means, log_scales)(x), (cdf / (1 - cdf)).log(), 1e-8)
 
 
 @pytest.mark.parametrize("reach", [1.0, 1e3, 1e6])
 def test_the_inverse_holds_far_out(reach):
     op, x = ops.mixture_logit(*mixture(4)), torch.linspace(-reach, reach, 101)
-    close(op.inverse(op(x)) / reach, x / reach, 1e-14)
+    assert_close(op.inverse(op(x)) / reach, x / reach, 1e-14)
 
 
 def test_narrow_and_wide_components_together():
     op = ops.mixture_logit(torch.zeros(3), torch.tensor([-50.0, 0.0, 50.0]), torch.tensor([-9.0, 0.0, 5.0]))
     x = torch.linspace(-60, 60, 201)
-    close(op.inverse(op(x)), x, 1e-9)
+    assert_close(op.inverse(op(x)), x, 1e-9)
 
 
 def test_one_component_is_affine():
     op = ops.mixture_logit(torch.zeros(1), torch.tensor([2.0]), torch.tensor([math.log(3.0)]))
     x = torch.linspace(-1e3, 1e3, 11)
-    close(op(x), (x - 2) / 3)
+    assert_close(op(x), (x - 2) / 3)
 
 
 def test_the_inverse_has_every_derivative_of_the_implicit_function():
@@ -562,10 +556,10 @@ def test_the_inverse_has_every_derivative_of_the_implicit_function():
     forward, inverse = (lambda x: op(x)), (lambda y: op.inverse(y))
     g1, g2, g3 = (d(x) for d in _derivatives(forward))
     h1, h2, h3 = (d(op(x)) for d in _derivatives(inverse))
-    close(h1, 1 / g1)
-    close(h2, -g2 / g1**3)
-    close(h3, (3 * g2**2 - g1 * g3) / g1**5, 1e-9)
-    close(torch.func.jacfwd(torch.func.jacrev(inverse))(op(x)), h2)
+    assert_close(h1, 1 / g1)
+    assert_close(h2, -g2 / g1**3)
+    assert_close(h3, (3 * g2**2 - g1 * g3) / g1**5, 1e-9)
+    assert_close(torch.func.jacfwd(torch.func.jacrev(inverse))(op(x)), h2)
 
 
 def _derivatives(fn):
@@ -580,7 +574,7 @@ def test_the_inverse_has_the_gradients_of_its_parameters():
     (slope,) = torch.autograd.grad(op(x).sum(), x)
     expected = torch.autograd.grad(op(x), parameters, -1 / slope)  # dx/dp = -(dG/dp) / (dG/dx)
     for found, want in zip(torch.autograd.grad(op.inverse(y).sum(), parameters), expected, strict=True):
-        close(found, want, 1e-10)
+        assert_close(found, want, 1e-10)
 
 
 def test_a_loose_tolerance_is_less_exact():
@@ -597,4 +591,4 @@ def test_a_loose_tolerance_is_less_exact():
 def test_log_det_of_a_flow_of_splines_and_mixtures():
     op = inv.chain(ops.mixture_cdf(torch.randn(3, 12)), ops.logit(), ops.rational_quadratic_spline(torch.randn(3, 14)))
     x = torch.randn(4, 3)
-    close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None), 1e-8)
+    assert_close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None), 1e-8)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import conv, kernel, regular
+from kit import assert_close
 from torch import Tensor, func
 
 import invfunc as inv
@@ -52,7 +53,7 @@ def test_the_inverse_has_its_gradient_off_the_range(name: str) -> None:
     expected = gradients(~op, y, tensors)
     for lower in (inv.checkpoint, partial(inv.checkpoint, mode="recompute"), lambda op: ~inv.checkpoint(~op)):
         for found, wanted in zip(gradients(lower(~op), y, tensors), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+            assert_close(found, wanted, 1e-11, relative=0)
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
@@ -77,13 +78,13 @@ def test_a_net_that_pads_and_crops_has_the_gradient_of_plain() -> None:
     op, x = cropped(2), torch.randn(2, 4, 3, 3)
     parameters = [p for part in op.parts[2:4] for fn in part.functions for p in getattr(fn, "parameters", list)()]
     for found, wanted in zip(gradients(inv.checkpoint(op), x, parameters), gradients(op, x, parameters), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+        assert_close(found, wanted, 1e-11, relative=0)
 
     def loss(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return run(x).sin().sum()
 
     found, wanted = (func.grad(partial(loss, run))(x) for run in (inv.checkpoint(op), op))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+    assert_close(found, wanted, 1e-11, relative=0)
 
 
 def test_what_is_stored_does_not_grow_with_depth() -> None:

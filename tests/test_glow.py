@@ -1,12 +1,11 @@
 """A Glow: squeeze, actnorm, 1x1 convolution, affine coupling, multi-scale split; trained lowered, log-det included."""
 
-import gc
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from kit import assert_close
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -14,13 +13,8 @@ import invfunc as inv
 from invfunc import ops
 from invfunc.look.memory import measure
 
-
-@pytest.fixture(autouse=True)
-def no_gc() -> Iterator[None]:
-    """What is freed is freed by reference counts."""
-    gc.disable()
-    yield
-    gc.enable()
+# What is freed is freed by reference counts: memory held by a cycle shows.
+pytestmark = pytest.mark.usefixtures("no_gc")
 
 
 class Step(nn.Module):
@@ -87,7 +81,7 @@ def test_the_log_density_is_that_of_the_jacobian() -> None:
     jacobian = torch.stack([torch.func.jacrev(latent)(image) for image in x]).reshape(2, 16, 16)
     expected = torch.linalg.slogdet(jacobian)[1] - (z**2).sum(1) / 2 - 8 * math.log(2 * math.pi)
     for lowered in (False, True):
-        torch.testing.assert_close(glow.flow(lowered).log_prob(x), expected, rtol=0, atol=1e-8)
+        assert_close(glow.flow(lowered).log_prob(x), expected, 1e-8, relative=0)
 
 
 def gradients(glow: Glow, x: Tensor, lowered: bool) -> tuple[Tensor, ...]:
@@ -99,7 +93,7 @@ def gradients(glow: Glow, x: Tensor, lowered: bool) -> tuple[Tensor, ...]:
 def test_gradients_of_32_steps_a_scale_are_those_of_the_plain_flow(scales: int) -> None:
     glow, x = Glow(3, scales, 32), torch.randn(2, 3, 16, 16, requires_grad=True)
     for found, expected in zip(gradients(glow, x, True), gradients(glow, x, False), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+        assert_close(found, expected, 1e-8)
 
 
 def test_there_and_back() -> None:
@@ -107,8 +101,8 @@ def test_there_and_back() -> None:
     z, total = inv.log_det(glow.op(), x)
     assert inv.wires.describe(z) == "((2, 6, 8, 8), ((2, 12, 4, 4), (2, 48, 2, 2)))"
     back, negative = inv.log_det(inv.invert(glow.op()), z)
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-11)
-    torch.testing.assert_close(negative, -total, rtol=0, atol=1e-9)
+    assert_close(back, x, 1e-11, relative=0)
+    assert_close(negative, -total, 1e-9, relative=0)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

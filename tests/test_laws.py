@@ -9,6 +9,7 @@ import torch
 from catalogue import EXAMPLES, Example, closure, mlp, scale_by, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import assert_close
 from torch import Tensor, func
 
 import invfunc as inv
@@ -355,4 +356,4 @@ def test_random_pipelines_under_transforms(example: tuple[inv.Invertible, Any], 
     ts = [torch.tensor(0.5), *filter(is_differentiable, leaves(x))]
     run = closing_over(op, x)
     found, expected = (TRANSFORMS[name](lambda *ts, on=on: run(on, *ts), ts) for on in (True, False))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert_close(found, expected)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from catalogue import EXAMPLES, conv, mlp, weight
+from kit import assert_close
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal, TransformedDistribution
 from torch.distributions import transforms as T
@@ -16,14 +17,9 @@ from invfunc.errors import NotDifferentiableError, NotInvertibleError, OptionErr
 from invfunc.log_det import autodiff_log_det, zeros_for
 from invfunc.look.memory import measure
 from invfunc.testing import check_laws
-from invfunc.wires import is_differentiable, leaves, map_wire
+from invfunc.wires import is_differentiable, map_wire
 
 LAWS = ["section", "retraction", "checkpoint_gradients", "checkpoint_twice", "checkpoint_functional", "checkpoint_vmap"]
-
-
-def close(found: object, expected: object, tolerance: float = 1e-8) -> None:
-    for a, b in zip(leaves(found), leaves(expected), strict=True):
-        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance), (a - b).abs().max().item()
 
 
 def counted(op: inv.Invertible, x: object) -> tuple[object, Tensor]:
@@ -63,7 +59,7 @@ def test_a_rule_is_about_each_element_of_the_batch():
     x = torch.randn(4, 3, 2)
     op = inv.ops.tanh()
     one_by_one = torch.cat([inv.log_det(op, x[i : i + 1])[1] for i in range(4)])
-    close(inv.log_det(op, x)[1], one_by_one)
+    assert_close(inv.log_det(op, x)[1], one_by_one)
 
 
 # ---- the walk ------------------------------------------------------------------------------------------------------
@@ -84,13 +80,13 @@ def pipeline(depth: int = 2) -> inv.Invertible:
 def same(f: inv.Invertible, g: inv.Invertible, x: object) -> None:
     """Two ops do the same, forward and inverse."""
     y = g.forward(x)
-    close(f.forward(x), y)
-    close(f.inverse(y), g.inverse(y))
+    assert_close(f.forward(x), y)
+    assert_close(f.inverse(y), g.inverse(y))
 
 
 def test_chains_parallels_and_couplings_derive_theirs():
     op, x = pipeline(), torch.randn(3, 4)
-    close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None))
+    assert_close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None))
 
 
 def test_it_respects_composition():
@@ -114,12 +110,12 @@ def test_it_respects_marks_and_modes():
         inv.mark(f, "store"), inv.mark(f, "recompute"), inv.checkpoint(inv.mark(f, "invert"), mode="store")
     )
     x = torch.randn(3, 4)
-    close(inv.log_det(marked, x), inv.log_det(inv.chain(f, f, f), x))
+    assert_close(inv.log_det(marked, x), inv.log_det(inv.chain(f, f, f), x))
 
 
 def test_log_determinants_of_inverse_and_op_cancel():
     f, x = pipeline(), torch.randn(3, 4)
-    close(inv.log_det(inv.chain(f, inv.invert(f)), x), (x, torch.zeros(3)))
+    assert_close(inv.log_det(inv.chain(f, inv.invert(f)), x), (x, torch.zeros(3)))
 
 
 def test_a_residue_is_threaded():
@@ -127,7 +123,7 @@ def test_a_residue_is_threaded():
     x = torch.randn(3, 4)
     lifted = inv.with_log_det(op)
     y, residue = lifted.forward_with_residue((x, torch.zeros(3)))
-    close(lifted.inverse_with_residue(residue, y), (x, torch.zeros(3)))
+    assert_close(lifted.inverse_with_residue(residue, y), (x, torch.zeros(3)))
     check_laws(lifted, (x, torch.zeros(3)))
 
 
@@ -166,17 +162,17 @@ def test_residues_however_it_is_lowered(name, how):
         return torch.autograd.grad(a.sin().sum() + b.cos().sum() + total.square().sum(), parameters)
 
     lowered = LOWER[how](op)
-    close(gradient(lowered), gradient(op), 1e-10)
+    assert_close(gradient(lowered), gradient(op), 1e-10)
     counting, start = inv.with_log_det(lowered), (x.detach(), torch.randn(6))
     y, residue = counting.forward_with_residue(start)
-    close(counting.inverse_with_residue(residue, y), start, 1e-10)
+    assert_close(counting.inverse_with_residue(residue, y), start, 1e-10)
 
 
 def test_nested_couplings_and_recursion():
     inner = inv.chain(inv.split(2), inv.couple(mlp(1), law=inv.additive), inv.concat(2))
     op = inv.chain(inv.split(2), inv.parallel(inner, inv.ops.tanh()), inv.couple(mlp(2), mlp(2)), inv.concat(2))
     x = torch.randn(3, 4)
-    close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None))
+    assert_close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None))
 
 
 def test_any_constructor_of_an_op_is_a_law():
@@ -184,8 +180,8 @@ def test_any_constructor_of_an_op_is_a_law():
     spline, mixture = inv.ops.rational_quadratic_spline, inv.ops.mixture_logit
     op = inv.chain(inv.couple(nets[0], law=spline), inv.couple(nets[1], law=mixture), inv.couple(mlp(2), law=power_of))
     x = torch.randn(3, 2), torch.rand(3, 2) + 0.5
-    close(inv.log_det(op.parts[0], x)[1], autodiff_log_det(op.parts[0], x, None))
-    close(inv.log_det(op.parts[1], x)[1], autodiff_log_det(op.parts[1], x, None))
+    assert_close(inv.log_det(op.parts[0], x)[1], autodiff_log_det(op.parts[0], x, None))
+    assert_close(inv.log_det(op.parts[1], x)[1], autodiff_log_det(op.parts[1], x, None))
     check_laws(inv.with_log_det(op.parts[1]), counted(op, x), laws=LAWS)
 
 
@@ -256,17 +252,17 @@ def gradients(op: inv.Invertible, x: Tensor, parameters: list[Tensor]) -> tuple[
 
 
 def parameters_of(op: inv.Invertible) -> list[Tensor]:
-    from invfunc.engine.replay import owners
+    from invfunc.engine.snapshot import Parts
 
-    found = owners(op.functions)
-    return [*found.tensors, *(p for module in found.modules for p in module.parameters())]
+    found = Parts(op.functions)
+    return [*found.tensors, *(p for module in found.roots for p in module.parameters())]
 
 
 def test_a_lowered_flow_has_the_gradients_of_a_plain_one():
     op, x = multiscale(8), torch.randn(2, 8, 4, 4)
     parameters = parameters_of(op)
     assert len(parameters) > 100
-    close(gradients(inv.checkpoint(op), x, parameters), gradients(op, x, parameters))
+    assert_close(gradients(inv.checkpoint(op), x, parameters), gradients(op, x, parameters))
 
 
 def test_the_peak_of_a_lowered_flow_does_not_depend_on_its_depth():
@@ -308,8 +304,8 @@ def test_autodiff_stands_in_for_a_rule():
     mix, x = Mix(), torch.randn(4, 3)
     op = inv.pair(mix, mix.inverse, name="mix")
     expected = torch.linalg.slogdet(mix.weight)[1]
-    close(inv.log_det(op, x, exact="autodiff")[1], expected.expand(4))
-    close(inv.log_det(inv.invert(op), x, exact="autodiff")[1], -expected.expand(4))
+    assert_close(inv.log_det(op, x, exact="autodiff")[1], expected.expand(4))
+    assert_close(inv.log_det(inv.invert(op), x, exact="autodiff")[1], -expected.expand(4))
     check_laws(inv.with_log_det(op, exact="autodiff"), counted(op, x), laws=LAWS)
     check_laws(inv.with_log_det(inv.invert(op), exact="autodiff"), counted(op, x), laws=LAWS)
 
@@ -319,7 +315,7 @@ def test_autodiff_in_half_precision(dtype):
     x = torch.randn(4, 3)
     _, found = inv.log_det(inv.pair(torch.sinh, torch.asinh), x.to(dtype), exact="autodiff")
     assert found.dtype == dtype
-    close(found.double(), inv.log_det(inv.ops.sinh(), x)[1], 8 * torch.finfo(dtype).eps)
+    assert_close(found.double(), inv.log_det(inv.ops.sinh(), x)[1], 8 * torch.finfo(dtype).eps)
 
 
 def test_autodiff_through_closures_and_laws():
@@ -330,14 +326,14 @@ def test_autodiff_through_closures_and_laws():
 
     op, x = inv.couple(mlp(2), mlp(2), law=law), (torch.randn(3, 2), torch.randn(3, 2))
     lifted = inv.with_log_det(op, exact="autodiff")
-    close(lifted((x, torch.zeros(3)))[1], autodiff_log_det(op, x, None))
+    assert_close(lifted((x, torch.zeros(3)))[1], autodiff_log_det(op, x, None))
     check_laws(lifted, counted(op, x), laws=LAWS)
 
 
 def test_autodiff_of_a_one_way_stage_needs_no_inverse():
     op, x = inv.chain(inv.ops.exp(), inv.one_way(mlp(3)), inv.ops.sinh()), torch.randn(2, 3)
     y, total = inv.log_det(inv.checkpoint(op), x, exact="autodiff")
-    close(total, autodiff_log_det(op, x, y))
+    assert_close(total, autodiff_log_det(op, x, y))
 
 
 def test_autodiff_needs_a_square_jacobian():
@@ -433,8 +429,8 @@ def test_a_density_integrates_to_one():
 def test_a_flow_is_a_transformed_distribution():
     scale, x = torch.tensor([0.5, 2.0]), torch.rand(5, 2) + 0.1
     expected = TransformedDistribution(Normal(torch.zeros(2), scale), [T.ExpTransform()]).log_prob(x).sum(1)
-    close(inv.flow(inv.ops.log(), Normal(torch.zeros(2), scale)).log_prob(x), expected)
-    close(inv.flow(inv.ops.log(), Independent(Normal(torch.zeros(2), scale), 1)).log_prob(x), expected)
+    assert_close(inv.flow(inv.ops.log(), Normal(torch.zeros(2), scale)).log_prob(x), expected)
+    assert_close(inv.flow(inv.ops.log(), Independent(Normal(torch.zeros(2), scale), 1)).log_prob(x), expected)
 
 
 def test_samples_have_the_density():
@@ -458,13 +454,13 @@ def test_rsample_has_gradients_and_its_log_prob(wrap):
     torch.manual_seed(1)
     x, found = density.rsample_with_log_prob(6)
     torch.manual_seed(1)
-    close(x, density.rsample(6))
-    close(found, density.log_prob(x))
+    assert_close(x, density.rsample(6))
+    assert_close(found, density.log_prob(x))
     parameters = parameters_of(op)
     torch.manual_seed(1)
     plain, expected = inv.flow(op, density.base).rsample_with_log_prob(6)
     gradient = torch.autograd.grad(found.sum() + x.square().sum(), parameters)
-    close(gradient, torch.autograd.grad(expected.sum() + plain.square().sum(), parameters))
+    assert_close(gradient, torch.autograd.grad(expected.sum() + plain.square().sum(), parameters))
 
 
 def test_a_base_for_each_component():
@@ -475,7 +471,7 @@ def test_a_base_for_each_component():
     assert x.shape == (3, 8, 4, 4)
     z, total = inv.log_det(op, x)
     expected = sum(b.log_prob(part).flatten(1).sum(1) for b, part in zip(base, z, strict=True)) + total
-    close(density.log_prob(x), expected)
+    assert_close(density.log_prob(x), expected)
 
 
 class Conditioned(nn.Module):
@@ -498,8 +494,8 @@ def test_a_conditional_flow(wrap):
     torch.manual_seed(1)
     x, found = density.rsample_with_log_prob(6, condition)
     torch.manual_seed(1)
-    close(density.sample(6, condition), x)
-    close(density.log_prob(x.detach(), condition), found)
+    assert_close(density.sample(6, condition), x)
+    assert_close(density.log_prob(x.detach(), condition), found)
     assert x.shape == (6, 4)
     (gradient,) = torch.autograd.grad(found.sum(), condition)
     assert gradient.abs().min() > 0
@@ -555,7 +551,7 @@ def test_a_lowered_flow_under_transforms():
     ):
         found, expected = transform(inv.checkpoint), transform(plain)
         for a, b in zip(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected), strict=True):
-            close(a, b)
+            assert_close(a, b)
 
 
 # ---- to and from torch.distributions -------------------------------------------------------------------------------
@@ -565,7 +561,7 @@ def test_as_transform_in_a_transformed_distribution():
     op, x = pipeline(), torch.randn(5, 4)
     base = Independent(Normal(torch.zeros(4), torch.ones(4)), 1)
     distribution = TransformedDistribution(base, [inv.ops.as_transform(inv.invert(op))])
-    close(distribution.log_prob(x), inv.flow(op, base).log_prob(x))
+    assert_close(distribution.log_prob(x), inv.flow(op, base).log_prob(x))
     assert distribution.rsample((2, 3)).shape == (2, 3, 4)
     assert distribution.log_prob(torch.randn(2, 3, 4)).shape == (2, 3)
 
@@ -576,9 +572,9 @@ def test_event_dims(event_dim):
     t, expected = inv.ops.as_transform(inv.ops.sinh(), event_dim=event_dim), torch.cosh(x).log()
     for _ in range(event_dim):
         expected = expected.sum(-1)
-    close(t(x), torch.sinh(x))
-    close(t.inv(torch.sinh(x)), x)
-    close(t.log_abs_det_jacobian(x, t(x)), expected)
+    assert_close(t(x), torch.sinh(x))
+    assert_close(t.inv(torch.sinh(x)), x)
+    assert_close(t.log_abs_det_jacobian(x, t(x)), expected)
     assert t.domain.event_dim == t.codomain.event_dim == event_dim
     single = torch.randn(x.shape[3 - event_dim :])
     assert t.log_abs_det_jacobian(single, t(single)).shape == ()
@@ -588,7 +584,7 @@ def test_a_transform_composes_and_caches():
     op, x = pipeline(), torch.randn(3, 4)
     t = inv.ops.as_transform(op)
     composed = T.ComposeTransform([t, inv.ops.as_transform(inv.ops.exp(), event_dim=0)])
-    close(composed.inv(composed(x)), x)
+    assert_close(composed.inv(composed(x)), x)
     cached = t.with_cache(1)
     y = cached(x)
     assert cached(x) is y and cached.inv(y) is x and t(x) is not t(x)
@@ -623,8 +619,8 @@ TRANSFORMS = {
 def test_from_transform(name):
     t, x = TRANSFORMS[name](weight(3), 1 + weight(3, scale=0.1)), torch.rand(2, 3) + 0.1
     op = inv.ops.from_transform(t)
-    close(op(x), t(x))
-    close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None))
+    assert_close(op(x), t(x))
+    assert_close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None))
     check_laws(op, x)
     check_laws(inv.with_log_det(op), (x, torch.randn(2)), laws=LAWS)
 
@@ -636,15 +632,15 @@ def test_there_and_back(name):
     t = T.IndependentTransform(t, 1 - t.domain.event_dim)
     back = inv.ops.as_transform(inv.ops.from_transform(t))
     y = t(x)
-    close(back(x), y)
-    close(back.inv(y), t.inv(y))
-    close(back.log_abs_det_jacobian(x, y), t.log_abs_det_jacobian(x, y))
+    assert_close(back(x), y)
+    assert_close(back.inv(y), t.inv(y))
+    assert_close(back.log_abs_det_jacobian(x, y), t.log_abs_det_jacobian(x, y))
 
 
 def test_a_transform_between_dimensions():
     t, x = T.StickBreakingTransform(), torch.randn(4, 3)
     op = inv.ops.from_transform(t)
-    close((op(x), op.inverse(t(x)), inv.log_det(op, x)[1]), (t(x), x, t.log_abs_det_jacobian(x, t(x))))
+    assert_close((op(x), op.inverse(t(x)), inv.log_det(op, x)[1]), (t(x), x, t.log_abs_det_jacobian(x, t(x))))
     with pytest.raises(WireError, match=r"made \(4, 4\) of \(4, 3\), expected events of the same shape"):
         inv.ops.as_transform(op)(x)
 
@@ -661,7 +657,7 @@ def test_a_cached_value_does_not_lose_its_gradient():
     with torch.no_grad():
         op(x)
     (gradient,) = torch.autograd.grad(op(x).sum(), w)
-    close(gradient, x.sum(0))
+    assert_close(gradient, x.sum(0))
 
 
 def test_a_transform_that_is_not_bijective():

@@ -1,7 +1,6 @@
 """`measure` counts to the byte: each expected number here is worked out by hand."""
 
 import gc
-from collections.abc import Iterator
 from weakref import WeakSet
 
 import pytest
@@ -13,17 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from invfunc.look import memory
 from invfunc.look.memory import Measurement, measure
 
+# What is freed is freed by reference counts: memory held by a cycle shows.
+pytestmark = pytest.mark.usefixtures("no_gc")
+
 N = 1000
 B = 8 * N  # Bytes of a float64 vector of N elements.
 SCALAR = 8
-
-
-@pytest.fixture(autouse=True)
-def no_gc() -> Iterator[None]:
-    """Without the garbage collector what is freed is freed by reference counts: memory held by a cycle shows."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def taken(fn, *args, **kwargs) -> tuple[int, int]:

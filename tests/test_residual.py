@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from catalogue import Block, conv, mlp
+from kit import Counted, assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,18 +16,6 @@ from invfunc.errors import DomainError, NotInvertibleError, OptionError, WireErr
 from invfunc.look.memory import measure
 
 SCHEMES = "couple", "momentum", "midpoint", "leapfrog"
-
-
-class Counted(nn.Module):
-    """A network that counts how often it runs."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.count = net, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        return self.net(x)
 
 
 def streams(*shape: int) -> tuple[Tensor, Tensor]:
@@ -39,8 +28,8 @@ def streams(*shape: int) -> tuple[Tensor, Tensor]:
 def test_momentum_is_its_formula() -> None:
     f, (x, v) = mlp(4), streams()
     y, w = ops.momentum(f, 0.7)(x, v)
-    torch.testing.assert_close(w, 0.7 * v + 0.3 * f(x), rtol=0, atol=1e-14)
-    torch.testing.assert_close(y, x + w, rtol=0, atol=1e-14)
+    assert_close(w, 0.7 * v + 0.3 * f(x), 1e-14, relative=0)
+    assert_close(y, x + w, 1e-14, relative=0)
     _, total = inv.log_det(ops.momentum(f, 0.7), (x, v))
     torch.testing.assert_close(total, torch.full((3,), 4 * torch.tensor(0.7).log().item()))
 
@@ -49,10 +38,10 @@ def test_midpoint_and_leapfrog_are_their_formulas() -> None:
     f, (before, x) = mlp(4), streams()
     same, after = ops.midpoint(f, 0.3)(before, x)
     assert same is x
-    torch.testing.assert_close(after, before + 0.6 * f(x), rtol=0, atol=1e-14)
+    assert_close(after, before + 0.6 * f(x), 1e-14, relative=0)
     same, after = ops.leapfrog(f, 0.3)(before, x)
     assert same is x
-    torch.testing.assert_close(after, 2 * x - before + 0.09 * f(x), rtol=0, atol=1e-14)
+    assert_close(after, 2 * x - before + 0.09 * f(x), 1e-14, relative=0)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -102,7 +91,7 @@ def test_gamma_is_trained() -> None:
     x, v = streams()
     plain, lowered = (torch.autograd.grad(run(x, v)[1].sin().sum(), [gamma, x, v]) for run in (op, inv.checkpoint(op)))
     for a, b in zip(plain, lowered, strict=True):
-        torch.testing.assert_close(b, a, rtol=0, atol=1e-11)
+        assert_close(b, a, 1e-11, relative=0)
 
 
 def test_the_inverse_of_momentum_amplifies_as_documented() -> None:
@@ -166,24 +155,24 @@ def network(blocks: list[nn.Module], scheme: str, build: object = None) -> inv.I
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_zero_branches_keep_the_network(scheme: str) -> None:
     blocks, x = [Zero(4) for _ in range(5)], torch.randn(3, 4)
-    torch.testing.assert_close(network(blocks, scheme)(x), nn.Sequential(*blocks)(x), rtol=0, atol=1e-14)
+    assert_close(network(blocks, scheme)(x), nn.Sequential(*blocks)(x), 1e-14, relative=0)
 
 
 def test_zero_branches_keep_the_network_of_two_kinds_of_blocks() -> None:
     attention, feed_forward, x = Zero(4), Zero(4), torch.randn(3, 4)
     op = ops.reversible_residual((attention, feed_forward), "couple")
     net = inv.chain(ops.enter_streams("couple"), op, op, ops.leave_streams("couple"))
-    torch.testing.assert_close(net(x), x, rtol=0, atol=1e-14)
+    assert_close(net(x), x, 1e-14, relative=0)
 
 
 def test_gamma_0_keeps_the_network_always() -> None:
     blocks, x = [Block(4) for _ in range(5)], torch.randn(3, 4, requires_grad=True)
     net, plain = network(blocks, "momentum", partial(ops.momentum, gamma=0)), nn.Sequential(*blocks)
-    torch.testing.assert_close(net(x), plain(x), rtol=0, atol=1e-14)
+    assert_close(net(x), plain(x), 1e-14, relative=0)
     inputs = [x, *plain.parameters()]
     found = torch.autograd.grad(inv.checkpoint(net)(x).sin().sum(), inputs)
     for a, b in zip(found, torch.autograd.grad(plain(x).sin().sum(), inputs), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        assert_close(a, b, 1e-12, relative=0)
     with pytest.raises(NotInvertibleError, match="overwrite.* needs its residue for the inverse"):
         inv.invert(ops.momentum(blocks[0], 0))(x, x)
 
@@ -200,7 +189,7 @@ def test_small_gamma_is_off_in_proportion() -> None:
 
 def test_couple_keeps_the_first_block_and_no_later_one() -> None:
     blocks, x = [Block(4) for _ in range(2)], torch.randn(3, 4)
-    torch.testing.assert_close(network(blocks[:1], "couple")(x), blocks[0](x), rtol=0, atol=1e-14)
+    assert_close(network(blocks[:1], "couple")(x), blocks[0](x), 1e-14, relative=0)
     assert (network(blocks, "couple")(x) - nn.Sequential(*blocks)(x)).abs().max() > 1e-2
 
 
@@ -211,7 +200,7 @@ def test_the_branch_of_a_block_is_its_residual_method_or_the_difference() -> Non
 
     own, block, x = Own(4), Block(4), torch.randn(3, 4)
     assert torch.equal(ops.residual_branch(own)(x), own.net(x))
-    torch.testing.assert_close(ops.residual_branch(block)(x), block.net(x), rtol=0, atol=1e-14)
+    assert_close(ops.residual_branch(block)(x), block.net(x), 1e-14, relative=0)
     gradients = torch.autograd.grad(inv.checkpoint(ops.reversible_residual(own))(x, x)[1].sum(), own.parameters())
     assert all(g.abs().sum() > 0 for g in gradients)
 
@@ -228,7 +217,7 @@ def test_an_existing_transformer_trains_reversibly() -> None:
     inputs = [x, *(p for layer in layers for p in layer.parameters())]
     plain, lowered = (torch.autograd.grad(run(x).sin().sum(), inputs) for run in (net, inv.checkpoint(net)))
     for a, b in zip(plain, lowered, strict=True):
-        torch.testing.assert_close(b, a, rtol=0, atol=1e-10)
+        assert_close(b, a, 1e-10, relative=0)
 
 
 def test_a_convolutional_block() -> None:
@@ -236,7 +225,7 @@ def test_a_convolutional_block() -> None:
     op = ops.reversible_residual(lambda x: x + net(x), "leapfrog")
     x = streams(2, 2, 4, 4)
     for a, b in zip(op.inverse(op(*x)), x, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+        assert_close(a, b, 1e-13, relative=0)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

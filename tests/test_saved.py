@@ -62,7 +62,7 @@ def test_plain_functions_modules_and_checkpointed_functions() -> None:
     module, x = nn.Linear(8, 8), given()
     assert rows(module, x) == [("AddmmBackward0", "mat1 (5, 8) float64", ACTIVATION)]
     assert rows(inv.checkpoint(lambda x: x.sin().cos()), x) == [
-        ("one_way(<lambda>)", "input (5, 8) float64", ACTIVATION)
+        ("checkpoint(<lambda>)", "input (5, 8) float64", ACTIVATION)
     ]
     assert rows(torch.exp, x) == [("ExpBackward0", "result (5, 8) float64", ACTIVATION)]
 

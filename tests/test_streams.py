@@ -5,24 +5,13 @@ from functools import partial
 import pytest
 import torch
 from catalogue import Product, conv, mlp
+from kit import Counted, assert_close
 from torch import Tensor, func, nn
 
 import invfunc as inv
 from invfunc import ops
 from invfunc.errors import OptionError, WireError
 from invfunc.look.memory import measure
-
-
-class Counted(nn.Module):
-    """A network that counts how often it runs."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.count = net, 0
-
-    def forward(self, *x: Tensor) -> Tensor:
-        self.count += 1
-        return self.net(*x)
 
 
 def streams(count: int, *shape: int) -> tuple[Tensor, ...]:
@@ -167,7 +156,7 @@ def test_a_condition_reaches_every_function_and_gets_its_gradient() -> None:
         return torch.autograd.grad((y1.sin() + y2.cos()).sum(), [x1, x2, c, *(p for n in nets for p in n.parameters())])
 
     for plain, lowered in zip(gradients(op), gradients(inv.checkpoint(op)), strict=True):
-        torch.testing.assert_close(lowered, plain, rtol=0, atol=1e-11)
+        assert_close(lowered, plain, 1e-11, relative=0)
         assert plain.abs().max() > 0
 
 
@@ -180,7 +169,7 @@ def test_a_condition_on_the_wire_is_one_in_a_closure() -> None:
     on_wire = torch.autograd.grad(inv.checkpoint(ops.given(inv.couple(f)))((x1, x2), c)[0][0].sin().sum(), [x2, c])
     in_closure = torch.autograd.grad(inv.checkpoint(closed)(x1, x2)[0].sin().sum(), [x2, c])
     for a, b in zip(on_wire, in_closure, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        assert_close(a, b, 1e-12, relative=0)
 
 
 def test_given_goes_through_compositions() -> None:
@@ -194,7 +183,7 @@ def test_given_goes_through_compositions() -> None:
     assert isinstance(ops.given(inv.checkpoint(inner)), inv.Invertible)
     back = ops.given(inv.invert(op))((left, right), c)
     for a, b in zip(inv.wires.leaves(back), (x1, x2, x3, x4, c), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        assert_close(a, b, 1e-12, relative=0)
 
 
 def test_given_goes_through_marks() -> None:
@@ -206,7 +195,7 @@ def test_given_goes_through_marks() -> None:
         for run in (ops.given(inv.chain(block, block, block)), inv.checkpoint(ops.given(marked)))
     )
     for a, b in zip(plain, lowered, strict=True):
-        torch.testing.assert_close(b, a, rtol=0, atol=1e-11)
+        assert_close(b, a, 1e-11, relative=0)
 
 
 def test_given_works_with_every_coupling() -> None:
@@ -224,14 +213,14 @@ def test_given_works_with_every_coupling() -> None:
         y, _ = ops.given(op)(x, c)
         closed, _ = ops.given(op).inverse((y, c))
         for a, b in zip(inv.wires.leaves(closed), inv.wires.leaves(x), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+            assert_close(a, b, 1e-12, relative=0)
 
 
 def test_the_log_determinant_of_a_conditioned_op() -> None:
     op = ops.given(inv.couple(lambda x, c: (torch.exp(x * c), x), law=inv.affine))
     x1, x2, c = streams(3)
     _, total = inv.log_det(op, ((x1, x2), c))
-    torch.testing.assert_close(total, (x2 * c).sum(1), rtol=0, atol=1e-12)
+    assert_close(total, (x2 * c).sum(1), 1e-12, relative=0)
 
 
 def test_a_condition_can_be_mapped_over() -> None:
@@ -245,7 +234,7 @@ def test_a_condition_can_be_mapped_over() -> None:
 
     found = func.vmap(func.grad(loss))(cs)
     for i in range(5):
-        torch.testing.assert_close(found[i], func.grad(loss)(cs[i]), rtol=0, atol=1e-12)
+        assert_close(found[i], func.grad(loss)(cs[i]), 1e-12, relative=0)
 
 
 def test_conditioned_functions_run_twice_a_step() -> None:
@@ -274,8 +263,8 @@ def test_a_masked_coupling_is_the_formula_of_real_nvp() -> None:
     s, t = net(m * x)
     expected = m * x + (1 - m) * (s * x + t)
     y, total = inv.log_det(ops.masked_couple(net, mask, law=inv.affine), x)
-    torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
-    torch.testing.assert_close(total, ((1 - m) * s.log()).sum((1, 2, 3)), rtol=0, atol=1e-12)
+    assert_close(y, expected, 1e-13, relative=0)
+    assert_close(total, ((1 - m) * s.log()).sum((1, 2, 3)), 1e-12, relative=0)
 
 
 def test_a_masked_function_runs_twice_a_step() -> None:
@@ -342,7 +331,7 @@ def test_a_spline_coupling_takes_its_parameters_from_channels() -> None:
     x = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 4, 4)
     parameters = f(x[1]).reshape(2, 3, 11, 4, 4).permute(0, 1, 3, 4, 2)
     y = op(*x)
-    torch.testing.assert_close(y[0], ops.rational_quadratic_spline(parameters)(x[0]), rtol=0, atol=1e-13)
+    assert_close(y[0], ops.rational_quadratic_spline(parameters)(x[0]), 1e-13, relative=0)
     f.count = 0
     assert runs(op, tuple(t.requires_grad_() for t in x), f) == [2]
 
@@ -378,6 +367,6 @@ def test_functions_of_a_tree_run_twice_a_step() -> None:
 def test_recursion_with_other_sizes() -> None:
     op = ops.recursive_couple(mlp(1, 3), second=ops.recursive_couple(mlp(2, 1), sizes=[2, 1]), sizes=[1, 3])
     x = streams(1)[0]
-    torch.testing.assert_close(op.inverse(op(x)), x, rtol=0, atol=1e-13)
+    assert_close(op.inverse(op(x)), x, 1e-13, relative=0)
     with pytest.raises(OptionError, match=r"recursive_couple: sizes is \[1, 1, 2\], expected 2, or two sizes"):
         ops.recursive_couple(torch.sin, sizes=[1, 1, 2])

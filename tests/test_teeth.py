@@ -1,6 +1,7 @@
 """Teeth: seeded bugs, each caught by the law named beside it. A law that catches none might as well be absent."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ import invfunc as inv
 from invfunc import testing
 from invfunc.checkpoint import Checkpointed
 from invfunc.core import combine as combinators
+from invfunc.core import couple as couplings
 from invfunc.core.combine import Parallel
 from invfunc.core.couple import Half
 from invfunc.core.op import Chain, Invertible, Pair
-from invfunc.engine import lowering, replay
+from invfunc.engine import functional, lower, snapshot, trunk, watch
+from invfunc.engine.conditions import RandomState
 from invfunc.testing import LAWS, LawError, check_laws
 from invfunc.wires import map_wire
 
@@ -50,6 +53,16 @@ def closures() -> inv.Invertible:
 
 def random_coupling() -> inv.Invertible:
     return inv.couple(dropped(4), dropped(4))
+
+
+def exponentials() -> inv.Invertible:
+    """The one in the middle saves nothing."""
+    doubled = inv.pair(lambda x: 2 * x, lambda y: y / 2)
+    return inv.chain(inv.pair(torch.asinh, torch.sinh), doubled, inv.pair(torch.exp, torch.log))
+
+
+def normalised_coupling() -> inv.Invertible:
+    return inv.couple(torch.nn.BatchNorm1d(4))
 
 
 def interleaved() -> inv.Invertible:
@@ -189,16 +202,17 @@ def interleaved_split_is_off_by_one(patch: MonkeyPatch) -> None:
 
 @tooth("couple_pointwise", coupling, two_rows, "section", "retraction", "pullback_is_vjp", "checkpoint_gradients")
 def coupling_subtracts(patch: MonkeyPatch) -> None:
-    def forward(right, self, x):
-        y, residue = right(self, x)
+    def forward(right, self, t, x):
+        y, residue = right(self, t, x)
         return map_wire(lambda a, b: 2 * a - b, x, y), residue
 
     def inverse(right, self, residue, y):
         return map_wire(lambda a, b: 2 * a - b, y, right(self, residue, y))
 
-    wrap(patch, Half, "forward_with_residue", forward)
+    wrap(patch, Half, "forward_by", forward)
     wrap(patch, Half, "inverse_with_residue", inverse)
     patch.setattr(Half, "pull", Invertible.pull)
+    patch.setattr(Half, "rebuild", Invertible.rebuild)
 
 
 @tooth("section", coupling, two_rows)
@@ -218,36 +232,71 @@ def pullback_with_a_wrong_factor(patch: MonkeyPatch) -> None:
     wrap(patch, Pair, "pull", pull)
 
 
-@tooth("checkpoint_gradients", affine, two_rows, "section", "couple_pointwise")
+@tooth("pullback_is_vjp", affine, two_rows, "section", "couple_pointwise", "checkpoint_gradients")
 def law_forgets_the_gradient_of_its_scale(patch: MonkeyPatch) -> None:
     def pull(right, s, t, y, gy):
         x, gx, ((_, gs), shift) = right(s, t, y, gy)
         return x, gx, [(s, torch.zeros_like(gs)), shift]
 
-    wrap(patch, combinators, "_pull_scale_shift", pull)
+    wrap(patch, couplings, "_pull_scale_shift", pull)
 
 
 @tooth("log_det_is_jacobian", affine, two_rows, "section", "pullback_is_vjp", "couple_pointwise")
 def log_det_forgets_the_logarithm(patch: MonkeyPatch) -> None:
-    wrap(patch, combinators, "_scale_log_det", lambda right, s, t, x, y: s.flatten(1).sum(1))
+    wrap(patch, couplings, "_scale_log_det", lambda right, s, t, x, y: s.flatten(1).sum(1))
 
 
 # ---- lowering --------------------------------------------------------------------------------------------------------
 
 
-@tooth("checkpoint_gradients", closures, two_rows, "pullback_is_vjp", "checkpoint_section")
+@tooth("checkpoint_gradients", affine, two_rows, "pullback_is_vjp", "checkpoint_section", "checkpoint_functional")
+def rebuild_applies_the_law_to_what_comes_out(patch: MonkeyPatch) -> None:
+    """The gradient of the scale is that at y, not at x."""
+
+    class Wrong(trunk.Evaluation):
+        def hand_over(self, fn, x, like):
+            super().hand_over(fn, self.y if fn.__name__ == "<lambda>" else x, like)
+
+    def rebuild(right, self, residue, y, again):
+        again.y = self.in_place(y)[0]
+        return right(self, residue, y, again)
+
+    patch.setattr(trunk, "Evaluation", Wrong)
+    wrap(patch, Half, "rebuild", rebuild)
+
+
+@tooth("checkpoint_gradients", closures, two_rows, "pullback_is_vjp", "checkpoint_section", "checkpoint_functional")
+def saved_tensors_are_handed_over_in_reverse(patch: MonkeyPatch) -> None:
+    def finish(right, self):
+        self.made.reverse()
+        right(self)
+
+    wrap(patch, trunk.Evaluation, "finish", finish)
+
+
+@tooth("checkpoint_gradients", exponentials, rows, "pullback_is_vjp", "checkpoint_section", "checkpoint_functional")
+def a_level_that_nobody_asks_is_not_undone(patch: MonkeyPatch) -> None:
+    wrap(patch, trunk.Record, "undo", lambda right, self, y, is_asked: right(self, y, is_asked) if is_asked else y)
+
+
+@tooth("checkpoint_functional", closures, two_rows, "pullback_is_vjp", "checkpoint_section", "checkpoint_gradients")
 def checkpoint_drops_a_captured_gradient(patch: MonkeyPatch) -> None:
-    wrap(patch, replay.Replay, "finish", lambda right, self: [None, *right(self)[1:]])
+    wrap(patch, watch.Replay, "finish", lambda right, self: [None, *right(self)[1:]])
 
 
 @tooth("checkpoint_gradients", random_coupling, two_rows)
 def stale_random_numbers(patch: MonkeyPatch) -> None:
-    patch.setattr(replay.Streams, "put", lambda self: None)
+    patch.setattr(RandomState, "put", lambda self: None)
 
 
 @tooth("checkpoint_effects", random_coupling, two_rows, "checkpoint_gradients")
 def backward_moves_the_random_numbers_on(patch: MonkeyPatch) -> None:
-    wrap(patch, replay.Streams, "again", lambda right, self: right(replay.Streams([])) if self.put() else right(self))
+    wrap(patch, RandomState, "restored", lambda right, self: nullcontext(self.put()))
+
+
+@tooth("checkpoint_effects", normalised_coupling, two_rows, "checkpoint_gradients")
+def backward_moves_the_statistics_again(patch: MonkeyPatch) -> None:
+    wrap(patch, snapshot.Snapshot, "restored", lambda right, self, copies: nullcontext())
 
 
 @tooth("checkpoint_section", coupling, two_rows, "checkpoint_gradients")
@@ -267,7 +316,7 @@ def checkpoint_twice_runs_twice(patch: MonkeyPatch) -> None:
 
 @tooth("checkpoint_modes", coupling, two_rows, "checkpoint_gradients")
 def recompute_runs_the_op_once_more(patch: MonkeyPatch) -> None:
-    wrap(patch, lowering, "recompute", lambda right, op, *rest: right(inv.chain(op, op), *rest))
+    wrap(patch, lower, "recompute", lambda right, op, *rest: right(inv.chain(op, op), *rest))
 
 
 @tooth("checkpoint_composes", exponential, rows, "checkpoint_gradients")
@@ -276,17 +325,28 @@ def checkpoint_forgets_the_last_op(patch: MonkeyPatch) -> None:
 
 
 @tooth("checkpoint_twice", coupling, two_rows, "checkpoint_gradients", "checkpoint_functional")
-def gradients_are_constants(patch: MonkeyPatch) -> None:
-    wrap(patch, lowering, "_pull", lambda right, *rest: tuple(g if g is None else g.detach() for g in right(*rest)))
+def what_is_asked_for_again_is_zero(patch: MonkeyPatch) -> None:
+    asked: list[tuple[Any, Any]] = []
+
+    def unpack(right, self, packed):
+        tensor, key = right(self, packed), (self, packed)
+        if type(packed) is not int:
+            return tensor
+        if key in asked:
+            return torch.zeros_like(tensor)
+        asked.append(key)
+        return tensor
+
+    wrap(patch, trunk.Frame, "unpack", unpack)
 
 
 @tooth("checkpoint_functional", coupling, two_rows, "checkpoint_gradients")
 def functional_gradients_are_doubled(patch: MonkeyPatch) -> None:
-    def functional(right, self, *rest):
+    def evaluate(right, self, *rest):
         out, pull = right(self, *rest)
         return out, lambda gy: map_wire(lambda g: 2 * g, pull(gy))
 
-    wrap(patch, replay.Replay, "_functional", functional)
+    wrap(patch, watch.Replay, "__call__", evaluate)
 
 
 @tooth("checkpoint_vmap", coupling, two_rows, "checkpoint_gradients", "checkpoint_functional")
@@ -294,7 +354,7 @@ def gradients_under_vmap_are_doubled(patch: MonkeyPatch) -> None:
     def pull(right, *rest):
         return tuple(2 * g if g is not None and is_batchedtensor(g) else g for g in right(*rest))
 
-    wrap(patch, lowering, "_pull", pull)
+    wrap(patch, functional, "_pull", pull)
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------

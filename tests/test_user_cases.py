@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from kit import assert_close, network
 from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc.errors import DonatedError
 from invfunc.look.memory import measure
-
-TOLERANCE = 1e-9
-
-
-def assert_close(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def conv(channels: int, *extra: nn.Module) -> nn.Module:
@@ -34,8 +29,7 @@ class Network(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, 4, 3, padding=1)
         self.blocks = nn.ModuleList(conv(2, *(make() for make in extra)) for _ in range(2 * depth))
-        couples = [inv.couple(f, g) for f, g in zip(self.blocks[::2], self.blocks[1::2], strict=True)]
-        self.trunk = lower(inv.chain(inv.split(2), *couples, inv.concat(2)))
+        self.trunk = lower(network(self.blocks))
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,6 +53,9 @@ def train(net: nn.Module, steps: int = 3, seed: int = 0) -> list[Tensor]:
     return [p.grad for p in net.parameters()]
 
 
+ONE = torch.ones(())  # a tensor, so that backward asks for what it was multiplied with
+
+
 # 1. silvandeleemput/memcnn#56
 @pytest.mark.parametrize("op", ["op", "inverse"])
 def test_dropout_in_a_block_makes_the_rebuilt_input_and_the_gradients_wrong(op: str) -> None:
@@ -72,7 +69,7 @@ def test_dropout_in_a_block_makes_the_rebuilt_input_and_the_gradients_wrong(op: 
 
     def spy(name: str) -> inv.Invertible:
         """Sees what backward rebuilds."""
-        return inv.pair(lambda x: x * 1, lambda y: rebuilt.setdefault(name, y) * 1)
+        return inv.pair(lambda x: x * ONE, lambda y: rebuilt.setdefault(name, y) * 1)
 
     block = inv.couple(f, g) if op == "op" else ~inv.couple(f, g)
     x = torch.randn(2, 8, 5, requires_grad=True)

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .._torch import has_hooks
+from .._torch import trees as pytree
 from ..core.combine import split
 from ..core.couple import additive, affine, couple
 from ..core.op import Invertible, Rearrangement, chain, pair
-from ..engine.replay import cuda_devices
+from ..engine.conditions import accelerators
 from ..errors import NotInvertibleError, OptionError, WireError
 from ..nn.module import Module, apart, undisturbed
 from ..wires import Wire, describe
@@ -370,8 +371,7 @@ class InvertibleModuleWrapper(Module):
     def _is_op(self) -> bool:
         """Whether the module is an op's, and has no hooks, which its being called would run."""
         fn = self._fn
-        hooks = fn._forward_hooks, fn._forward_pre_hooks, fn._backward_hooks, fn._backward_pre_hooks
-        return isinstance(fn, Module) and not any(hooks)
+        return isinstance(fn, Module) and not has_hooks(fn)
 
     def _call(self, *xs: Any, **kwargs: Any) -> Any:
         return self._fn(*xs, **kwargs)
@@ -535,7 +535,7 @@ def is_invertible_module(
     if not hasattr(module, "inverse"):
         return False
     inputs = _uniform(module, _shapes(test_input_shape), test_input_dtype, random_seed)
-    with undisturbed(module), torch.random.fork_rng(cuda_devices(inputs)):
+    with undisturbed(module), torch.random.fork_rng([d.index for d in accelerators(inputs)]):
         outputs = _packed(module(*inputs))
         rebuilt = _packed(module.inverse(*outputs))  # pyright: ignore[reportCallIssue]
         again = _packed(module(*rebuilt)) if _close(rebuilt, inputs, atol) else ()

@@ -110,8 +110,8 @@ def parallel(*ops: Invertible | Callable[..., Any]) -> Invertible:
         WireError: When the wire has another number of components.
 
     Example:
-        >>> import torch
-        >>> op = parallel(pair(torch.exp, torch.log), chain())
+        >>> import torch, invfunc as inv
+        >>> op = parallel(inv.pair(torch.exp, torch.log), inv.chain())
         >>> op(torch.tensor(0.0), torch.tensor(5.0))
         (tensor(1.), tensor(5.))
     """

@@ -176,7 +176,7 @@ class Scaled:
         return self.squash(raw), t
 
     @property
-    def __name__(self) -> str:
+    def __name__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.label
 
 
@@ -343,7 +343,7 @@ class Law(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def __name__(self) -> str: ...
+    def __name__(self) -> str: ...  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def suffix(self) -> str:
@@ -384,11 +384,13 @@ class Affine(Law):
     def op(self, t: Wire) -> Invertible:
         return affine(*t)
 
-    def apply(self, t: Wire, x: Wire) -> tuple[Wire, Residue]:
-        return _scale_shift(*t, x), None
+    def apply(self, t: Any, x: Wire) -> tuple[Wire, Residue]:
+        s, b = t
+        return _scale_shift(s, b, x), None
 
-    def undo(self, t: Wire, residue: Residue, y: Wire) -> Wire:
-        return _unshift_unscale(*t, y)
+    def undo(self, t: Any, residue: Residue, y: Wire) -> Wire:
+        s, b = t
+        return _unshift_unscale(s, b, y)
 
 
 @dataclass(frozen=True)
@@ -412,7 +414,7 @@ class OpLaw(Law):
         return (self.make,)
 
     @property
-    def __name__(self) -> str:
+    def __name__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return name_of(self.make)
 
 
@@ -448,7 +450,7 @@ class DerivedLaw(Law):
         return self.law.functions
 
     @property
-    def __name__(self) -> str:
+    def __name__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.law.__name__
 
 
@@ -490,8 +492,14 @@ class Half(Invertible):
         object.__setattr__(self, "law", as_law(self.law))
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
-        x1, x2 = self.target_first(x)
-        t = self.fn(x2) if isinstance(x2, Tensor) else spread(self.fn, x2)
+        return self.forward_by(self.evaluate(x), x)
+
+    def evaluate(self, x: Wire) -> Wire:
+        _, x2 = self.target_first(x)
+        return self.fn(x2) if isinstance(x2, Tensor) else spread(self.fn, x2)
+
+    def forward_by(self, t: Wire, x: Wire) -> tuple[Wire, Residue]:
+        x1, x2 = self.in_place(x)
         self.check_given(t, x1)
         y1, residue = self.law.apply(t, x1)
         self._check_shape(x1, y1)

@@ -50,8 +50,7 @@ class Invertible(abc.ABC):
         True
     """
 
-    implicit = False  # whether the op lowers itself, by a gradient of its own: it is not taped
-    taped = False  # whether forward has to run with gradients on: rule 4 of NOTE [Exact]
+    implicit = False  # whether the op finds its own gradient: its forward is not to be differentiated
 
     # ---- what each kind defines: forward and inverse, each with the residue that one leaves to the other ----------
 
@@ -66,6 +65,14 @@ class Invertible(abc.ABC):
     @abc.abstractmethod
     def inverted(self) -> Invertible:
         """The op with forward and inverse exchanged."""
+
+    def evaluate(self, x: Wire) -> Any:
+        """The user's function of an op that goes on with what it returned: the first step of forward."""
+        return None
+
+    def forward_by(self, t: Any, x: Wire) -> tuple[Wire, Residue]:
+        """The op with what its function has returned: `evaluate`, and then this, is `forward_with_residue`."""
+        return self.forward_with_residue(x)
 
     # ---- what follows from them -----------------------------------------------------------------------------------
 
@@ -160,6 +167,7 @@ def _pack(xs: tuple[Wire, ...]) -> Wire:
 class Again(abc.ABC):
     """Evaluates functions again for `Invertible.rebuild`, as they ran in forward, and hands over what they save."""
 
+    __slots__ = ()
     like: Wire  # of the structure of forward's input: what autograd knew of each leaf
 
     @abc.abstractmethod
@@ -270,19 +278,22 @@ class ByKind:
     def __init__(self, default: Callable[..., Any]) -> None:
         self.default = default
         self.cases: dict[type, Callable[..., Any]] = {}
+        self.nearest: dict[type, Callable[..., Any]] = {}  # of the kinds that were met
         update_wrapper(self, default)
 
     def register(self, case: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: the case for the kind that annotates its argument ``op``."""
         self.cases[get_type_hints(case)["op"]] = case
+        self.nearest.clear()
         return case
 
     def __call__(self, op: Invertible, *args: Any) -> Any:
         """Call the case of the nearest kind."""
-        for kind in type(op).__mro__:
-            if (case := self.cases.get(kind)) is not None:
-                return case(op, *args)
-        return self.default(op, *args)
+        case = self.nearest.get(type(op))
+        if case is None:
+            cases = [self.cases[kind] for kind in type(op).__mro__ if kind in self.cases]
+            case = self.nearest[type(op)] = (*cases, self.default)[0]
+        return case(op, *args)
 
 
 # ---- primitives ------------------------------------------------------------------------------------------------
@@ -539,7 +550,8 @@ def pair(
         forward: ``x -> y``. A tuple wire arrives as positional arguments and is returned as a tuple.
         inverse: ``y -> x``.
         pullback: ``(y, gy) -> (x, gx)``, or ``(x, gx, [(tensor, gradient), ...])`` with the gradients of the tensors
-            that the functions close over. Without it, x is rebuilt and forward runs once more with gradients.
+            that the functions close over. `Invertible.pullback` and `torch.func` transforms call it; ordinary autograd
+            goes through forward's own graph. Without it, x is rebuilt and forward runs once more with gradients.
         log_det: ``(x, y) -> log|det J|``, one number for each element of the batch (dim 0).
         residue: ``forward`` returns ``(y, r)`` and ``inverse`` takes ``(r, y)``, ``pullback`` takes ``(r, y, gy)``: r
             is what the function loses. It is kept by the stage and never shown to the next op.
@@ -547,7 +559,7 @@ def pair(
 
     Cost:
         Lowered: nothing of the size of an activation is kept; backward evaluates ``inverse`` once and ``forward`` once
-        with its vjp, or ``pullback`` once.
+        with its vjp, or, below a `torch.func` transform, ``pullback`` once.
 
     Raises:
         OptionError: When forward or inverse is no function.

@@ -3,16 +3,18 @@
 NOTE [Compiling] What is different while a graph is being traced:
 
 1.  Nothing is recorded. The tensors that an op's functions use are found in its structure (modules, partials, bound
-    methods, containers, closures over these, the package's own values), and the functions run again with others in
-    their place. A closure can not be given another tensor: one that holds a tensor of its own raises, and says what
-    to do instead.
+    methods, containers, closures and defaults, the package's own values), and the functions run again with others in
+    their place; see NOTE [Closures]. So a pipeline can be built in the graph, of functions of what is computed there. A
+    tensor that requires grad among the globals of a function, or the attributes of an object that is called, can not
+    be replaced: it raises, and says what to do instead.
 2.  Backward is one `torch.func.vjp` of the whole op: Dynamo does not trace ``autograd.grad``. What the inverse and the
     second forward have in common the compiler merges, so that a coupling function still runs twice in a step.
 3.  The compiler would also merge what *forward* and backward have in common, and save it: context nets, untouched
     halves and products of weights would be kept for every stage. A barrier, tied to the incoming gradients, hides that
     they are the same.
 4.  No node is made where nothing needs a gradient: Dynamo shifts the arguments of ``forward(*args)`` then.
-5.  Dynamo refuses a node that is given one tensor twice: what passes an op untouched is given as a view.
+5.  Dynamo refuses a node that is given one tensor twice: what passes an op untouched is given as a view, and so is an
+    input that a function closes over, too.
 6.  Random numbers can not be drawn again in a graph. The masks of dropout are kept; a function that draws other numbers
     raises, and says what to do instead. Dynamo hides a few of these from function modes, and is told not to.
 7.  Below a `torch.func` transform Dynamo can not trace a backward that is a transform itself: the pipeline runs
@@ -38,8 +40,9 @@ from .. import _torch
 from ..core.op import Invertible, Residue, name_of
 from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire
-from .replay import closes_over_nothing, visible
-from .strands import State, Strand, begin, filled, keep, spec_of, strands, values
+from .closures import contents_of, is_object, named_by, with_contents
+from .interface import Engine, Place, Run
+from .strands import State, Strand, begin, close, filled, keep, spec_of, strands, values
 
 T = TypeVar("T")
 
@@ -91,15 +94,14 @@ class Holders:
 
 def holders_of(op: Invertible) -> Holders:
     """Find them."""
-    held = held_by(op)
-    loose: list[Tensor] = []
-    if held.has_loose:
-        _gather(op, [], loose)
-    slots = [slot for module in held.modules for slot in slots_of(module)]
+    found = Found([], [])
+    found.add(op, 0)
+    modules = _distinct(found.modules)
+    slots = [slot for module in modules for slot in slots_of(module)]
     buffers = _distinct([tensor for _, tensor, is_buffer in slots if is_buffer])
-    rest = _distinct([*[tensor for _, tensor, is_buffer in slots if not is_buffer], *loose])
-    found, tensors = [*[tensor for _, tensor, _ in slots], *loose], [*rest, *buffers]
-    return Holders(list(held.modules), tensors, len(rest), [_place(tensor, tensors) for tensor in found])
+    rest = _distinct([*[tensor for _, tensor, is_buffer in slots if not is_buffer], *found.loose])
+    inside, tensors = [*[tensor for _, tensor, _ in slots], *found.loose], [*rest, *buffers]
+    return Holders(modules, tensors, len(rest), [_place(tensor, tensors) for tensor in inside])
 
 
 def _place(tensor: Tensor, tensors: list[Tensor]) -> int:
@@ -132,18 +134,46 @@ def slots_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
     return [*parameters, *(buffers if module.training else [])]
 
 
-def _gather(item: Any, modules: list[nn.Module], loose: list[Tensor]) -> None:
-    if isinstance(item, nn.Module):
-        modules.append(item)
-    elif is_differentiable(item):
-        loose.append(item)
-    else:
-        for part in _parts(item):
-            _gather(part, modules, loose)
+@dataclass
+class Found:
+    """What is found in the structure of a function or a value: modules, and loose tensors in order."""
+
+    modules: list[nn.Module]
+    loose: list[Tensor]
+
+    def add(self, item: Any, depth: int) -> None:
+        """Look through an item."""
+        if isinstance(item, nn.Module):
+            self.modules.append(item)
+        elif is_differentiable(item):
+            self.loose.append(item)
+        elif depth < _DEPTH or not isinstance(item, FunctionType):
+            inside = depth + isinstance(item, FunctionType)
+            for part in _parts(item):
+                self.add(part, inside)
+            if isinstance(item, FunctionType):
+                self._add_fixed(item, named_by(item), inside)
+            elif is_object(item):
+                self._add_fixed(item, list(vars(item).values()), inside)
+
+    def _add_fixed(self, fn: Any, held: list[Any], depth: int) -> None:
+        """What a function finds among its globals, and an object that is called among its attributes."""
+        loose: list[Tensor] = []
+        found = Found(self.modules, loose)
+        for value in held:
+            found.add(value, depth)
+        for tensor in loose:
+            if tensor.requires_grad:
+                _refuse_closure(name_of(fn))
+
+
+_DEPTH = 4  # of functions inside of each other; one that calls itself is in its own cells
 
 
 def _parts(item: Any) -> list[Any]:
     """What a function or a value is made of."""
+    if isinstance(item, FunctionType):
+        return contents_of(item)
     if isinstance(item, partial):
         return [item.func, *item.args, *item.keywords.values()]
     if isinstance(item, MethodType):
@@ -157,25 +187,7 @@ def _parts(item: Any) -> list[Any]:
     return []
 
 
-@dataclass(frozen=True)
-class Held:
-    """What is known of an op before anything is traced; Dynamo can not look into a cell that it will read."""
-
-    modules: tuple[nn.Module, ...]
-    has_loose: bool
-    closed: tuple[Tensor, ...]  # tensors in closures
-    closure: str
-
-
-def held_by(op: Invertible) -> Held:
-    """What `prepare` has noted; an op that is built in a graph is looked at there."""
-    held = getattr(op, "_held", None) or _held(op)
-    for tensor in held.closed:
-        if tensor.requires_grad:
-            _refuse_closure(held.closure)
-    return held
-
-
+@_torch.called_not_traced
 def _refuse_closure(name: str) -> None:
     raise ReplayError(
         f"{name}, which is being compiled, closes over a tensor that requires grad",
@@ -184,44 +196,16 @@ def _refuse_closure(name: str) -> None:
     )
 
 
-# Called, not traced: Dynamo would show no more than the subject. (Torch has a decorator for it, which imports Dynamo.)
-setattr(_refuse_closure, "_dynamo_marked_constant", True)  # noqa: B010 - pyright knows no such attribute
-
-
-def prepare(op: Invertible) -> None:
-    """Note what an op and its parts hold."""
-    for part in op.parts:
-        prepare(part)
-    object.__setattr__(op, "_held", _held(op))  # values are frozen; this is a cache
-
-
-def _held(op: Invertible) -> Held:
-    modules: list[nn.Module] = []
-    loose: list[Tensor] = []
-    closed: list[Tensor] = []
-    _gather(op, modules, loose)
-    closures = _closures(op)
-    for fn in closures:
-        for item in visible(fn):
-            _gather(item, modules, closed)
-    name = name_of(closures[0]) if closures else ""
-    return Held(tuple(_distinct(modules)), bool(loose), tuple(closed), name)
-
-
-def _closures(item: Any) -> list[FunctionType]:
-    """The functions in the structure of a value that may hold something."""
-    if isinstance(item, FunctionType):
-        return [] if closes_over_nothing(item) else [item]
-    return [] if isinstance(item, nn.Module) else [fn for part in _parts(item) for fn in _closures(part)]
-
-
-def with_tensors(item: Any, loose: Iterator[Tensor]) -> Any:
-    """A function or a value with other loose tensors, taken in the order in which they were gathered."""
+def with_tensors(item: Any, loose: Iterator[Tensor], depth: int = 0) -> Any:
+    """A function or a value with other loose tensors, taken in the order in which they were found."""
     if is_differentiable(item):
         return next(loose)
-    if isinstance(item, (nn.Module, FunctionType)):
+    if isinstance(item, nn.Module) or not _has_loose(item, depth):
         return item
-    parts = [with_tensors(part, loose) for part in _parts(item)]
+    inside = depth + isinstance(item, FunctionType)
+    parts = [with_tensors(part, loose, inside) for part in _parts(item)]
+    if isinstance(item, FunctionType):
+        return with_contents(item, parts)
     if isinstance(item, partial):
         count = 1 + len(item.args)
         return partial(parts[0], *parts[1:count], **dict(zip(item.keywords, parts[count:], strict=True)))
@@ -232,6 +216,14 @@ def with_tensors(item: Any, loose: Iterator[Tensor]) -> Any:
     if is_dataclass(item) and not isinstance(item, type):
         return replace(item, **dict(zip([part.name for part in fields(item) if part.init], parts, strict=True)))
     return tuple(parts) if isinstance(item, tuple) else parts
+
+
+def _has_loose(item: Any, depth: int) -> bool:
+    """Whether `Found.add` finds a loose tensor in an item that is none."""
+    if isinstance(item, nn.Module) or (isinstance(item, FunctionType) and depth >= _DEPTH):
+        return False
+    inside = depth + isinstance(item, FunctionType)
+    return any([is_differentiable(part) or _has_loose(part, inside) for part in _parts(item)])
 
 
 def run(op: Invertible, holders: Holders, tensors: Sequence[Tensor], method: str, *args: Any) -> Any:
@@ -313,28 +305,24 @@ _DRAWS: dict[Any, Callable[..., bool]] = {
     **dict.fromkeys([torch.rand_like, torch.randn_like, torch.randint_like], _always),
     **dict.fromkeys([torch.bernoulli, torch.multinomial, torch.poisson, torch.binomial], _always),
     **dict.fromkeys([Tensor.bernoulli, Tensor.multinomial], _always),
-    torch._standard_gamma: _always,  # pyright: ignore[reportPrivateImportUsage]
+    _torch.standard_gamma: _always,
     **dict.fromkeys([Tensor.bernoulli_, Tensor.normal_, Tensor.uniform_, Tensor.random_], _always),
     **dict.fromkeys([Tensor.exponential_, Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_], _always),
 }
 
 
+@_torch.called_not_traced
 def _show_draws() -> None:
     _torch.shown_to_modes(_DRAWS)
 
 
-setattr(_show_draws, "_dynamo_marked_constant", True)  # noqa: B010 - as `_refuse_closure`
-
-
+@_torch.called_not_traced
 def _refuse_random(name: str) -> None:
     raise ReplayError(
         f"a function that is being compiled draws random numbers with {name}",
         expected="none but those of dropout: a graph can not draw the same again",
         cure="store it with inv.mark(op, 'store'), draw outside of it, or leave it out of torch.compile",
     )
-
-
-setattr(_refuse_random, "_dynamo_marked_constant", True)  # noqa: B010 - as `_refuse_closure`
 
 
 # ---- steps: the functions that are compiled on their own ------------------------------------------------------------
@@ -421,7 +409,7 @@ class Call:
 
 
 class TracedStage(torch.autograd.Function):
-    """``(call, *xs, *carriers, *kept, *ys) -> (*ys, *carriers)``; see NOTE [Trunk] and NOTE [Compiling]."""
+    """``(call, *xs, *carriers, *kept, *ys) -> (*ys, *carriers)``; see NOTE [Strands] and NOTE [Compiling]."""
 
     generate_vmap_rule = True
 
@@ -496,7 +484,7 @@ def traced(
     x_spec, y_spec = spec_of(x, [], kept), spec_of(y, ys, kept)
     residue_spec = map_wire(lambda leaf: keep(leaf, kept), residue)
     ys = [y.view_as(y) for y in ys]
-    kept = [*kept, *masks]
+    kept = [*[t.view_as(t) if _is_among(t, xs) else t for t in kept], *masks]
     return (
         Call(op, holders, x_spec, y_spec, residue_spec, len(xs), len(ys), len(kept), len(masks), carried, step),
         kept,
@@ -512,17 +500,52 @@ def _run_forward(op: Invertible, x: Wire) -> tuple[Wire, Residue, list[Tensor]]:
     return y, residue, masks
 
 
-def stage(op: Invertible, state: State, step: Step = in_place) -> State:
-    """Put an op on the trunk."""
-    x, found = values(state), strands(state)
-    xs = [strand.value for strand in found]
-    carried = any([strand.carrier is not None for strand in found])
-    call, kept, ys = traced(op, x, xs, carried, step)
-    if not (carried or _need_gradients([*xs, *kept])):
-        return begin(filled(call.y_spec, ys, kept))
-    carriers = [_carrier(strand) for strand in found] if carried else []
-    out = TracedStage.apply(call, *xs, *carriers, *kept, *ys)
-    return filled(call.y_spec, [Strand(y, c) for y, c in zip(out[: len(ys)], out[len(ys) :], strict=True)], kept)
+class Traced(Engine):
+    """Runs pipelines in a graph, or outside of one with every stage compiled on its own."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def begin(self, x: Wire, run: Run, place: Place) -> State:
+        return begin(x)
+
+    def close(self, state: State) -> Wire:
+        return close(state)
+
+    def wire(self, state: State) -> Wire:
+        return values(state)
+
+    def opens(self, state: State) -> bool:
+        return all([strand.carrier is None for strand in strands(state)])
+
+    def call(self, op: Invertible, state: State, run: Run) -> State:
+        return self._call(op, state, self.step)
+
+    def _call(self, op: Invertible, state: State, step: Step) -> State:
+        x, found = values(state), strands(state)
+        xs = [strand.value for strand in found]
+        carried = any([strand.carrier is not None for strand in found])
+        call, kept, ys = traced(op, x, xs, carried, step)
+        if not (carried or _need_gradients([*xs, *kept])):
+            return begin(filled(call.y_spec, ys, kept))
+        carriers = [_carrier(strand) for strand in found] if carried else []
+        out = TracedStage.apply(call, *xs, *carriers, *kept, *ys)
+        return filled(call.y_spec, [Strand(y, c) for y, c in zip(out[: len(ys)], out[len(ys) :], strict=True)], kept)
+
+    def move(self, op: Invertible, state: State, run: Run) -> State:
+        return self._call(op, state, in_place)
+
+    def route(self, op: Any, state: State) -> State:
+        return op.forward_fn(state)
+
+    def fork(self, op: Any, state: State, step: Callable[[Invertible, State], State], run: Run) -> State:
+        return op._each(step, state)
+
+    def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
+        return recompute(op, x)
+
+
+ENGINE = Traced(in_place)
 
 
 def _carrier(strand: Strand) -> Tensor:

@@ -14,7 +14,8 @@ NOTE [Donation] A donated tensor must never be read while it is empty, and C++ w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,8 +25,8 @@ from torch import Tensor
 from .. import _torch
 from ..core.packing import pack_bits, unpack_bits
 from ..errors import DonatedError
-from ..wires import Wire, is_differentiable, leaves
-from .strands import State, Strand, at_start, carriers, is_tail, map_state
+from ..wires import Wire, is_differentiable, leaves, map_wire
+from .trunk import is_tail, kept_by_tail
 
 
 class Donated(Tensor):
@@ -33,7 +34,7 @@ class Donated(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor) -> Donated:
-        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=torch.device("meta"))
+        return _torch.make_wrapper(cls, like.shape, dtype=like.dtype, device=torch.device("meta"))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,7 +69,9 @@ class Donation:
     def __init__(self, x: Wire, which: bool | tuple[int, ...]) -> None:
         found = leaves(x)
         self.x = x
+        self.trunk: Callable[[], Any] = lambda: None
         self.given: list[Tensor] = []
+        self.places: list[int] = []
         self.signs: list[Tensor | None] = []
         self.empty: list[tuple[Tensor, Tensor, int, list[bool]]] = []  # object, implementation, bytes, whether empty
         for place in [i for i, t in enumerate(found) if is_differentiable(t)] if which is True else which or ():
@@ -77,24 +80,42 @@ class Donation:
             if reason or tensor is None:
                 raise _not_donated(place, reason or "it is None")
             self.given.append(tensor)
+            self.places.append(place)
 
-    def begin(self) -> State:
-        """Open a trunk whose first node puts the rebuilt inputs back."""
-        nonce = torch.zeros((), requires_grad=True)  # backward has to reach the head even if no input needs a gradient
-        out = _Head.apply(self, nonce, *self.given)
-        half = len(self.given)
-        linked = {id(t): Strand(out[i], out[half + i], at_start) for i, t in enumerate(self.given)}
-        return map_state(
-            lambda leaf: linked.get(id(leaf), Strand(leaf, None, at_start)) if is_differentiable(leaf) else leaf, self.x
-        )
+    def begin(self) -> Wire:
+        """The input, behind a node that sees to it that it is rebuilt before anybody reads it."""
+        linked = {id(t): out for t, out in zip(self.given, _Head.apply(self, *self.given), strict=True)}
+        return map_wire(lambda leaf: linked.get(id(leaf), leaf), self.x)
+
+    def join(self, trunk: Any) -> None:
+        """Let a trunk rebuild the input.
+
+        The head keeps the donation alive, and with it the trunk; or, if no input needs a gradient, so that there is no
+        head in the graph, the trunk keeps the donation.
+        """
+        if any(tensor.requires_grad for tensor in self.given):
+            restore, self.trunk, trunk.donation = weakref.WeakMethod(self.restore), lambda: trunk, weakref.ref(self)
+            trunk.levels.restore = lambda x: (restore() or _nothing)(x)
+        else:
+            self.trunk, trunk.donation, trunk.levels.restore = weakref.ref(trunk), lambda: self, self.restore
+
+    def finish(self) -> None:
+        """Have the input rebuilt, where backward has not done so by itself."""
+        trunk = self.trunk()
+        if self.empty and trunk is not None:
+            trunk.bottom()
 
     def free(self, y: Wire) -> None:
         """Empty the storages, unless somebody holds one after the pipeline has run."""
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(y)):
+            return
         outputs = {leaf.untyped_storage().data_ptr() for leaf in leaves(y) if isinstance(leaf, Tensor)}
+        trunk = self.trunk()
+        closed = {id(tensor) for tensor in trunk.levels.tensors_in_sight()} if trunk is not None else set()
         for tensor in self.given:
             if tensor.untyped_storage().data_ptr() in outputs:
                 raise DonatedError("donate: the output is a view of the input", cure="leave donate=False")
-            if why_not_donate(tensor):
+            if id(tensor) in closed or why_not_donate(tensor):
                 raise DonatedError(
                     "donate: the pipeline itself keeps the input",
                     expected="one that begins with what can be rebuilt, and closes over no input",
@@ -106,21 +127,30 @@ class Donation:
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(partial(_raise_if, empty))
             size = storage.nbytes()
-            torch._C._swap_tensor_impl(tensor, hidden)
+            _torch.swap_insides(tensor, hidden)
             tensor.__class__, hidden.__class__ = Donated, Tensor  # pyright: ignore[reportAttributeAccessIssue]
             storage.resize_(0)
             self.empty.append((tensor, hidden, size, empty))
 
-    def restore(self, values: Sequence[Tensor]) -> None:
+    def restore(self, x: Wire) -> None:
         """Fill the same storages with the rebuilt values, at the version that others have seen."""
+        if not self.empty:
+            return
+        rebuilt = leaves(x)
+        values = [rebuilt[place] for place in self.places]
         for (tensor, hidden, size, empty), value, signs in zip(self.empty, values, self.signs, strict=True):
             hidden.untyped_storage().resize_(size)
             with torch.no_grad(), _torch.preserved_version(hidden):
                 hidden.detach().copy_(value if signs is None else _signed(value, signs))
-            torch._C._swap_tensor_impl(tensor, hidden)
+            _torch.swap_insides(tensor, hidden)
             tensor.__class__, hidden.__class__ = Tensor, Donated  # pyright: ignore[reportAttributeAccessIssue]
             empty[0] = False
         self.empty.clear()
+        self.trunk = lambda: None
+
+
+def _nothing(x: Wire) -> None:
+    pass
 
 
 def _signs(tensor: Tensor) -> Tensor | None:
@@ -148,6 +178,7 @@ def _not_donated(place: int, reason: str) -> DonatedError:
 
 def why_not_donate(tensor: Any) -> str | None:
     """The reason why a tensor's storage must not be freed; None if it may."""
+    _torch.check_donation()
     if tensor is None or not isinstance(tensor, Tensor):
         return "there is no tensor at this place of the wire"
     if type(tensor) is Donated:
@@ -161,9 +192,9 @@ def why_not_donate(tensor: Any) -> str | None:
     if type(tensor) is not Tensor or not is_differentiable(tensor):
         return f"it is a {type(tensor).__name__} of {tensor.dtype}, not a plain floating-point tensor"
     storage = tensor.untyped_storage()
-    if tensor._is_view() or not storage.resizable() or storage.nbytes() != tensor.numel() * tensor.element_size():
+    if _torch.is_view(tensor) or not storage.resizable() or storage.nbytes() != tensor.numel() * tensor.element_size():
         return "it is a view, does not fill its storage, or lies in memory that is not torch's own"
-    users = torch._C._storage_Use_Count(storage._cdata) - 1 - saved_by_its_maker(tensor)
+    users = _torch.storage_use_count(storage) - 1 - saved_by_its_maker(tensor)
     if users > 1:
         return f"{users - 1} other tensors share its storage (views, detached aliases, or results saved for backward)"
     if _torch.use_count(tensor) > 1:
@@ -176,41 +207,31 @@ def why_not_donate(tensor: Any) -> str | None:
 def _can_tell(node: Any) -> bool:
     """Whether a node still has what it saved: after its backward it can not tell whether that was the tensor."""
     try:
-        for name in dir(node):
-            if name.startswith("_saved_"):
-                getattr(node, name)
-        return not is_tail(node) or node.saved_tensors is not None  # pyright: ignore
+        _torch.values_saved_by(node)
+        return not is_tail(node) or bool(kept_by_tail(node))
     except RuntimeError:
         return False
 
 
 def saved_by_its_maker(tensor: Tensor) -> int:
     """How often the node that made a tensor has saved it: rule 3 of NOTE [Donation]."""
-    node = tensor.grad_fn
-    names = [name for name in dir(node) if name.startswith("_saved_")] if node is not None else []
-    saved = [getattr(node, name, None) for name in names]
-    saved += node.saved_tensors if is_tail(node) else []  # pyright: ignore
+    saved = [*_torch.values_saved_by(tensor.grad_fn), *kept_by_tail(tensor.grad_fn)]
     pointer = tensor.untyped_storage().data_ptr()
     return sum(isinstance(s, Tensor) and s.untyped_storage().data_ptr() == pointer for s in saved)
 
 
 class _Head(torch.autograd.Function):
-    """``(donation, nonce, *xs) -> (*xs, *carriers)``; its backward puts the rebuilt values back where they were."""
+    """``(donation, *xs) -> xs``; its backward has the values rebuilt, if that has not happened yet."""
 
     @staticmethod
-    def forward(donation: Donation, nonce: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-        return (*(x.view_as(x) for x in xs), *carriers(xs))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        donation, _, *xs = inputs
+    def forward(ctx: Any, donation: Donation, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.donation = donation
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(o for o, x in zip(output, xs, strict=False) if not x.requires_grad))
+        out = tuple([x.view_as(x) for x in xs])
+        ctx.mark_non_differentiable(*[o for o, x in zip(out, xs, strict=True) if not x.requires_grad])
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        half = len(grads) // 2
-        if ctx.donation.empty:
-            ctx.donation.restore(grads[half:])
-        return (None, None, *grads[:half])
+    def backward(ctx: Any, *gxs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.donation.finish()
+        return (None, *gxs)

@@ -3,8 +3,8 @@
 NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one before has rounded.
 
 1.  *Where.* At the input of every trunk: the pipeline's own, and each cut, where an activation is stored. There the
-    error is largest, since it has come all the way down. A first stage that only moves values is not undone for the
-    meter's sake: what it moved them to is compared instead.
+    error is largest, since it has come all the way down. First stages of which the graph asks for nothing (they move
+    or scale values) are not undone for the meter's sake: the input of the first that is rebuilt is compared instead.
 2.  *What.* The root of the sum of squared errors over that of the squared values, as a norm would give it, from values
     at fixed places that are spread over the whole wire. On chains that drift, that lands within a factor of 2 of the
     true error. It does not find a single wrong element: it measures rounding, it does not search for bugs.

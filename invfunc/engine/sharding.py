@@ -3,9 +3,9 @@
 NOTE [FSDP2] ``fully_shard`` puts a module's gathered parameters into its slots when it is *called*, and reduces their
 gradients when its inputs have theirs.
 
-1.  A stage reads the parameters that its function captures before it calls the function, and keeps them as its inputs.
-    Were the function sharded on its own, these would be shards, which its own hook then replaces: no gradient would
-    reach them, and nothing would say so. So a stage refuses to call what is sharded.
+1.  A stage calls its functions a second time in backward, outside of the order in which FSDP gathers and reshards. Were
+    a function sharded on its own, its hooks would run for the second call as well, and reduce gradients that are not
+    complete. So a stage refuses to call what is sharded.
 2.  The right unit is the module whose `forward` *makes* the stages: when they are recorded, the parameters are there.
     It is called as a module even inside a pipeline, with the strands of the trunk (NOTE [Trunk]) as its arguments: FSDP
     looks into dataclasses, so that its hooks see the values as well as the carriers, and the trunk stays open.
@@ -16,10 +16,15 @@ gradients when its inputs have theirs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..errors import ReplayError
 
@@ -32,7 +37,7 @@ def is_sharded(module: nn.Module) -> bool:
     return (fsdp is not None and isinstance(module, fsdp.FSDPModule)) or module in _PRETENDING
 
 
-def _any_sharded() -> bool:
+def is_any_sharded() -> bool:
     """Whether there can be a sharded module at all: ``fully_shard`` makes a class for each class that it shards."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return bool(_PRETENDING or (fsdp is not None and fsdp.FSDPModule.__subclasses__()))
@@ -57,7 +62,7 @@ def check_callee(module: nn.Module, is_called: bool = True) -> None:
         module: What a stage calls.
         is_called: Not so where the stage calls another method of the module, which gathers nothing.
     """
-    if not _any_sharded():
+    if not is_any_sharded():
         return
     for path, part in module.named_modules():
         if is_sharded(part) and (path or is_called):
@@ -67,3 +72,26 @@ def check_callee(module: nn.Module, is_called: bool = True) -> None:
                 expected="fully_shard on the module whose forward runs the op, and on nothing inside",
                 cure="shard the blocks instead, as invfunc.nn.fully_shard_blocks(model) does",
             )
+
+
+def check_callees(functions: Iterable[Any]) -> None:
+    """`check_callee` for the functions of a stage, as far as their structure tells."""
+    for fn in functions:
+        if isinstance(fn, nn.Module):
+            check_callee(fn)
+        elif isinstance(fn, MethodType) and isinstance(fn.__self__, nn.Module):
+            check_callee(fn.__self__, False)
+        elif isinstance(fn, partial):
+            check_callees([fn.func, *fn.args, *fn.keywords.values()])
+
+
+def checking_calls(fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)``, and `check_callee` for every module that it calls."""
+    thread = threading.get_ident()
+
+    def entered(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread and is_sharded(module):
+            check_callee(module)
+
+    with register_module_forward_pre_hook(entered):
+        return fn(*args)

@@ -1,22 +1,21 @@
-"""The trunk: strands with carriers, the tail that closes it, and specs of what a node returns.
+"""Strands: a pipeline as a chain of explicit autograd Functions, below a `torch.func` transform or in a traced graph.
 
-NOTE [Trunk] One node for each primitive, linked by carriers, closed by a tail.
+NOTE [Strands] One node for each primitive, linked by carriers, closed by a tail.
 
-1.  A *stage* runs outside of autograd, once, while it is recorded. Its outputs are handed to `_Stage` as inputs whose
+1.  A *stage* runs outside of autograd, once, while it is watched. Its outputs are handed to its node as inputs whose
     gradient is None and come back as views: no user code runs inside a Function, and every functorch level unwraps
     them by itself. Saved are captured tensors and residues, nothing of the size of an activation.
 2.  A *carrier* is a one-element stand-in, expanded to the shape of an output. Its *gradient* is that output's value:
     backward receives ``(gys, ys)`` and returns ``(gxs, xs)``, so the values travel down the trunk as the gradients do,
     without shared state, and every backward rebuilds them afresh.
-3.  The *tail* is the only node that saves activations: the trunk's output. Its backward starts the reconstruction.
+3.  The *tail* is the only node that saves activations: the trunk's output. Its backward starts the rebuild. It saves
+    its *outputs*: a second backward then flows through the tail, which hands out the values again.
 4.  Carriers are private. Each is used once; a trunk is closed before a value leaves it and a new one is begun after.
-5.  The tail saves its *outputs*: a second backward then flows through the tail, which hands out the values again.
-6.  The tail returns ``y.detach()``: a view would forbid ``y.relu_()``, while detach shares the version counter, so that
+5.  The tail returns ``y.detach()``: a view would forbid ``y.relu_()``, while detach shares the version counter, so that
     a changed output raises in backward instead of giving wrong gradients.
-7.  When gradients must be differentiable, or belong to a transform, backward uses ``torch.func.vjp``:
-    ``autograd.grad(create_graph=True)`` would walk through the saved output into the same node without end.
-8.  Forward mode needs nothing kept: the pipeline runs plainly.
-9.  A residue that may have a gradient is an *output* of its stage and saved as one, so that a second backward, to which
+6.  Backward uses ``torch.func.vjp``: ``autograd.grad(create_graph=True)`` would walk through the saved output into the
+    same node without end.
+7.  A residue that may have a gradient is an *output* of its stage and saved as one, so that a second backward, to which
     it is a function of x like y itself, goes through the stage.
 """
 
@@ -24,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +32,6 @@ from .. import _torch
 from ..core.op import Residue
 from ..errors import ReplayError
 from ..wires import Wire, describe, is_differentiable, leaves
-from .replay import Kept, fetch
 
 # ---- what flows along a trunk --------------------------------------------------------------------------------------
 
@@ -44,7 +42,6 @@ class Strand:
 
     value: Tensor
     carrier: Tensor | None
-    opened: Callable[[], str] | None = None  # where the trunk begins, if it begins here, for the drift meter
 
     @property
     def shape(self) -> torch.Size:
@@ -55,41 +52,14 @@ class Strand:
 State = Any  # a wire whose differentiable tensors are strands
 
 
-def at_start() -> str:
-    """Where the first trunk of a pipeline begins."""
-    return "the input of the pipeline"
-
-
-def within() -> str:
-    """Where another begins."""
-    return "an activation that is stored"
-
-
-def begin(x: Wire, opened: Callable[[], str] = within) -> State:
+def begin(x: Wire) -> State:
     """Open a trunk: no carriers yet, since nobody upstream needs the values of x."""
-    return map_state(lambda leaf: Strand(leaf, None, opened) if is_differentiable(leaf) else leaf, x)
+    return map_state(lambda leaf: Strand(leaf, None) if is_differentiable(leaf) else leaf, x)
 
 
 def values(state: State) -> Wire:
     """The wire that a state stands for."""
-    return taken(state, [])
-
-
-def taken(state: State, found: list[Strand]) -> Wire:
-    """`values`; collects the strands of the state as well, left to right."""
-    if isinstance(state, Strand):
-        found.append(state)
-        return state.value
-    if not isinstance(state, tuple):
-        return state
-    wire = []
-    for part in state:
-        if type(part) is Strand:  # the ordinary case; a call for each would take as long as all that a stage does here
-            found.append(part)
-            wire.append(part.value)
-        else:
-            wire.append(taken(part, found))
-    return tuple(wire)
+    return map_state(lambda leaf: leaf.value if isinstance(leaf, Strand) else leaf, state)
 
 
 def strands(state: State) -> list[Strand]:
@@ -111,7 +81,7 @@ def close(state: State) -> Wire:
     open_ends = [s for s in strands(state) if s.carrier is not None]
     if not open_ends:
         return values(state)
-    closed = iter(apply_node(Tail, *(s.value for s in open_ends), *(s.carrier for s in open_ends)))
+    closed = iter(Tail.apply(*(s.value for s in open_ends), *(s.carrier for s in open_ends)))
     return map_state(
         lambda leaf: leaf if not isinstance(leaf, Strand) else leaf.value if leaf.carrier is None else next(closed),
         state,
@@ -121,33 +91,9 @@ def close(state: State) -> Wire:
 # ---- carriers and the tail -----------------------------------------------------------------------------------------
 
 
-_ZEROS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-_CARRIERS: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}  # views of a zero: they cost no memory
-
-
 def carriers(ys: Iterable[Tensor]) -> list[Tensor]:
     """A one-element stand-in of the shape of each value."""
-    if _torch.active():
-        return [y.new_zeros(()).expand(y.shape) for y in ys]
-    made = []
-    for y in ys:
-        stand_in = _CARRIERS.get((y.shape, y.dtype, y.device)) if type(y) is Tensor else y.new_zeros(()).expand(y.shape)
-        made.append((_stand_in(y) if stand_in is None else stand_in).detach())  # not a view: FSDP2 warns of those
-    return made
-
-
-def _stand_in(value: Tensor) -> Tensor:
-    if len(_CARRIERS) > 1000:  # of as many shapes: they come from somewhere that has ever new ones
-        _CARRIERS.clear()
-    made = _CARRIERS[value.shape, value.dtype, value.device] = _zero(value).expand_as(value)
-    return made
-
-
-def _zero(like: Tensor) -> Tensor:
-    key = like.dtype, like.device
-    if key not in _ZEROS:
-        _ZEROS[key] = torch.zeros((), dtype=like.dtype, device=like.device)
-    return _ZEROS[key]
+    return [y.new_zeros(()).expand(y.shape) for y in ys]
 
 
 class Tail(torch.autograd.Function):
@@ -168,34 +114,7 @@ class Tail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
-        ys = ctx.saved_tensors
-        if _torch.in_compiled_backward():  # it adds gradients up without looking for None
-            gys = tuple(torch.zeros_like(y) if gy is None else gy for gy, y in zip(gys, ys, strict=True))
-        return (*gys, *ys)
-
-
-def is_tail(node: Any) -> bool:
-    """Whether an autograd node is a `Tail`'s."""
-    return isinstance(node, Tail._backward_cls)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def apply_node(node: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
-    """``node.apply``, or what Dynamo knows it by."""
-    if _torch.active() or torch.compiler.is_compiling():
-        return node.apply(*args)
-    return applicable(node)(*args)
-
-
-def applicable(node: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``node.apply`` outside of transforms: without binding a signature, which costs more than the node itself."""
-    return super(torch.autograd.Function, node).apply  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def need_gradients(tensors: Sequence[Tensor]) -> list[bool]:
-    """`needs_gradient` of each."""
-    if _torch.active():
-        return [tensor.requires_grad or _torch.is_wrapped(tensor) for tensor in tensors]
-    return [tensor.requires_grad for tensor in tensors]
+        return (*gys, *ctx.saved_tensors)
 
 
 def needs_gradient(tensor: Tensor) -> bool:
@@ -216,20 +135,15 @@ class _Strand:
 STRAND = _Strand()
 
 
-class Flat(tuple[Any, ...]):
-    """The spec of a tuple of differentiable tensors: the ordinary case, in which there is nothing to walk over."""
+class Held(NamedTuple):
+    """The place of a tensor among those that a node keeps."""
+
+    place: int
 
 
-def is_flat(spec: Wire) -> bool:
-    """Whether a spec is one differentiable tensor's, or that of a tuple of them."""
-    return spec is STRAND or type(spec) is Flat
-
-
-def _spec(parts: list[Any]) -> Wire:
-    for part in parts:
-        if part is not STRAND:
-            return tuple(parts)
-    return Flat(parts)
+def fetch(leaf: Any, kept: Sequence[Tensor]) -> Any:
+    """A kept tensor by its place; anything else is itself."""
+    return kept[leaf.place] if isinstance(leaf, Held) else leaf
 
 
 def spec_of(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> Wire:
@@ -238,15 +152,13 @@ def spec_of(wire: Wire, on_strands: list[Tensor], kept: list[Tensor] | None) -> 
         on_strands.append(wire)
         return STRAND
     if isinstance(wire, tuple):
-        return _spec([spec_of(part, on_strands, kept) for part in wire])
+        return tuple([spec_of(part, on_strands, kept) for part in wire])
     return None if kept is None else keep(wire, kept)
 
 
 def outline(state: State) -> Wire:
     """The spec of the wire that a state stands for, without its other leaves."""
-    if isinstance(state, tuple):
-        return _spec([outline(part) for part in state])
-    return STRAND if isinstance(state, Strand) else None
+    return map_state(lambda leaf: STRAND if isinstance(leaf, Strand) else None, state)
 
 
 def residue_spec_of(residue: Residue, lost: list[Tensor], kept: list[Tensor]) -> Residue:
@@ -264,18 +176,16 @@ def keep(leaf: Any, kept: list[Tensor]) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     kept.append(leaf)
-    return Kept(len(kept) - 1)
+    return Held(len(kept) - 1)
 
 
 def filled(spec: Wire, found: Sequence[Any], kept: Sequence[Tensor] | None) -> Wire:
     """A wire from its spec; without kept tensors, None stands where no strand is."""
-    return tuple(found) if type(spec) is Flat else fill(spec, iter(found), kept)
+    return fill(spec, iter(found), kept)
 
 
 def on_strands(spec: Wire, wire: Wire) -> Sequence[Any]:
     """What a wire has where its spec has tensors; the inverse of `filled`."""
-    if type(spec) is Flat and isinstance(wire, tuple) and len(wire) == len(spec):
-        return wire
     found, places = leaves(wire), leaves(spec)
     if len(found) != len(places):
         raise ReplayError(
@@ -290,6 +200,6 @@ def fill(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire
     """`filled`, from what an iterator has left."""
     if spec is STRAND:
         return next(left)
-    if isinstance(spec, tuple) and not isinstance(spec, Kept):
+    if isinstance(spec, tuple) and not isinstance(spec, Held):
         return tuple([fill(part, left, kept) for part in spec])
     return None if kept is None else fetch(spec, kept)

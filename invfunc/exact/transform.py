@@ -11,8 +11,8 @@ bits when they run again.
 3.  *The same layout.* A kernel may round otherwise on a slice than on a dense copy, and both passes come from slices
     somewhere: so every op makes what it gets dense. A law's first operand is what it changes, so its layout goes there
     and back.
-4.  *The same grad mode.* LSTM, and attention in eval, take other kernels without gradients: forward evaluates with
-    gradients on, and drops the graph (`Invertible.taped`).
+4.  *The same grad mode.* LSTM, and attention in eval, take other kernels without gradients: both passes evaluate with
+    gradients on, as every frame does (NOTE [Trunk]).
 5.  *The same sums.* A sum of gradients depends on its order. So the gradient of a coupling's untouched component is a
     seed of its function's backward, and autograd adds that of every use to it, one after the other, as it always does.
 6.  *A witness.* The hash of the bits with which a trunk begins is compared when they are rebuilt: whatever else went
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import is_
 from typing import Any, TypeAlias
 
@@ -43,9 +43,9 @@ from ..core.op import VJP, Again, Chain, Invertible, OneWay, Rearrangement, Resi
 from ..core.packing import pack_codes, unpack_codes
 from ..debug import checking
 from ..engine import compiled
-from ..engine.lowering import Options, walk
-from ..engine.replay import Streams, cuda_devices
-from ..engine.strands import State, begin, close, strands
+from ..engine.conditions import RandomState, accelerators
+from ..engine.interface import Run, State
+from ..engine.lower import walk
 from ..errors import DomainError, NotInvertibleError, OptionError, ReplayError, WireError
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 from .bits import bit_hash, corrected, difference
@@ -76,14 +76,13 @@ def _packed(xs: tuple[Wire, ...]) -> Wire:
 class Exact(Invertible):
     """A primitive with an exact inverse."""
 
-    taped = True
-
     @cached_property
     def witnessed(self) -> Invertible:
         """The op with a witness: one value, so that what is learnt of its functions is remembered."""
         return Witnessed(self)
 
 
+@_torch.called_not_traced
 def _refuse_graph() -> None:
     raise ReplayError(
         "an exact op is being compiled",
@@ -92,24 +91,19 @@ def _refuse_graph() -> None:
     )
 
 
-# Called, not traced: Dynamo would show no more than the subject.
-_refuse_graph._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
 @walk.register
-def _(op: Exact, state: State, options: Options) -> State:
+def _(op: Exact, state: State, run: Run) -> State:
     if compiled.is_active():
         _refuse_graph()
-    opens = all(strand.carrier is None for strand in strands(state))
-    part = op.witnessed if opens or checking() else op
-    return walk.default(part, state, replace(options, drift="off"))
+    if isinstance(op, Moved):
+        return run.engine.move(op, state, run)
+    part = op.witnessed if run.engine.opens(state) or checking() else op
+    return walk.default(part, state, run.under(replace(run.options, drift="off")))
 
 
 @dataclass(frozen=True, repr=False)
 class Witnessed(Wrapper):
     """An exact op that keeps a hash of its input, and compares it with that of the input it rebuilds."""
-
-    taped = True
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         y, residue = self.op.forward_with_residue(x)
@@ -124,6 +118,11 @@ class Witnessed(Wrapper):
         x, gx = self.op.pull(residue[1], y, gy, vjp, needs)
         self._compare(x, residue[0])
         return x, gx
+
+    def rebuild(self, residue: Residue, y: Wire, again: Again) -> Wire:
+        x = self.op.rebuild(residue[1], y, again)
+        self._compare(x, residue[0])
+        return x
 
     def _compare(self, x: Wire, before: tuple[Tensor, ...]) -> None:
         if before and not all(map(torch.equal, _hashes(x), before)):
@@ -157,7 +156,13 @@ class ExactHalf(Exact, Half):
         return self.in_place((self.law.op(t).forward(x1), x2))
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
-        return super().forward_with_residue(map_wire(dense, x))
+        return super().forward_with_residue(map_wire(dense, x))  # one copy, whose gradients add up as those of x do
+
+    def evaluate(self, x: Wire) -> Wire:
+        return super().evaluate(map_wire(dense, x))
+
+    def forward_by(self, t: Wire, x: Wire) -> tuple[Wire, Residue]:
+        return super().forward_by(t, map_wire(dense, x))
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """Fused, as `Half.pull`; the gradient of the untouched component is a seed (rule 5)."""
@@ -172,7 +177,15 @@ class ExactHalf(Exact, Half):
         return spread(self.fn, _packed(x2)), _packed(x2)
 
     def rebuild(self, residue: Residue, y: Wire, again: Again) -> Wire:
-        return super().rebuild(residue, map_wire(dense, y), again)
+        """Fused, as `Half.rebuild`."""
+        (y1, x2), (like1, like2) = self.target_first(map_wire(dense, y)), self.in_place(again.like)
+        t = again.evaluate(self._of_dense, x2, like2)
+        x1 = again.quietly(self.law.undo, t, residue, y1)
+        again.hand_over(lambda x1: self.law.apply(t, map_wire(dense, x1)), x1, like1)
+        return self.in_place((x1, x2))
+
+    def _of_dense(self, *x2: Wire) -> Wire:
+        return spread(self.fn, map_wire(dense, _packed(x2)))
 
     def __repr__(self) -> str:
         return f"exact({Half.__repr__(replace(self, law=self.law.original()))})"
@@ -337,8 +350,8 @@ class CodedStage(Coded):
     """A stage of its own, whose functions may draw: forward and inverse draw the same numbers, in both passes."""
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
-        dice = Streams(cuda_devices([leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]))
-        return self._undone(map_wire(dense, x), dice.again())
+        dice = RandomState(accelerators([leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]))
+        return self._undone(map_wire(dense, x), dice.restored())
 
 
 @dataclass(frozen=True)
@@ -559,10 +572,15 @@ class Gridded(Wrapper):
 
 
 @walk.register
-def _(op: Gridded, state: State, options: Options) -> State:
+def _(op: Gridded, state: State, run: Run) -> State:
     if compiled.is_active():
         _refuse_graph()
-    return begin(op._on_grid(lambda op, x: close(walk(op, begin(x), options)), close(state)))
+    engine, place = run.engine, partial(repr, op)
+
+    def lowered(op: Invertible, x: Wire) -> Wire:
+        return engine.close(walk(op, engine.begin(x, run, place), run))
+
+    return engine.begin(op._on_grid(lowered, engine.close(state)), run, place)
 
 
 # ---- the transform ---------------------------------------------------------------------------------------------------

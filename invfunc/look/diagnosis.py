@@ -12,7 +12,7 @@ NOTE [Diagnosis]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,15 +23,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoint import Checkpointed
+from ..core.combine import Parallel
 from ..core.compare import cosine, length, relative_error
 from ..core.couple import Affine, Half
-from ..core.op import Chain, Invertible, Residue, graph_leaves
-from ..engine.lowering import cut_points, owners_of
-from ..engine.replay import Replay, owners, recorded, threads
+from ..core.op import Chain, Invertible, LiveVJP, Pair, Residue, graph_leaves
+from ..engine.conditions import threads
+from ..engine.lower import cut_points
+from ..engine.snapshot import Parts
+from ..engine.trunk import RecordedCall
 from ..errors import DomainError, place_error
 from ..plan.executor import Planned, has_inverse
 from ..wires import Wire, is_differentiable, leaves, map_wire, spread
-from .trial import gradients_of, same_dice
+from .trial import closed_over, gradients_of, noise, same_dice
 
 # ---- the stages of an op ---------------------------------------------------------------------------------------------
 
@@ -249,10 +252,51 @@ def _names(stage: Invertible) -> dict[int, str]:
     found: dict[int, str] = {}
     for part in _primitives(stage):
         prefix = f"{part.label}." if isinstance(part, Half) else ""
-        for module in owners(part.functions).modules:
+        for module in Parts(part.functions).roots:
             for name, parameter in module.named_parameters():
                 found.setdefault(id(parameter), prefix + name)
     return found
+
+
+# ---- pullbacks -------------------------------------------------------------------------------------------------------
+
+
+def pullback_gradients(stage: Invertible, x: Wire) -> tuple[Gradient, ...]:
+    """The gradients by the pullbacks of a stage, against autograd's: ordinary autograd does not call them."""
+    return tuple([gradient for op, given in _with_pullbacks(stage, x) for gradient in _by_pullback(op, given)])
+
+
+def _with_pullbacks(op: Invertible, x: Wire) -> Iterator[tuple[Invertible, Wire]]:
+    """The parts of an op that have a pullback of their own, each with what goes into it."""
+    if isinstance(op, Chain):
+        for part in op.parts:
+            yield from _with_pullbacks(part, x)
+            with torch.no_grad(), same_dice():
+                x = part.forward(x)
+    elif isinstance(op, Parallel):
+        for part, component in zip(op.parts, x, strict=True):
+            yield from _with_pullbacks(part, component)
+    elif isinstance(op, Half) or (isinstance(op, Pair) and op.pullback_fn is not None):
+        yield op, x
+
+
+def _by_pullback(op: Invertible, x: Wire) -> Iterator[Gradient]:
+    closed, live, names = closed_over(op, x), LiveVJP(), _names(op)
+    _, gx, gclosed = gradients_of(op, x, closed)
+    with torch.no_grad(), same_dice():
+        y, residue = op.forward_with_residue(x)
+    with same_dice():
+        _, pulled = op.pull(residue, y, noise(y), live, None)
+    given = leaves(x)
+    pulled = [None] * len(given) if pulled is None else leaves(pulled)
+    found = [g for g, leaf in zip(pulled, given, strict=True) if is_differentiable(leaf)]
+    found += [live.closed[id(t)][1] if id(t) in live.closed else None for t in closed]
+    shown = [f"input {i}" for i in range(len(gx))]
+    shown += [names.get(id(t), f"a tensor of shape {tuple(t.shape)}") for t in closed]
+    expected = [*gx, *gclosed]
+    least = 0.01 * max(map(length, expected), default=0.0)
+    for name, mine, theirs in zip(shown, found, expected, strict=True):
+        yield _against(least, name, torch.zeros_like(theirs) if mine is None else mine, theirs)
 
 
 # ---- replay: rule 4 of NOTE [Diagnosis] ------------------------------------------------------------------------------
@@ -330,16 +374,11 @@ def _replayed(stage: Invertible, x: Wire, hazard: Hazard) -> Outcome:
     try:
         with same_dice():
             with hazard.record(x):
-                y, recording = recorded(stage.forward, x, owners_of(stage))
+                call = RecordedCall(stage, x)
             hazard.between(stage, x)
-            wanted = [hazard.with_gradients and is_differentiable(c) for c in recording.captured]
             with hazard.replay(), torch.no_grad():
-                replay = Replay(recording, recording.captured, wanted)
-                given = (hazard.changed(x),)
-                again = (
-                    replay(stage.forward, given, None)[0] if hazard.with_gradients else replay.run(stage.forward, given)
-                )
-        return relative_error(again, y)
+                again = call.again(hazard.changed(x), hazard.with_gradients)
+        return relative_error(again, call.y)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from itertools import groupby
@@ -19,20 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import LOOKS_AT_VALUES, FakeTensorMode
+from .. import _torch
+from .._torch import LOOKS_AT_VALUES, FakeTensorMode, storage_id, storage_of
 from ..checkpoint import Checkpointed, CompiledStages, Marked, Wrapper
 from ..core.combine import Parallel
 from ..core.couple import Half, InverseLaw, is_coupling
 from ..core.op import Chain, Invertible, OneWay, lift, name_of, named
-from ..engine.lowering import Options, owners_of, walk
-from ..engine.replay import recorded
-from ..engine.strands import State, values
+from ..engine.interface import Run, State
+from ..engine.lower import walk
+from ..engine.snapshot import Parts
+from ..engine.trunk import Frame
 from ..errors import OptionError
 from ..exact.transform import Gridded
 from ..plan import report
 from ..plan.costs import show_bytes
 from ..plan.executor import Planned, flat_ops, flat_stages, halves
 from ..plan.inputs import faked, realised
+from ..plan.trials import forward_of
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire
 from .pictures import GAP, GREY, LETTER, ROW, Picture, above, at, beside, box, document, framed, line, text, tinted
 
@@ -58,14 +61,16 @@ class Probe(Wrapper):
         with self._watching():
             return self._noted(self.op.forward(x))
 
-    def watched(self, state: State, options: Options) -> State:
+    def watched(self, state: State, run: Run) -> State:
         """`walk` through the part."""
         with self._watching():
-            state = walk(self.op, state, options)
-        self._noted(values(state))
+            state = walk(self.op, state, run)
+        self._noted(run.engine.wire(state))
         return state
 
     def _watching(self) -> Any:
+        if _runs_again():
+            return nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(lambda t: self.keep(self.reading, t), _never)
 
     def _noted(self, y: Wire) -> Wire:
@@ -84,8 +89,14 @@ class Probe(Wrapper):
 
 
 @walk.register
-def _(op: Probe, state: State, options: Options) -> State:
-    return op.watched(state, options)
+def _(op: Probe, state: State, run: Run) -> State:
+    return op.watched(state, run)
+
+
+def _runs_again() -> bool:
+    """Whether a region is around, which keeps nothing of what is saved in it."""
+    hooks = _torch.top_hooks()
+    return hooks is not None and isinstance(getattr(hooks[0], "__self__", None), Frame)
 
 
 def _never(_: Any) -> Tensor:
@@ -113,11 +124,11 @@ class Keeper:
 
     def count(self, known: Sequence[Tensor]) -> None:
         """Add up the storages, each once and where it came first; ``known`` are those that would live anyway."""
-        seen = {tensor.untyped_storage()._cdata for tensor in known}
+        seen = {storage_of(tensor) for tensor in known}
         for kept in filter(None, [ref() for ref in self.found]):
             storage = kept.tensor.untyped_storage()
-            kept.reading.keeps += 0 if storage._cdata in seen else storage.nbytes()
-            seen.add(storage._cdata)
+            kept.reading.keeps += 0 if storage_id(storage) in seen else storage.nbytes()
+            seen.add(storage_id(storage))
 
 
 @singledispatch
@@ -170,8 +181,8 @@ def _readings(op: Invertible, x: Any) -> list[Reading]:
 @contextmanager
 def _undisturbed(op: Invertible) -> Iterator[None]:
     """Put back the random numbers and the buffers of modules as they were."""
-    found = owners_of(op)
-    buffers = [*found.tensors, *(buffer for module in found.modules for buffer in module.buffers())]
+    found = Parts(op.functions)
+    buffers = [*found.tensors, *(buffer for module in found.roots for buffer in module.buffers())]
     before = [buffer.clone() for buffer in buffers]
     with torch.random.fork_rng():
         yield
@@ -183,7 +194,7 @@ def _undisturbed(op: Invertible) -> Iterator[None]:
 
 def _run(op: Invertible, x: Wire, seen: Callable[[Tensor], Tensor]) -> list[Reading]:
     """Run an op with probes, each differentiable input needing a gradient as it does in the middle of a network."""
-    closed = recorded(op.forward, map_wire(_detached, x), owners_of(op), True)[1].captured
+    closed = forward_of(op, x)[1].parameters
     x = map_wire(lambda leaf: _detached(leaf).requires_grad_() if is_differentiable(leaf) else leaf, x)
     keep, readings = Keeper(), [Reading(x)]
 

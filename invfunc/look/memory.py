@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 from weakref import ref
 
 import torch
-from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from .._torch import DispatchMode, trees
 
 __all__ = ["Measurement", "measure"]
 
@@ -86,7 +85,7 @@ def measure(fn: Callable[..., Any], /, *args: Any, timed: bool = False, **kwargs
 Ledger = TypeVar("Ledger", bound="StorageLedger")
 
 
-class StorageLedger(TorchDispatchMode):
+class StorageLedger(DispatchMode):
     """The storages that operators have touched, from first sight to death.
 
     A storage's Python object lives exactly as long as the storage itself, even while only autograd holds it, so that a
@@ -118,7 +117,7 @@ class StorageLedger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(map(is_traceable_wrapper_subclass_type, types)):
+        if any(map(_wraps_tensors, types)):
             return NotImplemented  # Let the subclass (a DTensor, say) call the operators on the tensors it wraps.
         if (out := self._decomposed(func, args, kwargs)) is not NotImplemented:
             return out
@@ -131,7 +130,7 @@ class StorageLedger(TorchDispatchMode):
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Under `inference_mode` composite operators arrive whole: look inside them."""
-        if isinstance(func, HigherOrderOperator) or func is torch.ops.prim.device.default:
+        if not hasattr(func, "decompose") or func is torch.ops.prim.device.default:
             return NotImplemented
         with self:
             return func.decompose(*args, **kwargs)
@@ -219,11 +218,17 @@ _TAKES_A_NEW_TENSOR = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.at
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     """The storages in a tree, and those of its tensors; a sparse tensor has none of its own."""
-    for leaf in tree_leaves(tree):
+    for leaf in trees.tree_leaves(tree):
         if isinstance(leaf, torch.UntypedStorage):
             yield leaf
         elif isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             yield leaf.untyped_storage()
+
+
+def _wraps_tensors(kind: type) -> bool:
+    """Whether a subclass of tensors tells torch which tensors it consists of."""
+    subclass = issubclass(kind, torch.Tensor) and kind is not torch.Tensor
+    return subclass and hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:

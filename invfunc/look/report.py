@@ -30,6 +30,7 @@ from .diagnosis import (
     compared_gradients,
     dtype_of,
     name_of_stage,
+    pullback_gradients,
     replays,
     require_finite,
     scale_of,
@@ -60,6 +61,7 @@ class StageReport:
         gradients: Of the tensors that it closes over; see `Gradient`.
         replay: By hazard, the relative error of a replay, or what it raised.
         scale: The largest factor by which an affine coupling multiplies, or divides.
+        pullbacks: The gradients by pullbacks, against autograd's; see `Gradient`.
     """
 
     name: str
@@ -67,6 +69,7 @@ class StageReport:
     gradients: tuple[Gradient, ...]
     replay: dict[str, Outcome]
     scale: float
+    pullbacks: tuple[Gradient, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ def _draw(report: Report, axes: Any) -> None:
 
 def _findings(report: Report) -> tuple[Finding, ...]:
     """What is wrong, the causes before what they cause."""
-    rules = (_impure, _wrong_inverses, _hazardous, _drifted, _wrong_gradients)
+    rules = (_impure, _wrong_inverses, _hazardous, _drifted, _wrong_gradients, _wrong_pullbacks)
     return tuple(finding for rule in rules for finding in rule(report))
 
 
@@ -342,8 +345,21 @@ def _wrong_gradients(report: Report) -> Iterator[Finding]:
                 yield Finding(
                     stage,
                     f"the gradient of {g.name} is off by {_number(g.error)}, its cosine {_cosine([g])}",
-                    "compare with inv.mark(op, 'store') of the stage: a function that hides a tensor, or a pullback, "
-                    "is wrong",
+                    "compare with inv.mark(op, 'store') of the stage: in backward it is not what it was in forward",
+                )
+
+
+def _wrong_pullbacks(report: Report) -> Iterator[Finding]:
+    """Pullbacks that give other gradients than autograd, where what they rebuild is right."""
+    if any(any(rule(report)) for rule in (_impure, _wrong_inverses, _drifted)):
+        return
+    for stage in report.stages:
+        for g in stage.pullbacks:
+            if g.error > report.tolerance:
+                yield Finding(
+                    stage.name,
+                    f"its pullback gives another gradient of {g.name} than autograd, off by {_number(g.error)}",
+                    "mend it, or leave it out: torch.func transforms and op.pullback call it",
                 )
 
 
@@ -358,7 +374,8 @@ def check(
 ) -> Report:
     r"""Measure, stage by stage, whether an op can be trusted to be rebuilt in backward.
 
-    .. math:: f^{-1}(f(x)) = x, \quad f(f^{-1}(y)) = y, \quad \nabla checkpoint(f) = \nabla f, \quad replay(f) = f
+    .. math:: f^{-1}(f(x)) = x, \quad f(f^{-1}(y)) = y, \quad \nabla checkpoint(f) = pullback(f) = \nabla f, \quad
+        replay(f) = f
 
     Args:
         op: An op, lowered or not: what is compared with plain autograd is ``checkpoint(op)`` or, if it is lowered
@@ -437,6 +454,7 @@ def _measured(
             gradients[i],
             replayed[i],
             scale_of(stage, own.values[i]),
+            () if raises else pullback_gradients(stage, own.values[i]),
         )
         for i, stage in enumerate(stages)
     ]

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import _torch
 from ..core.combine import Parallel
 from ..core.op import Chain, Invertible
-from ..engine.lowering import Call, owners_of
-from ..engine.strands import is_tail
+from ..engine.interface import places_on
+from ..engine.snapshot import Parts
+from ..engine.trunk import OBSERVER, Observed, Record, is_tail, kept_by_tail
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,21 @@ def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
     Source:
         JAX's ``saved_residuals``.
     """
-    before = _torch.graph_position()
-    out = op(*inputs)
-    owned = _owned(op)
-    book = _Book({_storage(t) for t in owned}, _places(op))
-    tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-    return [row for node in _nodes(tensors, before) for row in book.rows(node)]
+    before, observed = _torch.graph_position(), list[Observed]()
+    token = OBSERVER.set(observed)
+    try:
+        out = op(*inputs)
+    finally:
+        OBSERVER.reset(token)
+    book = _Book({_torch.storage_of(t) for t in _owned(op)}, _places(op))
+    tensors = [leaf for leaf in _torch.trees.tree_leaves(out) if isinstance(leaf, Tensor)]
+    calls = [(call.stop, partial(book.rows_of_call, call)) for call in observed]
+    nodes = [
+        (_torch.number_of(node), partial(book.rows, node))
+        for node in _nodes(tensors, before)
+        if not any([call.first <= _torch.number_of(node) < call.stop for call in observed])
+    ]
+    return [row for _, rows in sorted([*calls, *nodes], key=lambda item: item[0]) for row in rows()]
 
 
 def print_saved(op: Callable[..., Any], *inputs: Any) -> None:
@@ -78,7 +88,8 @@ def print_saved(op: Callable[..., Any], *inputs: Any) -> None:
 
     Example:
         >>> import torch, invfunc as inv
-        >>> net = inv.chain(inv.pair(torch.sinh, torch.asinh), inv.mark(inv.pair(torch.exp, torch.log), "store"))
+        >>> exp = inv.pair(torch.exp, torch.log)
+        >>> net = inv.chain(exp, inv.mark(exp, "store"))
         >>> print_saved(inv.checkpoint(net), torch.ones(3, requires_grad=True))
         where           what                 bytes  why
         end of a trunk  output (3,) float32     12  backward rebuilds the rest from it
@@ -101,9 +112,9 @@ def _nodes(outputs: Sequence[Tensor], before: int) -> list[Any]:
     todo, found = [t.grad_fn for t in outputs], {}
     while todo:
         node = todo.pop()
-        if node is None or node in found or hasattr(node, "variable") or node._sequence_nr() < before:
+        if node is None or node in found or hasattr(node, "variable") or _torch.number_of(node) < before:
             continue
-        found[node] = node._sequence_nr()
+        found[node] = _torch.number_of(node)
         todo += [parent for parent, _ in node.next_functions]
     return sorted(found, key=lambda node: found[node])
 
@@ -116,8 +127,8 @@ def _owned(op: Callable[..., Any]) -> list[Tensor]:
         return [*op.parameters(), *op.buffers()]
     if not isinstance(op, Invertible):
         return []
-    found = owners_of(op)
-    modules = [*found.modules, *found.nearby]
+    found = Parts(op.functions)
+    modules = [*found.roots, *found.nearby]
     return [*found.tensors, *(t for module in modules for t in [*module.parameters(), *module.buffers()])]
 
 
@@ -142,32 +153,43 @@ class _Book:
         self.counted, self.places = counted, places
 
     def rows(self, node: Any) -> Iterator[Saved]:
-        """What a node keeps."""
-        call = getattr(node, "call", None)
-        if isinstance(call, Call):
-            yield from self._rows_of_stage(node, call)
-        elif is_tail(node):
-            for tensor in node.saved_tensors:
+        """What a node outside of recorded calls keeps."""
+        if is_tail(node):
+            for tensor in kept_by_tail(node):
                 yield from self._row("end of a trunk", "output", tensor, "backward rebuilds the rest from it")
         else:
-            for name, tensor in _taped(node):
+            for name, tensor in _kept_by_torch(node):
                 yield from self._row(node.name(), name, tensor, "stored by plain autograd")
 
-    def _rows_of_stage(self, node: Any, call: Call) -> Iterator[Saved]:
-        left = self.places.get(id(call.op), [])
-        where = left.pop(0) if len(left) > 1 else left[0] if left else repr(call.op)
-        self.counted |= {_storage(t) for t in call.recording.captured}
-        for tensor in node.saved_tensors:
-            recomputed = type(node).__name__.startswith("_Recompute")
-            what, why = ("input", "the part runs again from it") if recomputed else ("residue", "what the op loses")
-            yield from self._row(where, what, tensor, why)
-        for _, name, copy in call.recording.written:
-            yield from self._row(where, f"buffer {name}", copy, "the function runs again on what it was before")
-        if call.recording.random is not None:
-            yield Saved(where, "random state", call.recording.random.nbytes, "the same numbers are drawn again")
+    def rows_of_call(self, call: Observed) -> Iterator[Saved]:
+        """What is kept to run a call again."""
+        record, kept = call.record, getattr(call.owner, "kept", None)
+        if not (record.kinds or record.residue):
+            return
+        where = self._place_of(record)
+        for tensor in kept.tensors() if kept is not None else ():
+            if isinstance(tensor, Tensor):
+                yield from self._row(where, "input", tensor, "the part runs again from it")
+        self.counted |= {_torch.storage_of(t) for t in record.leaves}
+        for tensor in _torch.trees.tree_leaves(record.residue):
+            if isinstance(tensor, Tensor):
+                yield from self._row(where, "residue", tensor, "what the op loses")
+        for copy in record.copies:
+            yield from self._row(
+                where, f"buffer {copy.name}", copy.copy, "the function runs again on what it was before"
+            )
+        if record.random is not None:
+            yield Saved(where, "random state", record.random.nbytes, "the same numbers are drawn again")
+
+    def _place_of(self, record: Record) -> str:
+        places = places_on(record.path)
+        if places or record.op is None:
+            return ": ".join(places)
+        left = self.places.get(id(record.op), [])
+        return left.pop(0) if len(left) > 1 else left[0] if left else repr(record.op)
 
     def _row(self, where: str, what: str, tensor: Tensor, why: str) -> Iterator[Saved]:
-        storage = _storage(tensor)
+        storage = _torch.storage_of(tensor)
         if storage in self.counted:
             return
         self.counted.add(storage)
@@ -175,17 +197,11 @@ class _Book:
         yield Saved(where, f"{what} {kind}", tensor.untyped_storage().nbytes(), why)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _taped(node: Any) -> Iterator[tuple[str, Tensor]]:
+def _kept_by_torch(node: Any) -> Iterator[tuple[str, Tensor]]:
     """``(name, tensor)`` of what a node of torch, or of a Function of somebody else, has saved."""
-    for name in dir(node):
-        if name.startswith("_saved_") and not name.startswith("_saved_tensors"):
-            value = getattr(node, name)
-            for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(tensor, Tensor):
-                    yield name.removeprefix("_saved_"), tensor
+    for name, value in _torch.saved_by(node):
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, Tensor):
+                yield name, tensor
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         yield from (("saved", tensor) for tensor in node.saved_tensors if isinstance(tensor, Tensor))

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ..core.op import Invertible, graph_leaves
-from ..engine.replay import owners
+from ..engine.snapshot import Parts
 from ..wires import Wire, is_differentiable, leaves, map_wire
 
 
 @contextmanager
 def untouched(op: Invertible) -> Iterator[None]:
     """Put back what a trial moves in an op's modules: running statistics, and parameters set by their first data."""
-    found = owners(op.functions)
-    state = [t for module in (*found.modules, *found.nearby) for t in (*module.buffers(), *module.parameters())]
+    found = Parts(op.functions)
+    state = [t for module in (*found.roots, *found.nearby) for t in (*module.buffers(), *module.parameters())]
     before = [tensor.detach().clone() for tensor in state]
     try:
         yield
@@ -68,6 +68,11 @@ def fresh(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_() if is_differentiable(leaf) else leaf
 
 
+def _result(leaf: Any) -> Any:
+    """A leaf of a graph as a result, which is rebuilt: a leaf lives anyway."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+
+
 def differentiable(wire: Wire) -> list[Tensor]:
     """The tensors of a wire that can have a gradient."""
     return [leaf for leaf in leaves(wire) if is_differentiable(leaf)]
@@ -91,7 +96,7 @@ def gradients_of(op: Invertible, x: Wire, closed: list[Tensor], twice: bool = Fa
     """``y, gx, gclosed``: a step of training; with ``twice``, the gradient of a random projection of the gradients."""
     given = map_wire(fresh, x)
     with same_dice():
-        y = op.forward(given)
+        y = op.forward(map_wire(_result, given))
     own = differentiable(given)
     found = vjp_of(roots(y), [*own, *closed], create_graph=twice)
     if twice:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..core.op import Invertible
 from ..engine.sharding import is_sharded
-from ..engine.strands import Strand, map_state
 from ..errors import OptionError
+from ..wires import map_wire
 from .lowered import Lowered, Sequential
 from .module import Live, Module
 
@@ -138,10 +138,8 @@ def _mix(model: nn.Module, blocks: list[Module], compute: torch.dtype) -> None:
 
 
 def _cast_inputs(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return map_state(partial(_cast, dtype), inputs)
+    return map_wire(partial(_cast, dtype), inputs)
 
 
 def _cast(dtype: torch.dtype, leaf: Any) -> Any:
-    if isinstance(leaf, Strand) and leaf.carrier is None:
-        return replace(leaf, value=_cast(dtype, leaf.value))
     return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

@@ -172,9 +172,17 @@ class LULinear(Layer):
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
-class _Conv(Layer, nn.modules.conv._ConvNd):
+class _Conv(Layer):
     """What the three convolutions share; `invfunc.ops.conv2d` has the mathematics."""
 
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    groups: int
+    padding_mode: Any
     _op: Callable[..., Invertible]
     ceil_mode: bool
     patchwise: bool
@@ -367,11 +375,21 @@ class Conv3d(_Conv, nn.Conv3d):
 # ---- normalisation ---------------------------------------------------------------------------------------------------
 
 
-class _BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(Layer):
     """What the three batch norms share; `invfunc.ops.batch_norm` has the mathematics.
 
     As in `torch.nn`: the gradient runs through the statistics, and the running ones move once a step.
     """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    eps: float
+    momentum: float | None
+    track_running_stats: bool
+    _torch_class: Any
 
     def __init__(
         self,
@@ -383,8 +401,7 @@ class _BatchNorm(Layer, nn.modules.batchnorm._BatchNorm):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        options = eps, momentum, affine, track_running_stats, device, dtype
-        nn.modules.batchnorm._BatchNorm.__init__(self, num_features, *options)
+        self._torch_class.__init__(self, num_features, eps, momentum, affine, track_running_stats, device, dtype)
 
     def make(self) -> Invertible:
         affine = self.weight, self.bias
@@ -414,7 +431,7 @@ class _Counted:
         return self.fn, self.module
 
     def __call__(self, x: Tensor) -> Any:
-        self.module._check_input_dim(x)
+        _torch.check_input_dim(self.module, x)
         if self.counts and self.module.num_batches_tracked is not None:
             self.module.num_batches_tracked.add_(1)
         return self.fn(x)
@@ -428,6 +445,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         >>> inv.nn.BatchNorm1d(3)(torch.randn(4, 3)).shape
         torch.Size([4, 3])
     """
+
+    _torch_class = nn.BatchNorm1d
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
@@ -461,6 +480,8 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
         True
     """
 
+    _torch_class = nn.BatchNorm2d
+
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` that can be undone; see `BatchNorm2d`.
@@ -470,6 +491,13 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
         >>> inv.nn.BatchNorm3d(3)(torch.randn(4, 3, 2, 2, 2)).shape
         torch.Size([4, 3, 2, 2, 2])
     """
+
+    _torch_class = nn.BatchNorm3d
+
+
+def _initialised(module: ActNorm, incompatible: Any) -> None:
+    """After a state dict was loaded."""
+    module.initialised = True
 
 
 class ActNorm(Layer):
@@ -502,6 +530,7 @@ class ActNorm(Layer):
         self.num_features, self.dim, self.initialised = num_features, dim, False
         self.log_scale = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.register_load_state_dict_post_hook(_initialised)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
@@ -518,10 +547,6 @@ class ActNorm(Layer):
         op = ops.actnorm(self.log_scale, self.bias, self.dim)
         assert isinstance(op, Pair)
         return op if self.initialised else replace(op, forward_fn=_Initialising(self, op.forward_fn))
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.initialised = True
 
     def extra_repr(self) -> str:
         """The options."""

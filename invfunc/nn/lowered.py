@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from .. import _torch
 from ..checkpoint import Wrapper, checkpoint
 from ..core.combine import split
 from ..core.couple import Half, additive, as_law, couple
@@ -177,9 +178,9 @@ class Lowered(Layer):
             self._closed.add(id(owner))
         home: nn.Module = self
         for name in path[:-1]:
-            if name not in home._modules:
+            if name not in _torch.children_of(home):
                 home.add_module(name, Names())
-            home = home._modules[name]  # pyright: ignore[reportAssignmentType]
+            home = _torch.children_of(home)[name]
         name = f"{path[-1]}_" if hasattr(type(home), path[-1]) else path[-1]
         if isinstance(owner, nn.Module):
             home.add_module(name, owner)
@@ -222,7 +223,7 @@ def _owns(home: nn.Module, name: str, tensor: Tensor, closed: bool) -> bool:
         )
     elif not closed:
         home.register_buffer(name, tensor)
-    return name in home._parameters or name in home._buffers
+    return name in _torch.parameters_of(home) or name in _torch.buffers_of(home)
 
 
 # ---- which modules and tensors an op's functions use, and what to call them ------------------------------------------

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from .. import _torch
 from ..checkpoint import Checkpointed, Wrapper, checkpoint, mark
 from ..core.op import Inverse, Invertible, Residue, pair
+from ..engine.conditions import RandomState, accelerators
 from ..engine.donation import saved_by_its_maker, why_not_donate
-from ..engine.lowering import Options, walk
-from ..engine.replay import Streams, cuda_devices
+from ..engine.interface import Run, State
+from ..engine.lower import call_unit, walk
 from ..engine.sharding import is_sharded
-from ..engine.strands import State, Strand, is_tail
+from ..engine.trunk import is_tail
 from ..errors import NotInvertibleError, OptionError, WireError
 from ..wires import Wire, describe, is_differentiable, leaves
 
@@ -88,8 +89,8 @@ class Live(Wrapper):
 
 
 @walk.register
-def _(op: Live, state: State, options: Options) -> State:
-    return op.call(state)[0] if op.marked else walk(op.op, state, options)
+def _(op: Live, state: State, run: Run) -> State:
+    return call_unit(op.call, state, run) if op.marked else walk(op.op, state, run)
 
 
 class Module(nn.Module):
@@ -160,6 +161,10 @@ class Module(nn.Module):
         return self._lowered(self.build(), self._donated(ys)).inverted()(*ys)
 
 
+def _is_tensor(item: Any) -> bool:
+    return isinstance(item, Tensor)
+
+
 REBUILT = object()
 """Stands for an argument that the inverse rebuilds, among those that are known."""
 
@@ -196,7 +201,7 @@ def _is_output(leaf: Tensor) -> bool:
 def _storage(leaf: Any) -> int:
     """Where a tensor lives: equal for tensors that share memory; wrapped tensors live nowhere."""
     plain = isinstance(leaf, Tensor) and not _torch.is_wrapped(leaf)
-    return leaf.untyped_storage()._cdata if plain else id(leaf)
+    return _torch.storage_of(leaf) if plain else id(leaf)
 
 
 def apart(outputs: tuple[Wire, ...], inputs: tuple[Wire, ...]) -> tuple[Wire, ...]:
@@ -414,7 +419,7 @@ class InvertibleModule(Module):
         if self.invertible and torch.is_grad_enabled():
             self._check_inverse_exists()
         donate = self._donated(args, (keep,) if isinstance(keep, Tensor) else keep)
-        given = tuple(REBUILT if isinstance(arg, (Tensor, Strand)) else arg for arg in args)
+        given = tuple(REBUILT if isinstance(arg, Tensor) else arg for arg in args)
         return self._lowered(self._pair(bool(donate), given), donate)(*args)
 
     def _outputs(self, copies: bool, args: tuple[Wire, ...]) -> tuple[Wire, ...]:
@@ -503,11 +508,11 @@ class InvertibleModule(Module):
         Raises:
             LawError: When they are not; an ``AssertionError`` that tells by how much.
         """
-        random, name = Streams(cuda_devices(args)), type(self).__name__
+        random, name = RandomState(accelerators(filter(_is_tensor, args))), type(self).__name__
         with undisturbed(self):
-            with random.again():
+            with random.restored():
                 outputs, inputs = self._round_trip(args)
-            with random.again():
+            with random.restored():
                 second = self.pack(self.call_function(*args))
         _assert_close(f"{name}: inverse(function(x)) and x", inputs, args, rtol, atol)
         _assert_close(f"{name}: a second function(x) and the first", second, outputs, rtol, atol)
@@ -515,9 +520,9 @@ class InvertibleModule(Module):
 
     def _round_trip(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The outputs, and the inputs that the inverse makes of them, with the same random numbers."""
-        random = Streams(cuda_devices(args))
+        random = RandomState(accelerators(filter(_is_tensor, args)))
         outputs = self._packed(self.call_function(*args), "function")
-        with random.again():
+        with random.restored():
             return outputs, self.pack(self._undo(None, *outputs))
 
     def check_inverse(self, *inputs: Any, atol: float = 1e-5, rtol: float = 1e-3) -> bool:

@@ -3,11 +3,13 @@
 NOTE [Implicit] An op y = F(x) whose inverse is found by iteration:
 
 1.  Nothing is differentiated through the iterations. If x = F^-1(y), then ``gy = J^-T gx``, and the gradient of what F
-    closes over is ``-gy`` pulled back through F, where J is F's Jacobian at x: `SolvedInverse.pull`.
+    closes over is ``-gy`` pulled back through F, where J is F's Jacobian at x. In ordinary autograd F is evaluated once
+    more, at the solution, and the graph is that of ``y - F(x)`` behind a node that solves for gy: so whatever F closes
+    over is connected. Below a transform it is `SolvedInverse.pull`.
 2.  ``J^-T`` is itself the inverse of an op of the same kind, on the wire ``(g, x)``: see `Adjoint`. So it has a
     gradient, and so on: gradients of every order converge by their own criterion. Those of an unrolled iteration do
     not: it may stop at once because the *value* is there, as at f(0) = 0, with the derivative far from its limit.
-3.  The inverse is a stage of a trunk in plain autograd too: only so does rule 1 hold under every transform.
+3.  Below a transform the inverse is a stage of a trunk even where nobody has lowered it: only so does rule 1 hold.
 4.  Forward mode has no such hook. There the solution is found first, without gradients; then as many differentiable
     steps follow as a vector without structure needs to vanish under repeated application of f's Jacobian.
 5.  Weights are computed once for all evaluations of one solve: spectral normalisation moves its estimate, and with it
@@ -16,6 +18,7 @@ NOTE [Implicit] An op y = F(x) whose inverse is found by iteration:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,18 +27,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.utils import parametrize
 
 from .. import _torch
 from ..core.couple import add_wires, affine, as_law, sum_per_sample
-from ..core.op import VJP, Inverse, Invertible, Pair, Residue, name_of
+from ..core.op import VJP, Again, Inverse, Invertible, Pair, Residue, graph_leaves, name_of
 from ..debug import checking
-from ..engine.lowering import Options, runs_plainly, walk
-from ..engine.strands import begin, close
+from ..engine.interface import Options, Run
+from ..engine.lower import engine_for, runs_plainly
+from ..engine.snapshot import unmoved
 from ..errors import DomainError, OptionError, WireError
 from ..log_det import log_abs_det, log_det
-from ..wires import Wire, describe, is_differentiable, map_wire, spread
+from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 
 # ---- a primitive whose inverse is solved for -------------------------------------------------------------------------
 
@@ -63,7 +65,37 @@ class SolvedInverse(Inverse):
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         if runs_plainly():
             return spread(self.op.inverse_fn, x), None
-        return close(walk(self, begin(x), Options(drift="off"))), None
+        if _torch.active() or torch.compiler.is_compiling():
+            engine = engine_for(self, x)
+            run = Run(engine, Options(drift="off")) if engine is not None else None
+            return spread(self.op.inverse_fn, x) if run is None else run.on_trunk(self, x), None
+        with torch.no_grad(), unmoved(self.op.functions):
+            solution = spread(self.op.inverse_fn, map_wire(_detached, x))
+        return self._connected(solution, x), None
+
+    def rebuild(self, residue: Residue, y: Wire, again: Again) -> Wire:
+        """The op gives x, and what is saved of it; nothing is solved again."""
+        like = again.like
+        needs = any([leaf is not None and leaf.kind for leaf in leaves(_parts(like)[0])])
+        x = again.evaluate(partial(self._evaluated, needs), y, _like(like, None, _parts(like)[1:]))
+        return map_wire(_detached, x)
+
+    def _evaluated(self, needs: bool, *solution: Wire) -> Wire:
+        found, *context = solution
+        value, *_ = _parts(spread(self.op.forward_fn, solution if context else found))
+        self._connect(found, context, value.detach().requires_grad_(needs), value)
+        return (value, *context) if context else value
+
+    def _connected(self, solution: Wire, x: Wire) -> Wire:
+        """The solution with its implicit gradient: rule 1 of NOTE [Implicit]; x is what the op calls y."""
+        (y, *context), found = _parts(x), _parts(solution)[0].detach()
+        value, *_ = _parts(spread(self.op.forward_fn, _like(x, found, context)))
+        return _like(x, self._connect(found, context, y, value), context)
+
+    def _connect(self, found: Tensor, context: list[Any], y: Tensor, value: Tensor) -> Tensor:
+        closed = graph_leaves([value], set()) if value.requires_grad else []
+        tensors = list({id(t): t for t in [*filter(is_differentiable, leaves(tuple(context))), *closed]}.values())
+        return _Solve.apply(self.op, found, tuple(context), y, value, *tensors)
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """Rule 1 of NOTE [Implicit]; y is what the op calls x."""
@@ -76,6 +108,72 @@ class SolvedInverse(Inverse):
 
     def inverted(self) -> Invertible:
         return self.op
+
+
+class _Solve(torch.autograd.Function):
+    """``(op, x, context, y, F(x), *tensors) -> x``: its gradient is ``J^-T gx`` for y, and its negative for F(x).
+
+    ``tensors`` are what F depends on beside x. Where the gradient will be differentiated again, F is evaluated at x as
+    a function of y and of them, and their gradients are taken from there: that of F(x), where x was a constant, would
+    be right, and its own gradient wrong.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: Solved, found: Tensor, context: Any, y: Tensor, value: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.op, ctx.context, ctx.count = op, context, 5 + len(tensors)
+        ctx.set_materialize_grads(False)
+        out = found.detach()
+        ctx.save_for_backward(out, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gx: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if gx is None:  # below `_stopping`
+            return (None,) * ctx.count
+        x, *tensors = ctx.saved_tensors
+        solved = ctx.op.adjoint_fn(gx, x, *ctx.context)
+        if not torch.is_grad_enabled():
+            return (None, None, None, solved, -solved, *[None] * len(tensors))
+        value, *_ = _parts(ctx.op.forward_fn(_Stop.apply(x), *ctx.context))
+        wanted = [t for t in tensors if t.requires_grad]
+        if not (wanted and value.requires_grad):
+            return (None, None, None, solved, None, *[None] * len(tensors))
+        with _stopping():
+            given = torch.autograd.grad(value, wanted, -solved, create_graph=True, allow_unused=True)
+        gradients = {id(t): g for t, g in zip(wanted, given, strict=True)}
+        return (None, None, None, solved, None, *[gradients.get(id(t)) for t in tensors])
+
+
+class _Stop(torch.autograd.Function):
+    """``x -> x``, whose gradient does not go on while `_stopping`: it would come back to the node that asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Tensor | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None if getattr(_STOPPING, "on", False) else g
+
+
+_STOPPING = threading.local()  # backward runs on the thread that has called it
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    before = getattr(_STOPPING, "on", False)
+    _STOPPING.on = True
+    try:
+        yield
+    finally:
+        _STOPPING.on = before
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _parts(wire: Wire) -> tuple[Any, ...]:
@@ -128,17 +226,17 @@ class FixedPoint:
         return (x, *context) if context else x
 
     def _solve(self, y: Tensor, context: tuple[Wire, ...]) -> Tensor:
-        with _fixed_weights():
+        with _torch.parametrized_once():  # rule 5 of NOTE [Implicit]
             fn = self.fn.linearised(*context) if isinstance(self.fn, Adjoint) else _with(self.fn, context)
             return _iterate(partial(_fixed_point_step, fn, y), y, y, self.limits)
 
     def _solve_forward(self, y: Tensor, context: tuple[Wire, ...]) -> Tensor:
         """Rule 4 of NOTE [Implicit]."""
         fn = _with(self.fn, context)
-        with forward_ad._set_fwd_grad_enabled(False), torch.no_grad():
+        with _torch.without_tangents(), torch.no_grad():
             x = self._solve(y, context)
             count = _steps_to_forget(fn, x, self.limits)
-        with _fixed_weights():
+        with _torch.parametrized_once():  # rule 5 of NOTE [Implicit]
             for _ in range(count):
                 x = y - fn(x)
         return x
@@ -240,17 +338,6 @@ def _steps_to_forget(fn: Callable[[Tensor], Tensor], x: Tensor, limits: Limits) 
     while _largest(noise) > vanished and count < limits.max_iterations:
         noise, count = transposed(noise), count + 1
     return count + count // 2 + 1
-
-
-@contextmanager
-def _fixed_weights() -> Iterator[None]:
-    """Rule 5 of NOTE [Implicit]; what a surrounding ``parametrize.cached()`` holds is neither read nor changed."""
-    held, parametrize._cache = parametrize._cache, {}
-    try:
-        with parametrize.cached():
-            yield
-    finally:
-        parametrize._cache = held
 
 
 # ---- residual flows --------------------------------------------------------------------------------------------------

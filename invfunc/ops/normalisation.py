@@ -139,8 +139,9 @@ class Statistics(nn.Module):
     mean: Tensor  # or None, where there are none
     variance: Tensor
 
-    def __init__(self, mean: Tensor | None, variance: Tensor | None) -> None:
+    def __init__(self, mean: Tensor | None, variance: Tensor | None, training: bool) -> None:
         super().__init__()
+        self.training = training
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
 
@@ -279,13 +280,13 @@ def batch_norm(
         All of it, onto all of it without training.
 
     Cost:
-        The inverse is elementwise. Lowered, two numbers for each channel are kept in training, and backward is the
-        kernel of batch norm's own: forward does not run again.
+        The inverse is elementwise. Lowered, two numbers for each channel are kept in training; backward runs forward
+        once more, and below a `torch.func` transform only the kernel of batch norm's own gradient.
 
     Limits:
-        The log-determinant in training is that with the statistics held fixed, as flows use it. So is, lowered, the
-        gradient of a gradient by x: mark the op ``"recompute"`` for that. A weight near 0 loses its channel to
-        rounding. ``torch.vmap`` can not write running statistics.
+        The log-determinant in training is that with the statistics held fixed, as flows use it. So is, lowered below a
+        `torch.func` transform, the gradient of a gradient by x: mark the op ``"recompute"`` for that. A weight near 0
+        loses its channel to rounding. ``torch.vmap`` can not write running statistics.
 
     Raises:
         OptionError: When the vectors are of different sizes, or only one of the running statistics is given.
@@ -308,7 +309,7 @@ def batch_norm(
     _check_vectors("batch_norm", weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if (running_mean is None) != (running_var is None):
         raise OptionError("batch_norm: one of the running statistics", expected="both, or neither")
-    statistics, affine = Statistics(running_mean, running_var), Affine(weight, bias)
+    statistics, affine = Statistics(running_mean, running_var, training), Affine(weight, bias)
     given = "weight, " * (weight is not None) + "bias, " * (bias is not None)
     label = f"batch_norm({given}training={training})"
     if training or running_mean is None:

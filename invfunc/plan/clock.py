@@ -13,9 +13,11 @@ from torch import Tensor
 from ..core.op import Invertible
 from ..wires import Wire, leaves
 from .inputs import as_input
-from .trials import Through, Trial, forward_of, nothing, taped, trained, undone
+from .trials import Through, Trial, by_inverse, by_tape, forward_of, no_op
 
 Seconds = dict[str, float]
+# Times an op, on an input, as one that has an inverse or has none, and as a region: its output, and what trials take.
+Clock = Callable[[Invertible, Wire, bool, Through], tuple[Wire, Seconds]]
 
 
 def timed(op: Invertible, x: Wire, invertible: bool, again: Through) -> tuple[Wire, Seconds]:
@@ -25,17 +27,17 @@ def timed(op: Invertible, x: Wire, invertible: bool, again: Through) -> tuple[Wi
     """
     found: Seconds = {}
     y, recording = _clocked(found, "forward", x, lambda: forward_of(op, x))
-    y, parameters = as_input(y), trained(recording)
+    y, parameters = as_input(y), recording.parameters
 
     def run(name: str, through: Through, at: Wire, carried: bool = False) -> None:
         _clocked(found, name, x, lambda: Trial(through, at, parameters, carried).backward())
 
-    run("idle", nothing, y)
-    run("step", taped(op), x)
+    run("idle", no_op, y)
+    run("step", by_tape(op), x)
     run("again", again, x)
     if invertible:
-        run("idle, carried", nothing, y, True)
-        run("undone", undone(op), x, True)
+        run("idle, carried", no_op, y, True)
+        run("undone", by_inverse(op), x, True)
     return y, found
 
 

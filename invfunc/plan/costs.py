@@ -62,6 +62,7 @@ class OpCosts:
         exact: Whether the inverse gives the same bits: it moves elements and does not compute, or is `invfunc.exact`.
         bytes: Bytes of y.
         gradient: Bytes of the gradient of y.
+        saves: Whether a tape holds anything at all: what saves nothing is not run again.
         tape: Bytes that a taped forward leaves behind, without x; with y where the tape holds it.
         holds_input: Bytes that the tape holds of each storage of x.
         holds_output: Bytes that the tape holds of each storage of y.
@@ -69,12 +70,10 @@ class OpCosts:
         residue: Bytes that the inverse needs beside y.
         recording: Bytes that are kept, beside x, to run the op again as it ran: copies of buffers that it writes.
         parameters: Bytes of the gradients of parameters.
-        peak_forward: The most bytes alive in a forward without a tape, beyond x.
+        peak_forward: The most bytes alive in a forward that leaves no tape, beyond x; it has one while it runs.
         peak_taped: The most in a taped forward, beyond x.
         peak_backward: The most in its backward, tape and gradient of y included, beyond x.
         peak_inverse: The most in a fused inverse, y and its gradient included, beyond the residue.
-        peak_backward_last: As peak_backward where the op ends a region, which holds the gradient of y, not counted.
-        peak_inverse_last: As peak_inverse, likewise.
         region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again.
         parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour, and in
             long chains both halves of a coupling are one.
@@ -91,6 +90,7 @@ class OpCosts:
     exact: bool = False
     bytes: int = 0
     gradient: int = 0
+    saves: bool = True
     tape: int = 0
     holds_input: tuple[int, ...] = ()
     holds_output: tuple[int, ...] = ()
@@ -102,8 +102,6 @@ class OpCosts:
     peak_taped: int = 0
     peak_backward: int = 0
     peak_inverse: int = 0
-    peak_backward_last: int = 0
-    peak_inverse_last: int = 0
     region: float = 0.0
     parts: int = 1
 
@@ -183,8 +181,8 @@ def _frozen(value: Any) -> Any:
 
 # ---- what each choice keeps and needs ------------------------------------------------------------------------------
 
-DEMANDS = FREE, EXACT, HELD = range(3)  # what is wanted of a boundary; see NOTE [Plan]
-SHARED = 3  # free, behind a region of one op, which pays for what that has only handed on; rule 8 of NOTE [Plan]
+DEMANDS = FREE, EXACT, HELD, KEPT = range(4)  # what is wanted of a boundary; see NOTE [Plan]
+SHARED = 4  # free, behind a region of one op, which pays for what that has only handed on; rule 8 of NOTE [Plan]
 
 
 class Ledger:
@@ -192,98 +190,99 @@ class Ledger:
 
     A stretch ``(i, j)`` is ops i+1..j. ``keeps`` is what stays alive while the rest of the stretch is dealt with;
     ``needs`` the least memory for the choice itself, at its own moments.
+
+    Attributes:
+        sizes: Bytes of each x[i] (``a`` in the NOTE).
+        inputs: Bytes that the tape of op i+1 holds of x[i].
+        residues: Bytes that inverses need beside their outputs, summed up to each op.
+        copies: Bytes of buffers that are kept to run ops again, summed likewise.
+        paid: Bytes of x[i] that somebody else pays for, by demand.
+        paid_inputs: The part of them that the tape of op i+1 holds.
     """
 
     def __init__(self, costs: Costs) -> None:
         self.ops = costs.ops
-        self.L = len(costs.ops)
-        self.a = [costs.input_bytes, *(op.bytes for op in costs.ops)]
+        self.length = len(costs.ops)
+        self.sizes = [costs.input_bytes, *(op.bytes for op in costs.ops)]
         self.loss = costs.loss_bytes
         ins = [*(op.holds_input for op in costs.ops), ()]
-        self.n = [sum(held) for held in ins]
-        nothing = [0] * (self.L + 1)
-        self.paid, self.both = ({FREE: nothing, EXACT: nothing} for _ in range(2))  # of x[i], and of its tape
+        self.inputs = [sum(held) for held in ins]
+        nobody = [0] * (self.length + 1)
+        self.paid, self.paid_inputs = ({FREE: nobody, EXACT: nobody} for _ in range(2))
         for r, outs in (HELD, [op.holds_output for op in costs.ops]), (SHARED, [op.shares_output for op in costs.ops]):
-            self.paid[r] = [self.a[0], *map(sum, outs)]
-            self.both[r] = [self.n[0], *(sum(map(min, o, n)) for o, n in zip(outs, ins[1:], strict=True))]
-        self.w = _sums([op.parameters for op in costs.ops])
-        self.q = _sums([op.residue for op in costs.ops])
-        self.notes = _sums([op.recording for op in costs.ops])
+            self.paid[r] = [self.sizes[0], *map(sum, outs)]
+            shared = (sum(map(min, o, n)) for o, n in zip(outs, ins[1:], strict=True))
+            self.paid_inputs[r] = [self.inputs[0], *shared]
+        self.paid[KEPT], self.paid_inputs[KEPT] = self.sizes, self.inputs
+        self.residues = _sums([op.residue for op in costs.ops])
+        self.copies = _sums([op.recording for op in costs.ops])
 
     def inside(self) -> Ledger:
         """The same for a region that runs again: its end is not the chain's end, wherever it is."""
-        found = copy(self)
-        found.L = len(self.ops) + 1
-        return found
+        ledger = copy(self)
+        ledger.length = len(self.ops) + 1
+        return ledger
 
     def in_hand(self, i: int, r: int) -> int:
         """Bytes of x[i], without what somebody else pays for."""
-        return self.a[i] - self.paid[r][i]
-
-    def ends_region(self, p: int, j: int) -> bool:
-        """Whether op p is the last one of a region: the gradient that it begins with is set aside already."""
-        return p == j < self.L
+        return self.sizes[i] - self.paid[r][i]
 
     def output(self, j: int) -> int:
         """Bytes of the chain's output, set aside for the caller, but not there before the end of forward."""
-        return self.a[self.L] if j == self.L else 0
+        return self.sizes[j] if j == self.length else 0
+
+    def waits(self, j: int, p: int) -> int:
+        """Bytes of the gradient that waits while a region runs again; op p's in its place where its end is unknown."""
+        return 0 if j == self.length else self.ops[(j or p) - 1].gradient
 
     def store(self, i: int, j: int, r: int) -> tuple[int, int]:
         """(keeps, needs) of op i+1 on a tape."""
-        own = self.paid[HELD][i + 1] if i + 1 == self.L else 0  # the caller's
+        own = self.paid[HELD][i + 1] if i + 1 == self.length else 0  # the caller's
         return self._input_kept(i, r) + self.ops[i].tape - own, max(self.tape(i, j, r))
 
     def tape(self, i: int, j: int, r: int) -> tuple[int, int]:
         """(needs forward, needs backward) of op i+1 on a tape."""
         op, p = self.ops[i], i + 1
-        own = self.paid[HELD][p] if p == self.L else 0  # the caller's
-        peak = op.peak_backward_last if self.ends_region(p, j) else op.peak_backward
-        return self.in_hand(i, r) + op.peak_taped - self.output(j), self._input_kept(i, r) + peak - own
+        own = self.paid[HELD][p] if p == self.length else 0  # the caller's
+        forward = self.in_hand(i, r) + op.peak_taped + self.waits(j, p) - self.output(j)
+        return forward, self._input_kept(i, r) + op.peak_backward - own
 
     def _input_kept(self, i: int, r: int) -> int:
-        return self.a[i] if r == EXACT else self.n[i] - self.both[r][i]
+        return self.sizes[i] if r == EXACT else self.inputs[i] - self.paid_inputs[r][i]
+
+    def runs_again(self, i: int, k: int) -> bool:
+        """Whether ops i+1..k run again if they are a region: not if they save nothing."""
+        return any([op.saves for op in self.ops[i:k]])
 
     def region(self, i: int, k: int, r: int) -> int:
-        """Keeps of ops i+1..k as a region: x[i], and what is noted down."""
-        return self.in_hand(i, r) + self.notes[k] - self.notes[i]
+        """Keeps of ops i+1..k as a region: x[i], to its end, and buffers as they were."""
+        return self.in_hand(i, r) + self.notes(i, k) if self.runs_again(i, k) else self._input_kept(i, r)
+
+    def notes(self, i: int, k: int) -> int:
+        """Bytes of copies of the buffers that ops i+1..k write."""
+        return self.copies[k] - self.copies[i]
 
     def behind(self, i: int, k: int) -> int:
         """What is wanted of x[k] where ops i+1..k are a region."""
-        return SHARED if k == i + 1 else FREE
-
-    def first_pass(self, i: int, k: int, j: int, r: int) -> int:
-        """Needs of ops i+1..k forward, as a region."""
-        return self.region(i, k, r) + max(self.beyond(i, q) for q in range(i, k)) - self.output(j)
-
-    def beyond(self, i: int, q: int) -> int:
-        """Needs of op q+1 forward, in a pass that began at x[i], beyond that."""
-        return self.a[q] * (q > i) + self.ops[q].peak_forward
-
-    def reserve(self, i: int, k: int, j: int) -> int:
-        """Bytes set aside while ops i+1..k run again: the gradient they begin with, and those of all their parameters.
-
-        And what was noted down. A region inside another one finds its parameters' gradients set aside already.
-        """
-        return self.ops[k - 1].gradient + self.notes[k] - self.notes[i] + (self.w[k] - self.w[i]) * (j == self.L)
+        return SHARED if k == i + 1 and self.runs_again(i, k) else FREE
 
     def undo(self, i: int, p: int, j: int, r: int) -> tuple[int, int]:
         """(needs forward, needs backward) of op p in a run of inverses that began at i."""
-        op, q = self.ops[p - 1], self.q[p] - self.q[i]
-        kept = self.a[i] * (r == EXACT)  # by somebody who will not take what is rebuilt
-        x = self.in_hand(i, r) if p == i + 1 else self.a[p - 1] + kept
-        own = self.a[p] if p == self.L else 0  # the caller's
-        forward = q + x + op.peak_forward - self.output(j)
-        peak = op.peak_inverse_last if self.ends_region(p, j) else op.peak_inverse
-        return forward, q + peak + kept - own
+        op, residues = self.ops[p - 1], self.residues[p] - self.residues[i]
+        kept = self.sizes[i] * (r == EXACT)  # by somebody who will not take what is rebuilt
+        x = self.in_hand(i, r) if p == i + 1 else self.sizes[p - 1] + kept
+        own = self.sizes[p] if p == self.length else 0  # the caller's
+        forward = residues + x + op.peak_forward + self.waits(j, p) - self.output(j)
+        return forward, residues + op.peak_inverse + kept - own
 
     def invert(self, i: int, k: int, j: int, r: int) -> tuple[int, int]:
         """(keeps, needs) of a run of inverses over ops i+1..k."""
         needs = [max(self.undo(i, p, j, r)) for p in range(i + 1, k + 1)]
-        return self.q[k] - self.q[i] + self.a[i] * (r == EXACT), max(needs)
+        return self.residues[k] - self.residues[i] + self.sizes[i] * (r == EXACT), max(needs)
 
     def end(self, j: int) -> int:
-        """Needs of the turn from forward to backward."""
-        return self.loss if j == self.L else 0
+        """Needs of the turn from forward to backward: for the loss, or for the gradient that a region begins with."""
+        return self.loss if j == self.length else self.waits(j, j) if j else 0
 
 
 def _sums(values: Sequence[int]) -> list[int]:

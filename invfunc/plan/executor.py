@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from .. import _torch
-from ..checkpoint import Checkpointed, Marked, Wrapper, forced_mode
+from ..checkpoint import Checkpointed, Marked, Wrapper
 from ..core.combine import Plumbing
 from ..core.couple import is_coupling
 from ..core.op import Chain, Inverse, Invertible, OneWay, Rearrangement
-from ..engine.lowering import Options, recompute, runs_plainly, walk
-from ..engine.strands import State, begin, close, values
+from ..engine.interface import Options, Run, State
+from ..engine.lower import cut, recompute, runs_plainly, walk
+from ..engine.mode import forced_mode
+from ..engine.trunk import Hooked
 from ..errors import place_error
 from ..exact.transform import Exact, Gridded
 from ..wires import Wire, leaves
@@ -71,13 +74,13 @@ def consists_of(op: Invertible, *kinds: type) -> bool:
 
 
 @dataclass(frozen=True, repr=False)
-class Stretch(Chain):
+class SubChain(Chain):
     """Ops of a longer chain, which are named by their places in that."""
 
     places: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, op: Invertible) -> Stretch:
+    def of(cls, op: Invertible) -> SubChain:
         """All ops of a chain; the halves of a coupling are at one place."""
         places = [f"chain stage {i} ({s.name})" for i, s in enumerate(flat_stages(op)) for _ in halves(s)]
         return cls(tuple(flat_ops(op)), places=tuple(places))
@@ -86,9 +89,9 @@ class Stretch(Chain):
         """As in the longer chain."""
         return self.places[index]
 
-    def part(self, first: int, stop: int) -> Stretch:
-        """A stretch of this one."""
-        return Stretch(self.parts[first:stop], places=self.places[first:stop])
+    def part(self, first: int, stop: int) -> SubChain:
+        """A part of this one."""
+        return SubChain(self.parts[first:stop], places=self.places[first:stop])
 
     def opens(self) -> str:
         """What a trunk that begins here is called, when it drifts."""
@@ -97,21 +100,22 @@ class Stretch(Chain):
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do on the way through a schedule: with one op, or with a stretch."""
+    """One thing to do on the way through a schedule: with one op, or with a part of the chain."""
 
     kind: str  # "store" or "invert" an op, "open" a trunk, or "recompute" a region
-    ops: Stretch
+    ops: SubChain
     options: Options
     region: Region | None = None
 
-    def take(self, handed: list[State]) -> None:
-        """Take the state in a list further; no frame keeps what is used up."""
+    def run(self, box: list[State], run: Run) -> None:
+        """Take the state in a box further; no frame keeps what is used up."""
+        run = run.under(self.options)
         if self.kind == "open":
-            handed.append(begin(close(handed.pop()), self.ops.opens))
+            box.append(cut(box.pop(), run, self.ops.opens))
         elif self.region is not None:
-            handed.append(recompute(self.ops, handed.pop(), self.options, self.region.again))
+            box.append(recompute(self.ops, box.pop(), run, partial(self.region.run, run)))
         else:
-            handed.append(walk(self.ops.parts[0], handed.pop(), self.options))
+            box.append(walk(self.ops.parts[0], box.pop(), run.at(self.ops, 0)))
 
     @property
     def place(self) -> str:
@@ -123,19 +127,27 @@ class Step:
 class Region:
     """Ops that run again in backward, as a schedule of their own says."""
 
-    ops: Stretch
+    ops: SubChain
     steps: tuple[Step, ...]
 
-    def again(self, handed: list[Wire]) -> Wire:
-        """Run from the input in the list, which is taken out as soon as it has been used."""
-        if runs_plainly():
-            return self.ops.forward(handed.pop())
-        handed[0] = begin(handed[0], self.ops.opens)
-        follow(self.steps, handed)
-        return close(handed.pop())
+    def run(self, run: Run, x: Wire) -> Wire:
+        """Run from an input, as the region's own schedule says, in forward and again in backward.
+
+        It is the graph of forward that backward goes through: the frames of inner regions and trunks ask the frame of
+        this one for what they keep, as they would ask autograd's hooks.
+        """
+        if runs_plainly() or not isinstance(run.engine, Hooked):
+            return self.ops.forward(x)
+        inner = Run(Hooked(self.ops.functions), run.options, run.path)
+        box = [inner.engine.begin(x, inner, self.ops.opens)]
+        del x
+        follow(self.steps, box, inner)
+        y = inner.engine.close(box.pop())
+        inner.engine.finish()
+        return y
 
 
-def steps_of(ops: Stretch, starts: Sequence[int], schedule: Schedule, options: Options) -> tuple[Step, ...]:
+def steps_of(ops: SubChain, starts: Sequence[int], schedule: Schedule, options: Options) -> tuple[Step, ...]:
     """A schedule as the steps that take a state through it; ``starts`` tells which ops a node's numbers stand for."""
     steps: list[Step] = []
     for node in schedule:
@@ -152,11 +164,11 @@ def steps_of(ops: Stretch, starts: Sequence[int], schedule: Schedule, options: O
     return tuple(steps)
 
 
-def follow(steps: Sequence[Step], handed: list[State]) -> None:
-    """Take the state in a list through steps."""
+def follow(steps: Sequence[Step], box: list[State], run: Run) -> None:
+    """Take the state in a box through steps."""
     for step in steps:
         try:
-            step.take(handed)
+            step.run(box, run)
         except Exception as error:
             place_error(error, step.place)
             raise
@@ -186,7 +198,7 @@ class Planned(Wrapper):
         if options not in self.steps:
             starts = tuple(accumulate((cost.parts for cost in self.plan.costs.ops), initial=0))
             inner = replace(options, segments=1)
-            self.steps[options] = steps_of(Stretch.of(self.op), starts, self.plan.schedule, inner)
+            self.steps[options] = steps_of(SubChain.of(self.op), starts, self.plan.schedule, inner)
         return self.steps[options]
 
     def check_shape(self, x: Wire) -> None:
@@ -203,12 +215,12 @@ class Planned(Wrapper):
 
 
 @walk.register
-def _(op: Planned, state: State, options: Options) -> State:
+def _(op: Planned, state: State, run: Run) -> State:
     if forced_mode() is not None:
-        return walk(op.op, state, options)
-    op.check_shape(values(state))
-    steps = op.steps_for(options)
-    handed = [state]
+        return walk(op.op, state, run)
+    op.check_shape(run.engine.wire(state))
+    steps = op.steps_for(run.options)
+    box = [state]
     del state
-    follow(steps, handed)
-    return handed.pop()
+    follow(steps, box, run)
+    return box.pop()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import FakeTensor, FakeTensorMode
+from .._torch import FakeTensor, FakeTensorMode, storage_id, storage_of
 from ..wires import Wire, is_differentiable, leaves, map_wire
 
 
@@ -19,7 +19,7 @@ def faked(x: Any, mode: FakeTensorMode) -> Wire:
     if isinstance(x, Tensor):
         return mode.from_tensor(x.detach()).requires_grad_(x.requires_grad)
     if is_shape(x):
-        return torch.empty(tuple(x)).requires_grad_()
+        return torch.zeros(tuple(x)).requires_grad_()  # real ones, where torch has no fake ones
     return tuple(faked(part, mode) for part in x) if isinstance(x, tuple) else x
 
 
@@ -63,7 +63,7 @@ def storages(x: Wire) -> list[torch.UntypedStorage]:
     found: dict[int, torch.UntypedStorage] = {}
     for leaf in leaves(x):
         if isinstance(leaf, Tensor):
-            found.setdefault(leaf.untyped_storage()._cdata, leaf.untyped_storage())
+            found.setdefault(storage_of(leaf), leaf.untyped_storage())
     return list(found.values())
 
 
@@ -80,10 +80,10 @@ def copied(x: Wire) -> Wire:
         if not isinstance(leaf, Tensor):
             return leaf
         storage, plain = leaf.untyped_storage(), leaf.detach()
-        if storage._cdata not in bases:
+        if storage_id(storage) not in bases:
             count = storage.nbytes() // leaf.element_size()
-            bases[storage._cdata] = plain.as_strided((count,), (1,), 0).clone()
-        base = bases[storage._cdata]
+            bases[storage_id(storage)] = plain.as_strided((count,), (1,), 0).clone()
+        base = bases[storage_id(storage)]
         return base.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset()).requires_grad_(leaf.requires_grad)
 
     with torch.no_grad():

@@ -3,8 +3,9 @@
 NOTE [Profile]
 
 1.  *Bytes* come from fake tensors, which have shapes and storages but no memory: exact, so that one can plan
-    what does not fit. Each op runs alone, as in a plan: without a tape, with one, and on a trunk. An op that looks at
-    its values (an iterative inverse) can not run on fake tensors; it is measured on real ones.
+    what does not fit. Each op runs alone, as in a plan: in a region, with a tape, and on a trunk. An op that looks at
+    its values (an iterative inverse) can not run on fake tensors; it is measured on real ones. While an op runs, what
+    its graph has saved is alive, whatever is kept of it then: rule 1 of NOTE [Trunk].
 2.  *Time* comes from running each kind of op on real values, in rounds through the chain: the least of a few rounds
     counts, less what a trial of no op takes. Rounds end early where they would take longer than some plain steps: the
     least of several matters where an op is short. Where an op does not fit, a part of the batch is timed and scaled.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -28,17 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes
+from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes, storage_id, storage_of
 from ..core.couple import Half
 from ..core.op import Invertible, OneWay, lift, name_of
 from ..wires import Wire, is_differentiable, leaves
-from .clock import Seconds, costs_in, timed
+from .clock import Clock, Seconds, costs_in, timed
 from .costs import Costs, OpCosts, parse_bytes
 from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
 from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
-from .trials import APART, Loss, Through, rerun, untouched
+from .trials import APART, Loss, Through, by_recompute, untouched
 
 
 def mean_square(y: Wire) -> Tensor:
@@ -89,39 +90,99 @@ def profile(
         >>> [op.bytes == 16 * 8 * torch.finfo(torch.get_default_dtype()).bits // 8 for op in costs.ops]
         [True, True]
     """
-    op = lift(f)
-    with untouched(op):
-        return _profile(op, x, loss, errors, repeats, memory)
+    return Profiler(loss, errors, repeats, memory).costs(lift(f), x)
 
 
-def _profile(op: Invertible, x: Any, loss: Loss, errors: bool, repeats: int, memory: int | str | None) -> Costs:
-    ops = flat_ops(op)
-    fine = len(ops) <= FINE
-    whole = [1] * len(ops) if fine else [len(halves(stage)) for stage in flat_stages(op)]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = faked(x, mode)
-    with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
-        units, inputs = _units(ops, whole, fake)
-        loss_bytes = _loss_bytes(loss, inputs[-1])
-    chain = [unit for unit, _ in units]
-    found = _all_bytes(chain, inputs, mode)
-    part = _part(found, inputs, free_bytes(fake) if memory is None else parse_bytes(memory, "profile: memory"))
-    given = realised(x, fake, part)
-    scale = rows(fake) / rows(given)
-    seconds = _all_seconds(chain, inputs, given, found, repeats)
-    titles = iter([title for stage in flat_stages(op) for title in _titles(stage, fine)])
-    costs = [
-        replace(
-            bytes_,
-            name=_joined([next(titles) for _ in range(count)]),
-            parts=count,
-            exact=is_exact(unit),
-            **{k: scale * v for k, v in times.items()},
-        )
-        for (unit, count), bytes_, times in zip(units, found, seconds, strict=True)
-    ]
-    measured = sweep(chain, given, loss) if errors else None
-    return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale)
+@dataclass(frozen=True)
+class Profiler:
+    """What `profile` measures with: its options, and how it takes the time.
+
+    Args:
+        loss: As in `profile`.
+        errors: As in `profile`.
+        repeats: As in `profile`.
+        memory: As in `profile`.
+        clock: What times one op. Where plans have to be the same everywhere, another one gives seconds that are known.
+        patience: How long the rounds may take: in plain steps, and in seconds where those are shorter.
+        fine: Of chains of more ops, whose plans take longest to find, couplings are taken whole.
+    """
+
+    loss: Loss = mean_square
+    errors: bool = False
+    repeats: int = 5
+    memory: int | str | None = None
+    clock: Clock = timed
+    patience: tuple[float, float] = (4.0, 0.5)
+    fine: int = 160
+
+    def costs(self, op: Invertible, x: Any) -> Costs:
+        """What each op of a chain costs, on such an input."""
+        with untouched(op):
+            return self._costs(op, x)
+
+    def _costs(self, op: Invertible, x: Any) -> Costs:
+        ops = flat_ops(op)
+        fine = len(ops) <= self.fine
+        whole = [1] * len(ops) if fine else [len(halves(stage)) for stage in flat_stages(op)]
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = faked(x, mode)
+        with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
+            units, inputs = _units(ops, whole, fake)
+            loss_bytes = _loss_bytes(self.loss, inputs[-1])
+        chain = [unit for unit, _ in units]
+        found = _all_bytes(chain, inputs, mode)
+        memory = free_bytes(fake) if self.memory is None else parse_bytes(self.memory, "profile: memory")
+        given = realised(x, fake, _part(found, inputs, memory))
+        scale = rows(fake) / rows(given)
+        seconds = self._seconds(chain, inputs, given, found)
+        titles = iter([title for stage in flat_stages(op) for title in _titles(stage, fine)])
+        costs = [
+            replace(
+                bytes_,
+                name=_joined([next(titles) for _ in range(count)]),
+                parts=count,
+                exact=is_exact(unit),
+                **{k: scale * v for k, v in times.items()},
+            )
+            for (unit, count), bytes_, times in zip(units, found, seconds, strict=True)
+        ]
+        measured = sweep(chain, given, self.loss) if self.errors else None
+        return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale)
+
+    def _seconds(
+        self, ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, found: Sequence[OpCosts]
+    ) -> list[Seconds]:
+        """The seconds of each op: rule 2 of NOTE [Profile]."""
+        kinds = [_kind(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
+        ways: dict[Any, tuple[bool, Through]] = {}
+        for op, kind, sizes in zip(ops, kinds, found, strict=True):
+            ways.setdefault(kind, (math.isfinite(sizes.inverse), by_recompute(op)))
+        begin, least = time.perf_counter(), self._round(ops, kinds, ways, given)
+        for done in range(1, self.repeats):
+            costs = [costs_in(least[kind]) for kind in kinds]
+            plain, spent = sum(c["forward"] + c["backward"] for c in costs), time.perf_counter() - begin
+            if spent * (done + 1) / done > max(self.patience[0] * plain, self.patience[1]):
+                break
+            other = self._round(ops, kinds, ways, given)
+            least = {
+                kind: {name: min(value, other[kind][name]) for name, value in least[kind].items()} for kind in least
+            }
+        return [costs_in(least[kind]) for kind in kinds]
+
+    def _round(
+        self, ops: Sequence[Invertible], kinds: Sequence[Any], ways: dict[Any, tuple[bool, Through]], x: Wire
+    ) -> dict[Any, Seconds]:
+        """One trial of each kind of op, on real values that go through the chain until every kind has been met."""
+        found: dict[Any, Seconds] = {}
+        for op, kind in zip(ops, kinds, strict=True):
+            if kind in found:
+                with torch.no_grad():
+                    x = as_input(op.forward(x))
+            else:
+                x, found[kind] = self.clock(op, x, *ways[kind])
+            if len(found) == len(ways):
+                break
+        return found
 
 
 def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
@@ -185,7 +246,7 @@ def _output(op: Invertible, x: Wire) -> tuple[Wire, bool]:
 
 
 def _makes_storage(x: Wire, y: Wire) -> bool:
-    before, after = ({storage._cdata for storage in storages(wire)} for wire in (x, y))
+    before, after = (set(map(storage_id, storages(wire))) for wire in (x, y))
     return not after <= before
 
 
@@ -201,45 +262,6 @@ def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTens
         costs, layouts = known[kind]
         found.append(costs)
     return found[::-1]
-
-
-FINE = 160  # ops: of longer chains, whose plans take longest to find, couplings are taken whole
-PATIENCE = 4.0, 0.5  # how long the rounds may take: in plain steps, and in seconds where those are shorter
-
-
-def _all_seconds(
-    ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, found: Sequence[OpCosts], repeats: int
-) -> list[Seconds]:
-    """The seconds of each op: rule 2 of NOTE [Profile]."""
-    kinds = [_kind(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
-    ways: dict[Any, tuple[bool, Through]] = {}
-    for op, kind, sizes in zip(ops, kinds, found, strict=True):
-        ways.setdefault(kind, (math.isfinite(sizes.inverse), rerun(op)))
-    begin, least = time.perf_counter(), _round(ops, kinds, ways, given)
-    for done in range(1, repeats):
-        costs = [costs_in(least[kind]) for kind in kinds]
-        plain, spent = sum(c["forward"] + c["backward"] for c in costs), time.perf_counter() - begin
-        if spent * (done + 1) / done > max(PATIENCE[0] * plain, PATIENCE[1]):
-            break
-        other = _round(ops, kinds, ways, given)
-        least = {kind: {name: min(value, other[kind][name]) for name, value in least[kind].items()} for kind in least}
-    return [costs_in(least[kind]) for kind in kinds]
-
-
-def _round(
-    ops: Sequence[Invertible], kinds: Sequence[Any], ways: dict[Any, tuple[bool, Through]], x: Wire
-) -> dict[Any, Seconds]:
-    """One trial of each kind of op, on real values that go through the chain until every kind has been met."""
-    found: dict[Any, Seconds] = {}
-    for op, kind in zip(ops, kinds, strict=True):
-        if kind in found:
-            with torch.no_grad():
-                x = as_input(op.forward(x))
-        else:
-            x, found[kind] = timed(op, x, *ways[kind])
-        if len(found) == len(ways):
-            break
-    return found
 
 
 def _part(found: Sequence[OpCosts], inputs: Sequence[Wire], memory: float) -> int:
@@ -269,9 +291,9 @@ def _loss_bytes(loss: Loss, y: Wire) -> int:
 
 
 def _kind(op: Invertible, x: Wire) -> Any:
-    places = {s._cdata: i for i, s in enumerate(storages(x))}
+    places = {storage_id(s): i for i, s in enumerate(storages(x))}
     layout = [
-        (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, places[t.untyped_storage()._cdata])
+        (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, places[storage_of(t)])
         if isinstance(t, Tensor) else repr(t)
         for t in leaves(x)
     ]  # fmt: skip

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import OptionError
-from .costs import EXACT, HELD, Costs, Ledger, OpCosts, show_bytes
-from .schedule import Invert, Recompute, Schedule, Store
+from .costs import EXACT, HELD, KEPT, Costs, Ledger, OpCosts, show_bytes
+from .schedule import Invert, Recompute, Schedule, Store, first_pass, notes_inside
 from .search import tables
 from .solver import Table
 
@@ -72,8 +72,8 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
     for node in schedule:
         i = node.first
         if isinstance(node, Recompute):
-            inner = _rows(costs, ledger, node.inner, depth + 1, node.stop, r)
-            kept = ledger.region(i, node.stop, r)
+            inner = _rows(costs, ledger, node.inner, depth + 1, node.stop, KEPT)
+            kept = ledger.region(i, node.stop, r) + notes_inside(ledger, node)
             first = next(inner)
             yield first._replace(keeps=kept * (depth == 0), extra=first.extra + costs.ops[i].region)
             yield from (row._replace(keeps=0) for row in inner)  # what it keeps, it keeps in backward alone
@@ -83,7 +83,7 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
             r = HELD
         else:
             for q in range(i, node.stop):
-                yield _inverted(costs, q, depth, ledger.a[q + 1] * (q + 1 == node.stop < ledger.L))
+                yield _inverted(costs, q, depth, ledger.sizes[q + 1] * (q + 1 == node.stop < ledger.length))
             r = EXACT
 
 
@@ -234,8 +234,8 @@ class Moment(NamedTuple):
 def timeline(costs: Costs, schedule: Schedule) -> Iterator[Moment]:
     """The memory over a step: its highest point is the peak of the plan."""
     ledger = Ledger(costs)
-    clock = _Clock(costs, ledger.a[ledger.L])
-    yield from clock.run(ledger, schedule, {}, ledger.L, HELD)
+    clock = _Clock(costs, ledger.sizes[ledger.length])
+    yield from clock.run(ledger, schedule, {}, ledger.length, HELD)
     yield Moment(clock.now, {}, clock.aside)
 
 
@@ -257,8 +257,9 @@ class _Clock:
                 back.append(self._by_inverse(ledger, node, kept, j, demand))
                 r = EXACT
             else:
-                keeps, need, r = ledger.region(i, k, r), ledger.first_pass(i, k, j, r), ledger.behind(i, k)
-                back.append(self._again(ledger, node, kept, j, demand))
+                keeps, need = ledger.region(i, k, r) + notes_inside(ledger, node), first_pass(ledger, node, j, r)
+                r = ledger.behind(i, k)
+                back.append(self._again(ledger, node, kept | {i: kept.get(i, 0) + keeps}, demand))
             yield self._moment(kept, need)
             self.now += sum(op.forward for op in self.ops[i:k])
             kept = kept | {i: kept.get(i, 0) + keeps}
@@ -278,12 +279,14 @@ class _Clock:
             yield self._moment(kept, ledger.undo(node.first, p, j, r)[1])
             self.now += self.ops[p - 1].inverse
 
-    def _again(self, ledger: Ledger, node: Recompute, kept: dict[int, int], j: int, r: int) -> Iterator[Moment]:
-        reserve = ledger.reserve(node.first, node.stop, j)
-        self.aside += reserve
-        self.now += self.ops[node.first].region
-        yield from self.run(ledger.inside(), node.inner, kept, node.stop, r)
-        self.aside -= reserve
+    def _again(self, ledger: Ledger, node: Recompute, kept: dict[int, int], r: int) -> Iterator[Moment]:
+        i, k = node.first, node.stop
+        runs_again = ledger.runs_again(i, k)
+        notes = ledger.notes(i, k) if runs_again else 0
+        self.aside += notes
+        self.now += self.ops[i].region
+        yield from self.run(ledger.inside(), node.inner, kept, k, KEPT if runs_again else r)
+        self.aside -= notes
 
 
 __all__ = ["plot", "text"]

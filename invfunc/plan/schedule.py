@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import OptionError
-from .costs import EXACT, HELD, Costs, Ledger
+from .costs import EXACT, HELD, KEPT, Costs, Ledger
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Need(NamedTuple):
 def predict(costs: Costs, schedule: Schedule) -> Prediction:
     """Time, peak and error of a schedule."""
     ledger = Ledger(costs)
-    need = _needs(ledger, schedule, 0, ledger.L, HELD).on(ledger.a[ledger.L])
+    need = _needs(ledger, schedule, 0, ledger.length, HELD).on(ledger.sizes[ledger.length])
     return Prediction(_seconds(costs, schedule), need.bytes, error_of(costs, schedule), need.op, need.moment)
 
 
@@ -103,9 +103,49 @@ def _needs(ledger: Ledger, schedule: Schedule, i: int, j: int, r: int) -> Need:
         worst = max(range(i, node.stop), key=lambda q: max(ledger.undo(i, q + 1, j, r)))
         return max(Need(own, worst, "inverse"), _needs(ledger, rest, node.stop, j, EXACT).on(kept))
     k = node.stop
-    first = Need(ledger.first_pass(i, k, j, r), k - 1, "forward")
-    later = _needs(ledger, rest, k, j, ledger.behind(i, k)).on(ledger.region(i, k, r))
-    return max(first, later, _needs(ledger.inside(), node.inner, i, k, r).on(ledger.reserve(i, k, j)))
+    kept = ledger.region(i, k, r) + notes_inside(ledger, node)
+    later = _needs(ledger, rest, k, j, ledger.behind(i, k)).on(kept)
+    if not ledger.runs_again(i, k):
+        return max(later, _needs(ledger.inside(), node.inner, i, k, r))
+    own = _needs(ledger.inside(), node.inner, i, k, KEPT).on(kept + ledger.notes(i, k))
+    return max(Need(first_pass(ledger, node, j, r), k - 1, "forward"), later, own)
+
+
+def first_pass(ledger: Ledger, region: Recompute, j: int, r: int) -> int:
+    """Needs of a region forward; the gradient that waits is the one of the region around it."""
+    i, k = region.first, region.stop
+    return (
+        ledger.region(i, k, r) + _needs_forward(ledger.inside(), region.inner) + ledger.waits(j, k) - ledger.output(j)
+    )
+
+
+def _needs_forward(ledger: Ledger, schedule: Schedule) -> int:
+    """The most that a stretch inside of a region needs forward, beside its input, where no gradient waits."""
+    need = kept = 0
+    r = KEPT
+    for node in schedule:
+        i, k = node.first, node.stop
+        if isinstance(node, Store):
+            own, keeps, r = ledger.tape(i, k, r)[0] - ledger.waits(k, k), ledger.store(i, k, r)[0], HELD
+        elif isinstance(node, Invert):
+            own = max(ledger.undo(i, p, k, r)[0] for p in range(i + 1, k + 1)) - ledger.waits(k, k)
+            keeps, r = ledger.invert(i, k, k, r)[0], EXACT
+        else:
+            own, keeps = ledger.region(i, k, r) + _needs_forward(ledger, node.inner), ledger.region(i, k, r)
+            keeps, r = keeps + notes_inside(ledger, node), ledger.behind(i, k)
+        need, kept = max(need, kept + own), kept + keeps
+    return need
+
+
+def notes_inside(ledger: Ledger, region: Recompute) -> int:
+    """Bytes that are kept from forward on for what does not store inside of a region: copies of buffers."""
+    total = 0
+    for node in region.inner:
+        if not isinstance(node, Store):
+            total += ledger.notes(node.first, node.stop)
+        if isinstance(node, Recompute):
+            total += notes_inside(ledger, node)
+    return total
 
 
 def _seconds(costs: Costs, schedule: Schedule) -> float:

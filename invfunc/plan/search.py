@@ -15,6 +15,7 @@ from .schedule import Schedule, predict, store_all
 from .solver import Table
 
 POINTS = 16  # of a curve, from each table
+LOWEST = 5  # budgets of a table, among which the least peak is looked for
 
 
 class Point(NamedTuple):
@@ -95,9 +96,16 @@ def _in_time(costs: Costs, budget: int, max_error: float, limit: float) -> Sched
 
 
 def least(costs: Costs, max_error: float | None = None) -> Schedule:
-    """The schedule of least peak, whatever its time."""
-    found = (_peak_first(costs, table.schedule(table.budgets()[0])) for table in tables(costs, max_error))
-    return min(found, key=itemgetter(0))[1]
+    """The schedule of least peak, whatever its time: a table knows the least needs but roughly, so that a few count."""
+    found = [_leanest(costs, table) for table in tables(costs, max_error)]
+    best = min(found, key=itemgetter(0))
+    while (finer := _leanest(costs, table_for(costs, best[0], max_error)))[0] < best[0]:
+        best = finer
+    return best[1]
+
+
+def _leanest(costs: Costs, table: Table) -> tuple[int, Schedule]:
+    return min((_peak_first(costs, table.schedule(at)) for at in table.budgets()[:LOWEST]), key=itemgetter(0))
 
 
 def curve_of(costs: Costs, max_error: float | None = None) -> tuple[Point, ...]:

@@ -17,17 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.sharding import pretending
-from ..engine.strands import Strand, map_state, strands
 from ..errors import OptionError
 from ..look.memory import measure
-from ..wires import Wire, is_differentiable, leaves
+from ..wires import Wire, is_differentiable, leaves, map_wire
 
 
 @dataclass(frozen=True)
@@ -265,7 +264,7 @@ def _units(model: nn.Module, ranks: int) -> list[Unit]:
 def _hook(rank: Rank, unit: Unit, stack: ExitStack) -> None:
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         rank.before_forward(unit)
-        return map_state(lambda leaf: _watched(leaf, lambda _: rank.after_backward(unit)), args)
+        return map_wire(lambda leaf: _watched(leaf, lambda _: rank.after_backward(unit)), args)
 
     def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         rank.after_forward(unit)
@@ -278,14 +277,11 @@ def _hook(rank: Rank, unit: Unit, stack: ExitStack) -> None:
 
 
 def _tensors(out: Any) -> list[Tensor]:
-    carried = [t for strand in strands(out) for t in (strand.value, strand.carrier) if t is not None]
-    return carried or [leaf for leaf in leaves(out) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves(out) if isinstance(leaf, Tensor)]
 
 
 def _watched(leaf: Any, hook: Callable[[Tensor], None]) -> Any:
     """A view of what requires a gradient, with a hook that runs before those of the tensor itself."""
-    if isinstance(leaf, Strand):
-        return replace(leaf, value=_watched(leaf.value, hook), carrier=_watched(leaf.carrier, hook))
     if not (isinstance(leaf, Tensor) and leaf.requires_grad):
         return leaf
     view = leaf.view_as(leaf)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .._torch import LOOKS_AT_VALUES, FakeTensor, FakeTensorMode, fake_device, fake_mode
+from .._torch import LOOKS_AT_VALUES, FakeTensor, FakeTensorMode, fake_device, fake_mode, storage_id, trees
 from ..core.op import Invertible
 from ..errors import NotInvertibleError
 from ..look.memory import StorageLedger
@@ -19,7 +18,7 @@ from ..wires import Wire, is_differentiable, leaves
 from .costs import OpCosts
 from .executor import has_inverse
 from .inputs import copied, nbytes, realised, storages
-from .trials import Layout, Layouts, Sent, Trial, forward_of, taped, trained, undone
+from .trials import Layout, Layouts, Trial, by_inverse, by_tape, forward_of, layout_of
 
 
 class Books(StorageLedger):
@@ -28,14 +27,12 @@ class Books(StorageLedger):
     def __init__(self) -> None:
         super().__init__()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # real tensors, and the fake ones that stand for them
-        self._sent: Sent | None = None  # in backward
-        self._kept = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # fake tensors ask for each other's device all the time
             return fake_device(*args) or func(*args)
-        if fake_mode() is not None and any(map(_is_real, tree_leaves((args, kwargs)))):
-            args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+        if fake_mode() is not None and any(map(_is_real, trees.tree_leaves((args, kwargs)))):
+            args, kwargs = trees.tree_map_only(Tensor, self._faked, (args, kwargs))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _faked(self, tensor: Tensor) -> Tensor:
@@ -47,11 +44,6 @@ class Books(StorageLedger):
             self._before[id(tensor)] = tensor, mode.from_tensor(tensor)
         return self._before[id(tensor)][1]
 
-    def _follow(self, storages: Iterable[torch.UntypedStorage], older: bool = False) -> None:
-        super()._follow(storages, older)
-        if self._sent is not None:
-            self._kept = max(self._kept, self.balance + self._sent.gone)
-
     def take_peak(self) -> int:
         """The peak since it was last taken."""
         peak, self.peak = max(self.peak, self.balance), self.balance
@@ -61,22 +53,20 @@ class Books(StorageLedger):
         """What happens while a trial runs back."""
         trial.sent.prepare()
         self.take_peak()
-        self._sent, self._kept = trial.sent, self.balance
         sends = trial.backward()
-        return Back(self.take_peak(), self._kept, sum(trial.sent.sizes.values()), sends)
+        return Back(self.take_peak(), trial.sent.gradient, sends)
 
 
 class Back(NamedTuple):
-    """The peak of a backward; as it is where somebody holds the gradients that it begins with; and what it sends on."""
+    """The peak of a backward, the bytes of the gradients that it begins with, and what it sends on."""
 
     peak: int
-    kept: int
-    given: int  # bytes of those gradients
+    given: int
     sends: Layouts
 
     def on(self, before: int) -> Back:
-        """The peaks beyond what was there before."""
-        return self._replace(peak=self.peak - before, kept=self.kept - before)
+        """The peak beyond what was there before."""
+        return self._replace(peak=self.peak - before)
 
 
 def _is_real(leaf: Any) -> bool:
@@ -101,9 +91,9 @@ class Subject:
 
     def measured(self) -> Sizes:
         """Its bytes, way by way."""
-        found, parameters = self._try(_forward)
+        found, parameters = self._try(_bytes_forward)
         found = replace(found, parameters=sum(p.numel() * p.element_size() for p in parameters))
-        stored = self._try(_taped, found, parameters, self.layouts)
+        stored = self._try(_bytes_by_tape, found, parameters, self.layouts)
         if not has_inverse(self.op):
             return stored
         try:
@@ -115,10 +105,10 @@ class Subject:
 
     def _rebuilt(self, found: OpCosts, parameters: list[Tensor]) -> Sizes:
         """On a trunk: y comes as the inverse of the op after makes it, or as a tail has kept it; the worse counts."""
-        made = self._try(_undone, found, parameters, self.layouts)
-        if not self.layouts.values:
-            return made
-        kept = self._try(_undone, found, parameters, self.layouts._replace(values=()))
+        kept, lies = self._try(_bytes_by_inverse, found, parameters, self.layouts._replace(values=None))
+        if self.layouts.values in (None, lies):
+            return kept
+        made, _ = self._try(_bytes_by_inverse, found, parameters, self.layouts)
         return Sizes(_worse(made.costs, kept.costs), made.sends)
 
     def _try(self, way: Callable[..., Any], *args: Any) -> Any:
@@ -134,29 +124,30 @@ def _bytes_in(layout: Layout) -> int:
 
 
 def _worse(a: OpCosts, b: OpCosts) -> OpCosts:
-    names = ("peak_forward", "peak_inverse", "peak_inverse_last", "residue")
+    names = ("peak_forward", "peak_inverse", "residue")
     return replace(a, **{name: max(getattr(a, name), getattr(b, name)) for name in names})
 
 
-def _forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor]]:
+def _bytes_forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor]]:
     with Books() as books:
         y, recording = forward_of(op, x)
         peak, size = books.take_peak(), nbytes(y)
-        given = {storage._cdata for storage in storages(x)}
-        shared = tuple([storage.nbytes() if storage._cdata in given else 0 for storage in storages(y)])
+        given = set(map(storage_id, storages(x)))
+        shared = tuple([storage.nbytes() if storage_id(storage) in given else 0 for storage in storages(y)])
         gradient = sum(leaf.numel() * leaf.element_size() for leaf in leaves(y) if is_differentiable(leaf))
         del y
         noted = books.balance
     sizes = {"bytes": size, "gradient": gradient, "shares_output": shared, "recording": noted}
-    return OpCosts(op.name, 0.0, 0.0, peak_forward=peak, **sizes), trained(recording)
+    saves = bool(recording.region.record.kinds)
+    return OpCosts(op.name, 0.0, 0.0, saves=saves, peak_forward=peak, **sizes), recording.parameters
 
 
-def _taped(op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], layouts: Layouts) -> Sizes:
+def _bytes_by_tape(op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], layouts: Layouts) -> Sizes:
     with Books() as books:
         xs = copied(x)
         inputs, base = _watched(xs), nbytes(xs)
         books.take_peak()
-        trial = Trial(taped(op), xs, parameters, layouts=layouts)
+        trial = Trial(by_tape(op), xs, parameters, layouts=layouts)
         forward = books.take_peak() - base
         outputs = _watched(trial.y)
         trial.y = xs = None
@@ -165,22 +156,25 @@ def _taped(op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], la
         back = books.run_back(trial).on(sum(held_in))
     found = replace(found, tape=tape, holds_input=held_in, holds_output=held_out, peak_taped=forward)
     found = replace(found, gradient=max(found.gradient, back.given))
-    return Sizes(replace(found, peak_backward=back.peak, peak_backward_last=back.kept - back.given), back.sends)
+    return Sizes(replace(found, peak_backward=back.peak), back.sends)
 
 
-def _undone(op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], layouts: Layouts) -> Sizes:
+def _bytes_by_inverse(
+    op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], layouts: Layouts
+) -> tuple[Sizes, Layout]:
+    """On a trunk, and how its output lies in memory."""
     with Books() as books:
         xs = copied(x)
         base = nbytes(xs)
         books.take_peak()
-        trial = Trial(undone(op), xs, parameters, carried=True, layouts=layouts)
+        trial = Trial(by_inverse(op), xs, parameters, carried=True, layouts=layouts)
         forward = books.take_peak() - base
         xs = None
-        residue = books.balance - nbytes(trial.y)
+        residue, lies = books.balance - nbytes(trial.y), layout_of(trial.sent.values)
         trial.y = None
         back = books.run_back(trial).on(residue)
     found = replace(found, residue=residue, peak_forward=max(found.peak_forward, forward))
-    return Sizes(replace(found, peak_inverse=back.peak, peak_inverse_last=back.kept - back.given), back.sends)
+    return Sizes(replace(found, peak_inverse=back.peak), back.sends), lies
 
 
 def _watched(x: Wire) -> list[Callable[[], Any]]:

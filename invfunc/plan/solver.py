@@ -6,16 +6,21 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
 
 1.  *Demands.* r says what has to be known of x[i] when the stretch has been dealt with: ``free``, nothing; ``exact``,
     its very bits, since an inverse ended there; ``held``, nothing either, but somebody pays for it: the caller for
-    x[0], the tape of the op before for what it has saved. (A fourth one, "a reconstruction will do", never arises on
-    its own: an op whose output may be a reconstruction is undone by an inverse too, in the same run.)
+    x[0], the tape of the op before for what it has saved; ``kept``, the same for all of it, by a region. (Another
+    one, "a reconstruction will do", never arises on its own: an op whose output may be a reconstruction is undone by an
+    inverse too, in the same run.)
 2.  *The end.* ``V_r(j, j, m) = 0``; at the chain's end only if m holds what the loss needs.
 3.  *Store* op p, the tape kept from now on::
 
         u_p + b_p + V_held(p, j, m - tape)
 
-4.  *Recompute* ops i+1..k, x[i] kept; when the rest is done the same problem begins again from x[i]::
+4.  *Recompute* ops i+1..k, x[i] kept; when the rest is done the same problem begins again from x[i], which is kept to
+    its end, since it may be asked for again. (Ops that save nothing at all do not run again.) ::
 
-        U(i, k) + region_i + V_free(k, j, m - a_i) + V_r(i, k, m - g_k)
+        U(i, k) + region_i + V_free(k, j, m - a_i) + V_kept(i, k, m - a_i)
+
+    The gradient of x[k] waits while they run; then it is that of op k, as anywhere. In the table each op's own gradient
+    stands in its place. Forward the ops run once as they will again, and need no more.
 
 5.  *Invert* ops i+1..k, only x[k] kept, and that exactly; not where x[i] itself is wanted exactly::
 
@@ -25,7 +30,11 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
 7.  *Objectives.* One table answers all: least time in a budget is ``V_held(0, L, budget)``, least memory in a time is
     the smallest m with ``V_held(0, L, m) <= time``, and a limit on errors makes C infinite for runs above it.
 8.  *Shared.* Behind a region of one op what that has handed on untouched, as half a coupling does, is kept already. The
-    table counts it twice, as the price of a demand less; a schedule that is read off is told to the byte (`predict`).
+    table counts it twice, as the price of a demand less. Likewise it does not know of buffers that are copied for
+    regions inside of each other. A schedule that is read off is told to the byte (`predict`).
+
+The letters: u, b and C are the seconds of a forward, a backward and a run of inverses, U(i, k) those of ops i+1..k
+forward, a the bytes of x[i] (`Ledger.sizes`); `Ledger` names the others.
 
 *Why it is optimal*, but for rule 8, among schedules that keep a stored value until its op's backward, use an inverse
 only fused with a backward, and let bytes add up: op p is back-propagated once. Either its tape was made in the first
@@ -45,10 +54,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .costs import DEMANDS, EXACT, FREE, HELD, Costs, Ledger
+from .costs import DEMANDS, EXACT, FREE, HELD, KEPT, Costs, Ledger
 from .schedule import Invert, Node, Recompute, Schedule, Store, run_error
 
 TIME = torch.float32
+INVERTED = [FREE, HELD, KEPT]  # where a run of inverses may begin
 INSIDE = 0  # in the place of j: the stretch ends somewhere before the chain does
 
 
@@ -64,13 +74,18 @@ class Table:
 
     def __init__(self, costs: Costs, budget: float, units: int, max_error: float | None = None) -> None:
         self.costs, self.ledger, self.budget, self.max_error = costs, Ledger(costs), budget, max_error
-        self.L, self.unit = self.ledger.L, unit_for(self.ledger, budget, units)
+        self.L, self.unit = self.ledger.length, unit_for(self.ledger, budget, units)
         self.M = int(budget / self.unit + 1e-9)
-        starts, q = range(self.L), self.ledger.q
+        starts, q = range(self.L), self.ledger.residues
         self.seconds = torch.tensor([op.forward + op.backward for op in costs.ops], dtype=TIME)
         self.in_hand = self.units([[self.ledger.in_hand(i, r) for i in starts] for r in DEMANDS])
         self.residues = self.units([_filled([q[k] - q[i] for k in range(i + 1, self.L + 1)], self.L) for i in starts])
         self.inside, self.whole = Moments(self, INSIDE), Moments(self, self.L)
+        self.notes = self.units(
+            [_filled((self.ledger.notes(i, k) for k in range(i + 1, self.L + 1)), self.L) for i in starts]
+        )
+        self.again = self.infinite(self.L, self.L)  # rule 4's first and third term, by start and length less one
+        self.pass_seconds = self._pass_seconds()
         self.V = self.infinite(len(DEMANDS), self.L + 1, self.L + 1)  # V[r, j, i, m], m for m units left
         self._fill()
 
@@ -91,7 +106,7 @@ class Table:
 
     def every(self) -> list[float]:
         """All budgets that the table tells apart, in ascending order."""
-        return [m * self.unit + self.ledger.a[self.L] for m in range(self.M + 1)]
+        return [m * self.unit + self.ledger.sizes[self.L] for m in range(self.M + 1)]
 
     def units(self, sizes: Any) -> Tensor:
         """Bytes in units, rounded up; what the chain's output pays for may make a need negative."""
@@ -103,7 +118,7 @@ class Table:
         return torch.full((*shape, self.M + 1), math.inf, dtype=TIME)
 
     def _left(self, budget: float) -> int:
-        return min(math.floor((budget - self.ledger.a[self.L]) / self.unit + 1e-9), self.M)
+        return min(math.floor((budget - self.ledger.sizes[self.L]) / self.unit + 1e-9), self.M)
 
     # ---- filling it: every m at once, and all stretches of one length that end inside the chain ----
 
@@ -114,10 +129,19 @@ class Table:
             starts = slice(0, self.L - length)
             found = self._best(self.inside, starts, self._rests(length))
             self.V.diagonal(-length, 1, 2)[..., starts] = found.transpose(1, 2)
-            for moments in (self.inside, self.whole):
-                moments.note_again(length, found)
+            self._note_again(length, found[KEPT])
         for i in reversed(range(self.L)):
             self.V[:, self.L, i] = self._best(self.whole, slice(i, i + 1), self._rest(i, self.L))[:, 0]
+
+    def _note_again(self, length: int, inner: Tensor) -> None:
+        """Rule 4 for regions of a length, solved by now; in terms of what is left beside x[i]."""
+        starts, at = slice(0, self.L - length), length - 1
+        self.again[starts, at] = taken_off(inner, self.notes[starts, at]) + self.pass_seconds[starts, at, None]
+
+    def _pass_seconds(self) -> Tensor:
+        ops, L = self.costs.ops, self.L
+        rows = [_filled(accumulate((op.forward for op in ops[i:]), initial=ops[i].region), L + 1)[1:] for i in range(L)]
+        return torch.tensor(rows, dtype=TIME)
 
     def _rest(self, i: int, j: int) -> Tensor:
         """``[r, 0, k - i - 1]``: the time of what follows each beginning of a stretch."""
@@ -133,25 +157,24 @@ class Table:
         """``[r, i]``: the least time of stretches of one length."""
         stored, redone, undone = self._choices(moments, starts, rest)
         best = stored
-        if redone.shape[2]:
-            best = torch.minimum(best, taken_off(redone.amin(2), self.in_hand[:, starts]))
-        inverted = cut(undone.amin(1), moments.begins[[FREE, HELD], starts])
-        best[[FREE, HELD]] = torch.minimum(best[[FREE, HELD]], inverted)
+        if redone.shape[1]:
+            again = redone.amin(1).expand(len(DEMANDS), -1, -1)
+            best = torch.minimum(best, taken_off(again, self.in_hand[:, starts]))
+        inverted = cut(undone.amin(1), moments.begins[INVERTED, starts])
+        best[INVERTED] = torch.minimum(best[INVERTED], inverted)
         return best
 
     def _choices(self, moments: Moments, starts: slice, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rules 3 to 5 of NOTE [Plan]: ``[r, i, m]``; ``[r, i, k, m - a_i]``; ``[i, k, m]``, whatever the demand."""
+        """Rules 3 to 5 of NOTE [Plan]: ``[r, i, m]``; ``[i, k, m - a_i]`` and ``[i, k, m]``, whatever the demand."""
         length = rest.shape[2]
         held = rest[HELD, :, 0].expand(len(DEMANDS), -1, -1)
         stored = taken_off(held, moments.store_keeps[:, starts]) + self.seconds[starts, None]
-        stored = cut(stored, (moments.store_ends if length == 1 else moments.store_needs)[:, starts])
-        redone = rest[FREE, :, :-1] + moments.again[:, starts, : length - 1]
+        stored = cut(stored, moments.store_needs[:, starts])
+        redone = rest[FREE, :, :-1] + self.again[starts, : length - 1]
         exact, residues = rest[EXACT], self.residues[starts, :length]
         if residues.any():
             exact = taken_off(exact, residues)
-        undone = exact + moments.runs[starts, :length]
-        undone[:, -1] = exact[:, -1] + moments.run_ends[starts, length - 1]
-        return stored, redone, undone
+        return stored, redone, exact + moments.runs[starts, :length]
 
     # ---- reading a schedule off: one m, one choice after the other ----
 
@@ -168,13 +191,13 @@ class Table:
         moments, hand = self.whole if j == self.L else self.inside, int(self.in_hand[r, i])
         stored, redone, undone = self._choices(moments, slice(i, i + 1), self._rest(i, j))
         store = float(stored[r, 0, m])
-        again, k = _least(redone[r, 0, :, m - hand]) if m >= hand else _NONE
+        again, k = _least(redone[0, :, m - hand]) if m >= hand else _NONE
         invert, end = _least(undone[0, :, m]) if r != EXACT and m >= moments.begins[r, i] else _NONE
         if store <= min(again, invert):
             return Store(i), HELD, m - int(moments.store_keeps[r, i])
         if invert <= again:
             return Invert(i, i + 1 + end), EXACT, m - int(self.residues[i, end])
-        inner = self._traced(r, i, i + 1 + k, m - int(moments.reserve[i, k]))
+        inner = self._traced(KEPT, i, i + 1 + k, m - hand - int(self.notes[i, k]))
         return Recompute(i, inner), FREE, m - hand
 
 
@@ -194,48 +217,21 @@ class Moments:
 
     def __init__(self, table: Table, j: int) -> None:
         self.table, self.ledger, self.j, self.L = table, table.ledger, j, table.L
-        self.again = table.infinite(len(DEMANDS), self.L, self.L)  # rule 4's first and third term
         self._read_store()
-        self._read_pass()
         self._read_runs()
-
-    def note_again(self, length: int, found: Tensor) -> None:
-        """Rule 4 for regions of a length, solved by now; in terms of what is left beside x[i]."""
-        starts, at = slice(0, self.L - length), length - 1
-        hand = self.table.in_hand[:, starts]
-        again = taken_off(found, self.reserve[starts, at] - hand) + self.pass_seconds[starts, at, None]
-        self.again[:, starts, at] = cut(again, self.pass_needs[:, starts, at] - hand)
 
     def _read_store(self) -> None:
         ledger, starts = self.ledger, range(self.L)
         found = [[ledger.store(i, self.j, r) for i in starts] for r in DEMANDS]
-        ends = [[ledger.store(i, self.j or i + 1, r)[1] for i in starts] for r in DEMANDS]
         self.store_keeps, self.store_needs = self.table.units(found).unbind(2)
-        self.store_ends = self.table.units(ends)
-
-    def _read_pass(self) -> None:
-        ledger, ops, L = self.ledger, self.table.costs.ops, self.L
-        widest = [_filled(accumulate((ledger.beyond(i, q) for q in range(i, L)), max), L) for i in range(L)]
-        hand = torch.tensor([[ledger.in_hand(i, r) for i in range(L)] for r in DEMANDS], dtype=torch.float64)
-        self.pass_needs = self.table.units(
-            hand[:, :, None] + torch.tensor(widest, dtype=torch.float64) - ledger.output(self.j)
-        )
-        self.reserve = self.table.units(
-            [_filled((ledger.reserve(i, k, self.j) for k in range(i + 1, L + 1)), L) for i in range(L)]
-        )
-        self.pass_seconds = torch.tensor(
-            [_filled(accumulate((op.forward for op in ops[i:]), initial=ops[i].region), L + 1)[1:] for i in range(L)],
-            dtype=TIME,
-        )
 
     def _read_runs(self) -> None:
         starts = range(self.L)
         self.begins = self.table.units([[self.ledger.undo(i, i + 1, self.j, r)[0] for i in starts] for r in DEMANDS])
         seconds = torch.tensor([_filled(self._run_seconds(i), self.L) for i in starts], dtype=TIME)[:, :, None]
-        needs, ends = self.table.units([_filled(self._run_needs(i), self.L, (0.0, 0.0)) for i in starts]).unbind(2)
+        needs = self.table.units([_filled(self._run_needs(i), self.L, 0.0) for i in starts])
         columns = torch.arange(self.table.M + 1)
         self.runs = torch.where(columns < needs[:, :, None], math.inf, seconds)
-        self.run_ends = torch.where(columns < ends[:, :, None], math.inf, seconds)
 
     def _run_seconds(self, i: int) -> Iterator[float]:
         """The time of a run of inverses from x[i] to each k; infinite where it rounds too much."""
@@ -245,14 +241,13 @@ class Moments:
             error = 0.0 if limit is None or math.isinf(seconds) else run_error(costs, i, k)
             yield seconds if error is not None and (limit is None or error <= limit) else math.inf
 
-    def _run_needs(self, i: int) -> Iterator[tuple[float, float]]:
-        """The needs of such a run, but for its very beginning: where the stretch goes on, and where it ends."""
+    def _run_needs(self, i: int) -> Iterator[float]:
+        """The needs of such a run, but for its very beginning."""
         worst = 0.0
         for k in range(i + 1, self.L + 1):
             forward, back = self.ledger.undo(i, k, self.j, HELD)
-            before = max(worst, forward if k > i + 1 else 0)
-            worst = max(before, back)
-            yield worst, max(before, self.ledger.undo(i, k, self.j or k, HELD)[1])
+            worst = max(worst, forward if k > i + 1 else 0, back)
+            yield worst
 
 
 def _filled(row: Iterable[Any], length: int, empty: Any = math.inf) -> list[Any]:
@@ -273,7 +268,7 @@ def cut(rows: Tensor, needs: Tensor) -> Tensor:
 
 def unit_for(ledger: Ledger, budget: float, units: int) -> float:
     """The size of a unit, near ``budget / units``, at which rounding up loses least."""
-    sizes = [*ledger.a, *(op.tape for op in ledger.ops), *ledger.n, *(op.gradient for op in ledger.ops)]
+    sizes = [*ledger.sizes, *(op.tape for op in ledger.ops), *ledger.inputs, *(op.gradient for op in ledger.ops)]
     given = torch.tensor([s for s in sizes if s] or [1], dtype=torch.float64)
     candidates = budget / torch.arange(max(units * 2 // 3, 1), units + 1, dtype=torch.float64)
     waste = (torch.ceil(given[:, None] / candidates - 1e-9) * candidates).sum(0)

@@ -30,7 +30,7 @@ def sweep(ops: Sequence[Invertible], x: Wire, loss: Loss) -> tuple[tuple[int, in
         for i in range(k - 1, -1, -1):
             if not has_inverse(ops[i]) or gy is None:
                 break
-            y, gy, closed = _undone(ops[i], exact.residues[i], y, gy, exact.parameters[i])
+            y, gy, closed = _pull_from_output(ops[i], exact.residues[i], y, gy, exact.parameters[i])
             worst = max(worst, _distance(leaves(gy), leaves(exact.gs[i])), _distance(closed, exact.closed[i]))
             found.append((i, k, worst))
     return tuple(found)
@@ -65,13 +65,13 @@ def _exact(ops: Sequence[Invertible], x: Wire, loss: Loss) -> Exact:
     given = iter(torch.autograd.grad(loss(found.xs[-1]), tensors, allow_unused=True))
     found.gs.append(map_wire(lambda t: next(given) if is_differentiable(t) else None, found.xs[-1]))
     for op, value, parameters in zip(reversed(ops), found.xs[-2::-1], reversed(found.parameters), strict=True):
-        gx, weights = _pulled(op, value, found.gs[0], parameters)
+        gx, weights = _pull_by_tape(op, value, found.gs[0], parameters)
         found.gs.insert(0, gx)
         found.closed.insert(0, weights)
     return found
 
 
-def _pulled(op: Invertible, x: Wire, gy: Wire, parameters: list[Tensor]) -> tuple[Wire, list[Any]]:
+def _pull_by_tape(op: Invertible, x: Wire, gy: Wire, parameters: list[Tensor]) -> tuple[Wire, list[Any]]:
     """The gradients of x and of what an op closes over, with a tape."""
     y = op.forward(x)
     pairs = [(t, g) for t, g in zip(leaves(y), leaves(gy), strict=True) if g is not None and t.requires_grad]
@@ -83,7 +83,7 @@ def _pulled(op: Invertible, x: Wire, gy: Wire, parameters: list[Tensor]) -> tupl
     return map_wire(lambda t: next(found) if is_differentiable(t) else None, x), list(found)
 
 
-def _undone(
+def _pull_from_output(
     op: Invertible, residue: Residue, y: Wire, gy: Wire, parameters: list[Tensor]
 ) -> tuple[Wire, Wire, list[Any]]:
     """The rebuilt input and the gradients that come with it, from an output that may be a little off."""

@@ -4,50 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
-from weakref import ref
 
 import torch
 from torch import Tensor
 
-from ..core.op import Invertible
-from ..engine.lowering import Options, owners_of, rooted, walk
-from ..engine.replay import Recording, recorded
-from ..engine.strands import State, Strand, carriers, map_state, strands, values
+from .._torch import storage_of
+from ..core.op import Invertible, graph_leaves
+from ..engine.interface import Options, Run
+from ..engine.lower import at_start, walk
+from ..engine.snapshot import Parts
+from ..engine.trunk import Hooked, OnTrunk, Region, Trunk, conditions_of
 from ..wires import Wire, is_differentiable, leaves, map_wire
-from .executor import Stretch, follow, steps_of
+from .executor import SubChain, follow, steps_of
 from .schedule import Recompute, Store
 
-Through = Callable[[State], State]
+Through = Callable[[OnTrunk, Run], OnTrunk]
 Loss = Callable[[Wire], Tensor]
 
 
-def taped(op: Invertible) -> Through:
+def by_tape(op: Invertible) -> Through:
     """Through an op with a tape."""
-    return lambda state: walk(op, state, Options(mode="store"))
+    return lambda state, run: walk(op, state, run.under(Options(mode="store")))
 
 
-def undone(op: Invertible) -> Through:
+def by_inverse(op: Invertible) -> Through:
     """Through an op on a trunk."""
-    return lambda state: walk(op, state, Options())
+    return lambda state, run: walk(op, state, run)
 
 
-def rerun(op: Invertible) -> Through:
+def by_recompute(op: Invertible) -> Through:
     """Through a region of one op."""
-    stretch = Stretch.of(op)
+    stretch = SubChain.of(op)
     steps = steps_of(stretch, (0, len(stretch.parts)), (Recompute(0, (Store(0),)),), Options())
 
-    def through(state: State) -> State:
-        handed = [state]
-        follow(steps, handed)
-        return handed.pop()
+    def through(state: OnTrunk, run: Run) -> OnTrunk:
+        box = [state]
+        del state
+        follow(steps, box, run)
+        return box.pop()
 
     return through
 
 
-def nothing(state: State) -> State:
+def no_op(state: OnTrunk, run: Run) -> OnTrunk:
     """Through no op."""
     return state
 
@@ -68,19 +70,21 @@ Like: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 class Layouts(NamedTuple):
     """How gradients lie in memory, and rebuilt values; nothing where each fills a storage of its own, in order.
 
+    Values lie as forward has left them if it is not said how.
+
     Those of a concatenation's inputs lie in one storage. One that passes through an op keeps all of the storage alive
     that it is a part of, and one that does not lie in order is copied for a function that has seen it in order.
     """
 
     gradients: Layout = ()
-    values: Layout = ()
+    values: Layout | None = None
 
 
 def layout_of(tensors: Sequence[Tensor | None]) -> Layout:
     """How tensors lie in memory, if all are there."""
     given = [t for t in tensors if t is not None]
-    numbers = {t.untyped_storage()._cdata: i for i, t in reversed(list(enumerate(given)))}
-    places = [numbers[t.untyped_storage()._cdata] for t in given]
+    numbers = {storage_of(t): i for i, t in reversed(list(enumerate(given)))}
+    places = [numbers[storage_of(t)] for t in given]
     apart = places == list(range(len(given))) and all(map(_fills_its_storage, given))
     if apart or len(given) < len(tensors):
         return ()
@@ -108,31 +112,26 @@ def laid_out(likes: Sequence[Like], layout: Layout) -> list[Tensor]:
     return made
 
 
-APART = Layouts()
+APART = Layouts()  # as the last op's output comes back
 
 
 @dataclass
 class Sent:
-    """What comes back to an op in backward: values, and gradients, of which it is seen when they are let go."""
+    """What comes back to an op in backward: values, and gradients."""
 
     values: list[Tensor]
     layouts: Layouts
-    sizes: dict[ref[torch.UntypedStorage], int] = field(default_factory=dict)
+    gradient: int = 0  # bytes
 
     def prepare(self) -> None:
         """Before backward: values lie as an inverse makes them."""
-        if self.layouts.values:
+        if self.layouts.values is not None:
             made = laid_out([(v.shape, v.dtype, v.device) for v in self.values], self.layouts.values)
             self.values = [part.copy_(value) for part, value in zip(made, self.values, strict=True)]
 
     def lend(self, gradients: list[Tensor]) -> None:
         """In backward: the gradients that it begins with; Python has seen them, so that nothing is added in place."""
-        self.sizes = {ref(g.untyped_storage()): g.untyped_storage().nbytes() for g in gradients}
-
-    @property
-    def gone(self) -> int:
-        """Bytes of gradients that have been let go."""
-        return sum(size for storage, size in self.sizes.items() if storage() is None)
+        self.gradient = sum({storage_of(g): g.untyped_storage().nbytes() for g in gradients}.values())
 
 
 class Trial:
@@ -150,32 +149,64 @@ class Trial:
         self, through: Through, x: Wire, parameters: Sequence[Tensor], carried: bool = False, layouts: Layouts = APART
     ) -> None:
         anchor, self.gxs = torch.zeros((), requires_grad=True), list[Any]()
-        above = [c.requires_grad_() for c in carriers(filter(is_differentiable, leaves(x)))] if carried else []
-        self.inputs, self.carried, left = [anchor, *above, *parameters], len(above), iter(above)
-        root = partial(_on_strand, left)
-        state = map_state(root, _rooted(anchor, x, self.gxs))
+        self.inputs, self.carried = [anchor, *parameters], carried
+        run = Run(Hooked(()), Options(drift="off"))
+        state = run.engine.begin(_rooted(anchor, x, self.gxs), run, at_start)
         del x
-        state = through(state)
-        self.y, ends = values(state), [s.carrier for s in strands(state) if s.carrier is not None]
+        state = through(state, run)
+        self.y, self.trunk = state.wire, state.trunk
         roots = [t for t in leaves(self.y) if is_differentiable(t) and t.requires_grad]
-        self.sent = Sent([t.detach() for t in leaves(self.y) if ends and is_differentiable(t)], layouts)
-        self.seed = _Emit.apply(self.sent, len(roots), *roots, *ends) if roots or ends else anchor.detach()
+        ends = [t.detach() for t in leaves(self.y) if is_differentiable(t)] if carried else []  # by the op behind
+        self.sent = Sent(ends, layouts)
+        self.start = partial(_start, self.trunk, map_wire(_other, self.y))
+        self.seed = _Emit.apply(self.sent, self.start, *roots) if roots else anchor.detach()
 
     def backward(self) -> Layouts:
         """Run back; how what comes out lies in memory."""
         if not self.seed.requires_grad:
             return APART
-        found = torch.autograd.grad(self.seed, self.inputs, allow_unused=True)
-        return Layouts(layout_of(self.gxs), layout_of(found[1 : 1 + self.carried]))
+        torch.autograd.grad(self.seed, self.inputs, allow_unused=True)
+        rebuilt: list[Any] = []
+        if self.carried and self.trunk.levels.items:
+            rebuilt = [t for t in leaves(self.trunk.bottom()) if is_differentiable(t)]
+        return Layouts(layout_of(self.gxs), layout_of(rebuilt))
 
 
-def _on_strand(carriers: Any, leaf: Any) -> Any:
-    return Strand(leaf, next(carriers, None)) if is_differentiable(leaf) else leaf
+def _other(leaf: Any) -> Any:
+    """A leaf that can not have a gradient; a mark in the place of others."""
+    return Tensor if is_differentiable(leaf) else leaf
+
+
+def _start(trunk: Trunk, spec: Wire, values: list[Tensor]) -> None:
+    """Begin to undo a trunk at these values."""
+    left = iter(values)
+    if values:
+        trunk.start_at(map_wire(lambda leaf: next(left) if leaf is Tensor else leaf, spec))
 
 
 def _rooted(anchor: Tensor, x: Wire, gxs: list[Any]) -> Wire:
-    needs = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(x)]
-    return rooted(anchor, map_wire(_detached, x), needs, gxs)
+    """A wire as roots of a graph, which does not keep it alive; backward puts their gradients into a list."""
+    xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+    gxs[:] = [None] * len(xs)
+    roots = iter(_Root.apply((gxs, [leaf.requires_grad for leaf in xs]), anchor, *[leaf.detach() for leaf in xs]))
+    return map_wire(lambda leaf: next(roots) if is_differentiable(leaf) else leaf, x)
+
+
+class _Root(torch.autograd.Function):
+    """``(sink, anchor, *xs) -> xs``: roots that their graph does not keep alive, as an AccumulateGrad does its leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, sink: Any, anchor: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.gxs, wanted = sink
+        ctx.set_materialize_grads(False)
+        out = tuple([x.detach() for x in xs])
+        ctx.mark_non_differentiable(*[o for o, want in zip(out, wanted, strict=True) if not want])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gxs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.gxs[:] = gxs
+        return (None,) * (2 + len(gxs))
 
 
 def _detached(leaf: Any) -> Any:
@@ -183,16 +214,13 @@ def _detached(leaf: Any) -> Any:
 
 
 class _Emit(torch.autograd.Function):
-    """``(sent, n, *ys, *carriers) -> number``: backward makes the gradients that a chain would send, and the values."""
+    """``(sent, start, *ys) -> number``: backward makes the gradients that a chain would send, and the values."""
 
     @staticmethod
-    def forward(sent: Sent, count: int, *tensors: Tensor) -> Tensor:
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.sent, count, *tensors = inputs
-        ctx.kinds = [(t.shape, t.dtype, t.device) for t in tensors[:count]]
+    def forward(ctx: Any, sent: Sent, start: Callable[[list[Tensor]], None], *ys: Tensor) -> Tensor:
+        ctx.sent, ctx.start = sent, start
+        ctx.kinds = [(t.shape, t.dtype, t.device) for t in ys]
+        return ys[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
@@ -201,28 +229,46 @@ class _Emit(torch.autograd.Function):
             gy.fill_(1.0)
         ys, ctx.sent.values = ctx.sent.values, []
         ctx.sent.lend(gys)
-        return (None, None, *gys, *ys)
+        ctx.start(ys)
+        return (None, None, *gys)
 
 
-def forward_of(op: Invertible, x: Wire) -> tuple[Wire, Recording]:
-    """An op's output, and the record of its forward."""
-    return recorded(op.forward, map_wire(_detached, x), owners_of(op), True)
+class Forward(NamedTuple):
+    """A forward run of an op: what it closes over and gives gradients to, and what it takes to run it again."""
+
+    parameters: list[Tensor]
+    region: Region
 
 
-def trained(recording: Recording) -> list[Tensor]:
-    """What a recorded op closes over and gives gradients to."""
-    return [t for t in recording.captured if t.requires_grad]
+def forward_of(op: Invertible, x: Wire) -> tuple[Wire, Forward]:
+    """An op's output, and its forward run."""
+    roots = map_wire(_as_root, x)
+    region = Region(op.forward, lambda tensors: tensors, None, conditions_of(op.functions))
+    with torch.enable_grad():
+        y = region.run((map_wire(_as_result, roots),), [], op.functions, Options())
+    ends = [leaf for leaf in leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    parameters = graph_leaves(ends, {id(leaf) for leaf in leaves(roots)})
+    return map_wire(_detached, y), Forward(parameters, region)
+
+
+def _as_result(leaf: Any) -> Any:
+    return leaf.view_as(leaf) if is_differentiable(leaf) else leaf  # a leaf is saved as it is, and not counted
+
+
+def _as_root(leaf: Any) -> Any:
+    return leaf.detach().requires_grad_() if is_differentiable(leaf) else leaf
 
 
 def parameters_of(op: Invertible, x: Wire) -> list[Tensor]:
     """What an op closes over and gives gradients to."""
-    return trained(forward_of(op, x)[1])
+    return forward_of(op, x)[1].parameters
 
 
 @contextmanager
 def untouched(*ops: Invertible) -> Iterator[None]:
     """Leave no trace: buffers, such as running statistics, and the random numbers to come are as before."""
-    buffers = [b for op in ops for module in owners_of(op).modules for b in module.buffers()]
+    modules = [module for op in ops for module in Parts(op.functions).roots]
+    buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
     before = [b.clone() for b in buffers]
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         yield

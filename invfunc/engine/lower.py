@@ -1,0 +1,237 @@
+"""Lowering: a walk through the structure of a pipeline, on the engine for the way in which torch is running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..core.combine import Parallel, Plumbing
+from ..core.op import ByKind, Chain, Invertible, OneWay, Rearrangement
+from ..errors import place_error
+from ..wires import Wire, map_wire
+from . import compiled, functional
+from .donation import Donation
+from .interface import Engine, Options, Run, State
+from .trunk import Hooked
+
+
+def lower(op: Invertible, x: Wire, options: Options) -> Wire:
+    """Run an op so that its activations are freed and rebuilt in backward."""
+    unit = None if torch.compiler.is_compiling() else _UNIT.get()
+    if unit is not None and unit.is_waiting:
+        return unit.go_on(op, x, options)
+    if runs_plainly():
+        return op.forward(x)
+    engine = engine_for(op, x)
+    if engine is None:
+        return op.forward(x)
+    run = Run(engine, options)
+    donates = options.donate and not torch.compiler.is_compiling()
+    y = _donate(op, x, run, engine) if donates else engine.close(walk(op, engine.begin(x, run, at_start), run))
+    engine.finish()
+    return y
+
+
+def _donate(op: Invertible, x: Wire, run: Run, engine: Engine) -> Wire:
+    """Run an op, and free its input until backward has rebuilt it; see NOTE [Donation]."""
+    donation = Donation(x, run.options.donate)
+    assert isinstance(engine, Hooked)  # a donation is refused below transforms
+    y = engine.close(walk(op, engine.begin_donated(donation, x, run, at_start), run))
+    donation.free(y)
+    return y
+
+
+def engine_for(op: Invertible, x: Wire) -> Engine | None:
+    """The engine for the way in which torch is running; None where nothing can have a gradient."""
+    if torch.compiler.is_compiling():
+        return compiled.ENGINE if compiled.may_have_gradients(op, x) else None
+    if _torch.active():
+        return functional.ENGINE if functional.may_have_gradients(op, x) else None
+    return Hooked(op.functions)
+
+
+def runs_plainly() -> bool:
+    """Whether nothing has to be kept: no gradients, or forward mode."""
+    if torch.compiler.is_compiling():
+        return compiled.runs_plainly()
+    return not torch.is_grad_enabled() or _torch.forward_mode()
+
+
+# ---- the walk over the structure ------------------------------------------------------------------------------------
+
+
+@ByKind
+def walk(op: Invertible, state: State, run: Run) -> State:
+    """Send a state through an op: a primitive is called on the trunk, or stored or recomputed if the mode says so."""
+    mode = run.options.mode
+    if mode == "invert":
+        return run.engine.call(op, state, run)
+    return (store if mode == "store" else recompute)(op, state, run)
+
+
+@walk.register
+def _(op: Rearrangement, state: State, run: Run) -> State:
+    if run.options.mode == "invert":
+        return run.engine.move(op, state, run)
+    return walk.default(op, state, run)
+
+
+@walk.register
+def _(op: Plumbing, state: State, run: Run) -> State:
+    return run.engine.route(op, state)
+
+
+@walk.register
+def _(op: OneWay, state: State, run: Run) -> State:
+    return (recompute if run.options.mode == "recompute" else store)(op, state, run)
+
+
+@walk.register
+def _(op: Chain, state: State, run: Run) -> State:
+    options = run.options
+    if options.mode == "recompute" and options.segments == 1 and not has_marks(op):
+        return recompute(op, state, run)
+    if options.mode == "recompute" and options.segments != 1:
+        return _walk_segments(op, state, run)
+    index, cuts, inner = 0, (), run
+    if options.segments != 1:
+        cuts, inner = cut_points(op, options.segments), run.under(replace(options, segments=1))
+    try:
+        for index, part in enumerate(op.parts):
+            if index in cuts:
+                state = cut(state, inner, partial(_at_cut, op, index))
+            state = walk(part, state, inner.at(op, index))
+    except Exception as error:
+        place_error(error, op.place(index))
+        raise
+    return state
+
+
+@walk.register
+def _(op: Parallel, state: State, run: Run) -> State:
+    if run.options.mode != "invert" or any(map(_leaves_trunk, op.parts)):
+        state = cut(state, run, partial(_before, op))  # no value leaves a trunk that others still follow
+    numbers = iter(range(len(op.parts)))
+    return run.engine.fork(op, state, lambda part, state: walk(part, state, run.at(op, next(numbers))), run)
+
+
+def _walk_segments(op: Chain, state: State, run: Run) -> State:
+    """Recompute in segments: each is one region, run again from its stored input."""
+    bounds = [0, *cut_points(op, run.options.segments), len(op.parts)]
+    for first, last in pairwise(bounds):
+        state = walk(Chain(op.parts[first:last]), state, run.under(replace(run.options, segments=1)))
+    return state
+
+
+def store(op: Invertible, state: State, run: Run) -> State:
+    """Run an op as plain autograd between two trunks."""
+    return run.engine.begin(op.forward(run.engine.close(state)), run, partial(_behind, op))
+
+
+def recompute(op: Invertible, state: State, run: Run, fn: Callable[[Wire], Wire] | None = None) -> State:
+    """Run an op, or what ``fn`` does in its place, from a stored input; backward runs it again from there."""
+    y = run.engine.recompute(op, run.engine.close(state), run, op.forward if fn is None else fn)
+    return run.engine.begin(y, run, partial(_behind, op))
+
+
+def cut(state: State, run: Run, place: Callable[[], str]) -> State:
+    """Store the state: close the trunk, and begin another."""
+    return run.engine.begin(run.engine.close(state), run, place)
+
+
+def at_start() -> str:
+    """Where the first trunk of a pipeline begins."""
+    return "the input of the pipeline"
+
+
+def _at_cut(op: Chain, index: int) -> str:
+    return f"{op.place(index)}: its input"
+
+
+def _before(op: Invertible) -> str:
+    return f"the input of {op!r}"
+
+
+def _behind(op: Invertible) -> str:
+    return f"what {op!r} gives"
+
+
+# ---- questions ------------------------------------------------------------------------------------------------------
+
+
+def _leaves_trunk(op: Invertible) -> bool:
+    """Whether the trunk is closed for a part of an op, where all is inverted."""
+    if isinstance(op, OneWay) or getattr(op, "mark", "invert") != "invert":
+        return True
+    inner = getattr(op, "op", None)
+    return any(map(_leaves_trunk, op.parts)) or (isinstance(inner, Invertible) and _leaves_trunk(inner))
+
+
+def cut_points(op: Invertible, segments: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Before which parts of a chain the trunk is closed."""
+    count = len(op.parts)
+    if isinstance(segments, int):
+        return tuple(count * i // segments for i in range(1, segments))
+    return segments
+
+
+def has_marks(op: Invertible) -> bool:
+    """Whether a part has a mode of its own."""
+    return any(getattr(part, "marked", False) or has_marks(part) for part in op.parts)
+
+
+# ---- a module that is called in the middle of a walk: rule 2 of NOTE [FSDP2] ----------------------------------------
+
+
+class Unit:
+    """A module of a pipeline that is called as a module; what it lowers continues the trunk around it."""
+
+    def __init__(self, state: State, run: Run) -> None:
+        self.state, self.run, self.is_waiting = state, run, True
+
+    def go_on(self, op: Invertible, x: Wire, options: Options) -> Wire:
+        """Lower what the module calls, on the trunk around it."""
+        self.is_waiting = False
+        run = self.run.under(replace(options, donate=False, mode=options.mode))
+        self.state = walk(op, run.engine.with_wire(self.state, x), run)
+        return map_wire(_no_view, run.engine.wire(self.state))
+
+
+class Passed(torch.autograd.Function):
+    """A tensor as it is, and not as a view: FSDP warns of a view that it puts a hook on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _no_view(leaf: Any) -> Any:
+    return Passed.apply(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad and _torch.is_view(leaf) else leaf
+
+
+_UNIT: ContextVar[Unit | None] = ContextVar("unit", default=None)
+
+
+def call_unit(call: Callable[[Wire], Wire], state: State, run: Run) -> State:
+    """Call a module in the middle of a walk; its hooks see the wire."""
+    if not isinstance(run.engine, Hooked):
+        return run.engine.begin(call(run.engine.close(state)), run, at_start)
+    unit = Unit(state, run)
+    token = _UNIT.set(unit)
+    try:
+        y = call(run.engine.wire(state))
+    finally:
+        _UNIT.reset(token)
+    return run.engine.with_wire(unit.state, y)

@@ -1,0 +1,64 @@
+"""The mode of everything that is called inside of ``with inv.mode(...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+
+from ..errors import OptionError
+from .interface import Options
+
+MODES = ("invert", "store", "recompute")
+
+_MODE: ContextVar[str | None] = ContextVar("mode", default=None)
+
+
+@contextmanager
+def mode(name: str) -> Iterator[None]:
+    """Override how everything that is called inside is lowered.
+
+    Args:
+        name: ``"invert"`` (keep nothing, rebuild by the inverse), ``"store"`` (plain autograd) or ``"recompute"``
+            (keep each segment's input, run it again). It overrides every `checkpoint` option and every mark. What has
+            no inverse is stored as marked, whatever the mode.
+
+    A mode changes neither a value nor a gradient, only memory and time. It nests, restores what was before, and is
+    local to its thread and its asynchronous task.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> fast = inv.checkpoint(inv.pair(torch.exp, torch.log))
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> with inv.mode("store"):
+        ...     fast(x).grad_fn.name()
+        'ExpBackward0'
+    """
+    token = _MODE.set(checked_mode(name))
+    try:
+        yield
+    finally:
+        _MODE.reset(token)
+
+
+def checked_mode(name: str) -> str:
+    """The name of a mode, if it is one."""
+    if name not in MODES:
+        raise OptionError(f"mode is {name!r}", expected=" or ".join(map(repr, MODES)))
+    return name
+
+
+def forced_mode() -> str | None:
+    """The mode of the surrounding ``with inv.mode(...)``; it overrides every option, mark and plan."""
+    return None if torch.compiler.is_compiling() else _MODE.get()
+
+
+def current(options: Options) -> Options:
+    """Options under the mode of the surrounding ``with inv.mode(...)``; what is not rebuilt can not be donated."""
+    override = forced_mode()
+    if override is None:
+        return options
+    return replace(options, mode=override, donate=override == "invert" and options.donate)
