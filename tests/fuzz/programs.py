@@ -1,0 +1,303 @@
+"""What a program is, and how one is generated from a seed. A program is a value: its text is Python that makes it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .functions import CLOSURES, FUNCTIONS, MOVES_BUFFERS, SLOW
+
+
+@dataclass(frozen=True)
+class Fn:
+    """A function by its kind and the seed of its weights. Two that are equal are one and the same function."""
+
+    kind: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the chain, on two streams.
+
+    Args:
+        kind: See `stages.STAGES`.
+        f: Its function.
+        g: The second function of a coupling.
+        law: Of a coupling: ``additive``, ``tanh_scale`` or ``sigmoid_scale``.
+        mark: ``store``, ``recompute`` or ``invert``.
+    """
+
+    kind: str
+    f: Fn
+    g: Fn | None = None
+    law: str = "additive"
+    mark: str | None = None
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What happens between two steps, or between a forward and its backward; see `mutations`."""
+
+    kind: str
+    at: int = 0  # which of the things that it could change
+    seed: int = 0  # of the numbers that it draws
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that is computed and compared.
+
+    Args:
+        kind: See `run.STEPS`.
+        before: What is changed before it.
+        midway: What is changed between its forward and its backward.
+        batch: The size of the batch.
+        layout: ``plain``, ``transposed``, ``sliced`` or ``expanded``.
+        entry: Whether the input is a ``leaf`` that requires grad, an ``inner`` value of a graph, or ``data``.
+        around: What surrounds forward: see `run.AROUND`.
+        seed: Of the input and of the random numbers.
+    """
+
+    kind: str = "backward"
+    before: tuple[Mutation, ...] = ()
+    midway: tuple[Mutation, ...] = ()
+    batch: int = 3
+    layout: str = "plain"
+    entry: str = "leaf"
+    around: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A pipeline, and what is done with it.
+
+    Args:
+        stages: On two streams, between a split and a concat.
+        steps: One after another, on the same modules.
+        face: See `stages.FACES`.
+        mode: ``invert``, ``recompute`` or ``store``.
+        segments: Into how many trunks the chain is cut.
+        side: Whether integers ride along, which every function sees through an embedding.
+        interleaved: How the input is split.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    steps: tuple[Step, ...] = (Step(),)
+    face: str = "value"
+    mode: str = "invert"
+    segments: int = 1
+    side: bool = False
+    interleaved: bool = False
+
+
+def text(item: Any, indent: str = "") -> str:
+    """A program as Python, without what is the default, one stage and one step a line."""
+    if isinstance(item, tuple):
+        inner = "".join(f"{indent}    {text(part, indent + '    ')},\n" for part in item)
+        return f"(\n{inner}{indent})" if isinstance(item[0], (Stage, Step)) else f"({', '.join(map(text, item))},)"
+    if not isinstance(item, (Fn, Stage, Mutation, Step, Program)):
+        return repr(item)
+    shown = [(f.name, getattr(item, f.name)) for f in fields(item) if getattr(item, f.name) != f.default]
+    return f"{type(item).__name__}({', '.join(f'{name}={text(value, indent)}' for name, value in shown)})"
+
+
+# ---- generated -------------------------------------------------------------------------------------------------------
+
+STAGES = {
+    "couple": 8,
+    "inverse": 2,
+    "momentum": 2,
+    "momentum_trained": 1,
+    "midpoint": 2,
+    "leapfrog": 2,
+    "residual": 1,
+    "hyperbolic": 1,
+    "swap": 2,
+    "pair": 1,
+    "one_way": 1,
+    "checkpointed": 1,
+}
+FACES = {"value": 12, "lowered": 3, "sequential": 3, "rebuilt": 2, "function": 2, "module": 2}
+KINDS = {
+    "backward": 20,
+    "grad": 4,
+    "subset": 3,
+    "retained": 3,
+    "output_in_place": 1,
+    "two": 4,
+    "two_reversed": 3,
+    "create_graph": 4,
+    "thread": 2,
+    "functional_call": 3,
+    "raise_forward": 2,
+    "raise_backward": 2,
+    "leak": 2,
+    "no_grad": 1,
+    "inference": 1,
+    "func_grad": 2,
+    "func_grad_parameters": 2,
+    "func_vmap": 1,
+    "func_vmap_grad": 1,
+    "func_jvp": 1,
+    "func_jacrev": 1,
+    "func_hessian": 1,
+}
+LAYOUTS = {"plain": 12, "transposed": 2, "sliced": 1, "expanded": 1}
+ENTRIES = {"leaf": 8, "inner": 3, "data": 3}
+AROUND = {None: 30, "save_on_cpu": 2, "hooks": 2, "torch_checkpoint": 2, "mode_recompute": 1, "mode_invert": 1}
+BATCHES = {3: 20, 5: 4, 1: 2, 0: 1}
+BETWEEN = {
+    "freeze": 3,
+    "freeze_module": 2,
+    "freeze_all": 1,
+    "thaw": 3,
+    "train": 1,
+    "eval": 2,
+    "eval_one": 2,
+    "replace": 3,
+    "tie": 2,
+    "view_of_data": 1,
+    "view_of_leaf": 2,
+    "nonleaf": 2,
+    "function_of_another_in_place": 2,
+    "add_in_place": 2,
+    "write_data": 2,
+    "swap_data": 1,
+    "hook_scales": 2,
+    "hook_before": 1,
+    "hook_takes": 2,
+    "hook_backward": 2,
+    "hook_tensor": 2,
+    "unhook": 2,
+    "state_dict": 2,
+    "state_dict_assigned": 1,
+    "dtypes": 2,
+    "deepcopy": 2,
+    "pickle": 2,
+    "sgd": 3,
+    "replace_child": 2,
+    "parametrize": 1,
+    "unparametrize": 1,
+    "forward_without_grad": 1,
+    "forward_in_inference": 1,
+    "buffer_in_place": 1,
+}
+MIDWAY = {
+    "freeze": 2,
+    "freeze_module": 1,
+    "thaw": 1,
+    "train": 1,
+    "eval": 4,
+    "eval_one": 2,
+    "replace": 3,
+    "tie": 1,
+    "view_of_leaf": 1,
+    "nonleaf": 1,
+    "add_in_place": 1,
+    "hook_scales": 2,
+    "hook_before": 1,
+    "hook_takes": 1,
+    "hook_tensor": 1,
+    "unhook": 2,
+    "state_dict_assigned": 1,
+    "copy_aside": 1,
+    "sgd": 1,
+    "replace_child": 2,
+    "forward_without_grad": 2,
+    "forward_in_inference": 2,
+    "forward": 2,
+    "buffer_in_place": 1,
+    "input_in_place": 1,
+    "draw": 2,
+    "zero_grad": 1,
+}
+
+
+class Draw:
+    """Draws from tables of weights."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def of(self, table: dict[Any, int]) -> Any:
+        return self.random.choices([*table], [*table.values()])[0]
+
+    def chance(self, part: float) -> bool:
+        return self.random.random() < part
+
+    def seed(self) -> int:
+        return self.random.randrange(1000)
+
+
+def generate(seed: int) -> Program:
+    """The program of a seed."""
+    draw = Draw(seed)
+    program = Program(
+        face=draw.of(FACES),
+        mode=draw.of({"invert": 6, "recompute": 3, "store": 1}),
+        side=draw.chance(0.1),
+        interleaved=draw.chance(0.1),
+    )
+    if program.face == "sequential":
+        program = replace(program, side=False)
+    pool = [_function(draw, program.face) for _ in range(draw.random.randint(1, 4))]
+    stages = tuple(_stage(draw, program, pool) for _ in range(draw.random.randint(1, 4)))
+    segments = draw.random.randint(1, len(stages)) if draw.chance(0.3) else 1
+    if program.face in ("function", "module"):
+        program, segments = replace(program, mode="recompute"), 1
+    steps = tuple(_step(draw) for _ in range(draw.random.randint(1, 3)))
+    steps = tuple(_comparable(step, {fn.kind for fn in pool}, first=i == 0) for i, step in enumerate(steps))
+    return replace(program, stages=stages, steps=steps, segments=segments)
+
+
+def _function(draw: Draw, face: str) -> Fn:
+    copied = face in ("lowered", "sequential")  # modules that own what they use
+    weights = {kind: 1 if kind in SLOW else 2 for kind in FUNCTIONS if not (copied and kind in CLOSURES)}
+    return Fn(draw.of(weights), draw.seed())
+
+
+def _stage(draw: Draw, program: Program, pool: list[Fn]) -> Stage:
+    kinds = {"couple": 1} if program.face == "sequential" else STAGES
+    kind, f = draw.of(kinds), draw.random.choice(pool)
+    marks = {None: 8, "store": 1, "recompute": 1, "invert": 1}
+    stage = Stage(kind, f, mark=draw.of(marks))
+    if kind != "couple":
+        return stage
+    g = draw.random.choice(pool) if draw.chance(0.5) else None
+    return replace(stage, g=g, law=draw.of({"additive": 4, "tanh_scale": 1, "sigmoid_scale": 1}))
+
+
+def _step(draw: Draw) -> Step:
+    return Step(
+        kind=draw.of(KINDS),
+        before=tuple(_mutation(draw, BETWEEN) for _ in range(draw.of({0: 4, 1: 4, 2: 2}))),
+        midway=tuple(_mutation(draw, MIDWAY) for _ in range(draw.of({0: 6, 1: 3, 2: 1}))),
+        batch=draw.of(BATCHES),
+        layout=draw.of(LAYOUTS),
+        entry=draw.of(ENTRIES),
+        around=draw.of(AROUND),
+        seed=draw.seed(),
+    )
+
+
+def _comparable(step: Step, kinds: set[str], first: bool) -> Step:
+    """A step that plain autograd does right.
+
+    Torch's checkpoint runs again on what has changed since, and moves buffers twice. A transform may not make the
+    parameters of a lazy module.
+    """
+    if step.around == "torch_checkpoint" and kinds & MOVES_BUFFERS:
+        step = replace(step, around=None)
+    if step.around == "torch_checkpoint" or "torch_checkpoint" in kinds:
+        step = replace(step, midway=())
+    if (step.kind, step.around) == ("leak", "save_on_cpu"):  # on a CPU torch itself keeps what it saves there alive
+        step = replace(step, around=None)
+    transforms = step.kind.startswith("func")
+    return replace(step, kind="backward") if first and transforms and "lazy" in kinds else step
+
+
+def _mutation(draw: Draw, table: dict[Any, int]) -> Mutation:
+    return Mutation(draw.of(table), draw.random.randrange(12), draw.seed())
