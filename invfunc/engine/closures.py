@@ -25,7 +25,7 @@ _LIBRARIES = ("torch", "invfunc")
 
 def contents_of(fn: FunctionType) -> list[Any]:
     """What a function holds: what is in its cells, None for an empty one, and the defaults of its arguments."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         found: list[Any] = []
         _torch.at_compile_time(_read)
         return found
@@ -35,7 +35,7 @@ def contents_of(fn: FunctionType) -> list[Any]:
 
 def with_contents(fn: FunctionType, contents: list[Any]) -> FunctionType:
     """A function that holds something else; a cell whose content is the same is shared."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         found: list[Any] = []
         _torch.at_compile_time(_write)
         return found[0]
@@ -51,7 +51,7 @@ def with_contents(fn: FunctionType, contents: list[Any]) -> FunctionType:
 
 def named_by(fn: FunctionType) -> list[Any]:
     """The modules, the functions and the tensors that a function finds among its globals."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         found: list[Any] = []
         _torch.at_compile_time(_look_up)
         return found
@@ -67,7 +67,7 @@ def _named(code: Any, names: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def is_object(item: Any) -> bool:
     """Whether an item is an object of a class of the user's, which can be called."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         found: list[Any] = []
         _torch.at_compile_time(_is_object)
         return found[0]

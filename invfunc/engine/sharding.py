@@ -23,6 +23,7 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -39,8 +40,10 @@ def is_sharded(module: nn.Module) -> bool:
 
 def is_any_sharded() -> bool:
     """Whether there can be a sharded module at all: ``fully_shard`` makes a class for each class that it shards."""
+    if _PRETENDING:
+        return True
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return bool(_PRETENDING or (fsdp is not None and fsdp.FSDPModule.__subclasses__()))
+    return fsdp is not None and torch.distributed.is_initialized() and bool(fsdp.FSDPModule.__subclasses__())
 
 
 @contextmanager
@@ -90,6 +93,8 @@ def checking_calls(fn: Callable[..., Any], *args: Any) -> Any:
     thread = threading.get_ident()
 
     def entered(module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if threading.get_ident() == thread and is_sharded(module):
             check_callee(module)
 
