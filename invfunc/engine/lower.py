@@ -200,7 +200,7 @@ class Unit:
     def go_on(self, op: Invertible, x: Wire, options: Options) -> Wire:
         """Lower what the module calls, on the trunk around it."""
         self.is_waiting = False
-        run = self.run.under(replace(options, donate=False, mode=options.mode))
+        run = self.run.under(replace(options, donate=False))
         self.state = walk(op, run.engine.with_wire(self.state, x), run)
         return map_wire(_no_view, run.engine.wire(self.state))
 

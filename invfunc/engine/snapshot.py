@@ -326,13 +326,11 @@ class Snapshot:
         self.is_noted = False
         self.checked = -1  # the backward in which all was found to be the same
         self.written: set[tuple[int, str]] = set()  # attributes that the call writes itself
-        # TorchScript keeps the tables of its modules elsewhere.
-        self.owned = owned = [m.__dict__ for m in self.parts.modules if "_parameters" in m.__dict__]
+        self.owned = owned = [m.__dict__ for m in self.parts.modules]
         self.attributes = _flat(owned)
-        self.buffers = {
-            id(d["_buffers"]): d["_buffers"].copy() for d in owned if d["_buffers"]
-        }  # a call may assign one
-        self.has_buffers = any([may_write(m) for m in self.parts.modules if m.__dict__.get("_buffers")])
+        # As they are before the call, which may assign one.
+        self.buffers = {id(d["_buffers"]): d["_buffers"].copy() for d in owned if d["_buffers"]}
+        self.has_buffers = any(map(may_write, self.parts.modules))
         self.is_lazy = any(["_initialize_hook" in attributes for attributes in owned])
 
     def tensors_in_sight(self) -> Iterator[Tensor]:
@@ -387,7 +385,7 @@ class Snapshot:
         below = {id(part) for root in self.parts.modules if is_sharded(root) for part in root.modules()}
         if below:
             self.parts.modules = [module for module in self.parts.modules if id(module) not in below]
-            self.owned = [m.__dict__ for m in self.parts.modules if "_parameters" in m.__dict__]
+            self.owned = [module.__dict__ for module in self.parts.modules]
             self.attributes = _flat(self.owned)
 
     def is_same(self) -> bool:
@@ -474,7 +472,7 @@ class Snapshot:
     def _changed_flags(self) -> list[tuple[Tensor, bool]]:
         """Rule 4 of NOTE [Snapshot]; a tensor that was only frozen, or thawed, is restored."""
         flags: list[tuple[Tensor, bool]] = []
-        modules = [m for m in self.parts.modules if m.__dict__.get("_buffers")]
+        modules = self.parts.modules
         copied = {id(t) for m in modules for name, t in m._buffers.items() if t is not None and _may_write(m, name, t)}
         for i, tensor in enumerate(self.tensors):
             if id(tensor) in copied:

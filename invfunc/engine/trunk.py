@@ -394,15 +394,7 @@ class Evaluation(Again):
         self.conditions: ExitStack | None = None
         snapshot = record.conditions.snapshot
         self.was = snapshot.look() if snapshot.written else None
-        if (
-            record.random is None
-            and not (record.pins or record.copies)
-            and self._has_same_cache()
-            and snapshot.is_same()
-        ):
-            PINS.set(_NO_PINS)  # nothing has to be put in its place
-        else:
-            self.rewind()
+        self.rewind()
 
     # ---- what an op asks for ----
 
@@ -826,10 +818,7 @@ class Trunk:
 
     def start(self, kept: Kept) -> None:
         """Begin at the output."""
-        self.start_at(self._wire_of(kept))
-
-    def _wire_of(self, kept: Kept) -> Wire:
-        return unflatten(self.spec, [t.detach() if isinstance(t, Tensor) else t for t in kept.tensors()])
+        self.start_at(unflatten(self.spec, list(map(_without_graph, kept.tensors()))))
 
     def start_at(self, y: Wire) -> None:
         """Begin at a wire that has the values of the output."""
@@ -987,7 +976,7 @@ class RecordedCall:
 
     def __init__(self, op: Invertible, x: Wire) -> None:
         self.op, self.record, self.conditions = op, Record(op, None), conditions_of(op.functions)
-        self.record.like = map_wire(_nothing_known, x)
+        self.record.like = map_wire(_nothing, x)
         self.random: RandomState | None = None
         frame = Frame(self, 0, self.record)
         given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
@@ -1005,10 +994,6 @@ class RecordedCall:
     def _with_graph(self, x: Wire) -> Wire:
         with torch.enable_grad():
             return map_wire(_without_graph, self.op.forward(x))
-
-
-def _nothing_known(leaf: Any) -> None:
-    return None
 
 
 def _without_graph(leaf: Any) -> Any:
@@ -1082,5 +1067,5 @@ class Hooked(Engine):
 
     def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
         region = Region(fn, lambda tensors: (unflatten(x_spec, tensors),), run.path, self.conditions)
-        x_spec = map_wire(lambda leaf: None, x)
+        x_spec = map_wire(_nothing, x)
         return region.run((x,), leaves(x), op.functions, run.options)
