@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from operator import attrgetter
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -771,13 +771,10 @@ def _leave_hooks() -> None:
     _OPEN.hooks.pop().__exit__()
 
 
-_disable_hooks = torch.autograd.graph.disable_saved_tensors_hooks  # torch's own: see `allow_hooks_below_transforms`
-
-
 def _only_without_hooks(ignore_tracing: bool) -> None:
     """Torch refuses to turn hooks off where there are some."""
     try:
-        with _disable_hooks("hooks are being looked for"):
+        with torch.autograd.graph.disable_saved_tensors_hooks("hooks are being looked for"):
             return
     except RuntimeError:
         raise _missing(
@@ -794,11 +791,9 @@ if push_hooks is _enter_hooks or pop_hooks is _leave_hooks:  # they go in pairs
 # The hooks in force. Otherwise only where there are none.
 _top_hooks = _private("torch._C._autograd._top_saved_tensors_default_hooks", _only_without_hooks)
 
-# Forbid hooks, and allow them again. Otherwise transforms that refuse hooks refuse those of this package, too.
+# Forbid hooks. Otherwise transforms that refuse hooks refuse those of this package, too.
 _forbid_hooks = _private("torch._C._autograd._saved_tensors_hooks_disable")
-_allow_hooks = _private("torch._C._autograd._saved_tensors_hooks_enable")
-_why_no_hooks = _private("torch._C._autograd._saved_tensors_hooks_get_disabled_error_message")
-_CAN_ALLOW = None not in (_forbid_hooks, _allow_hooks, _why_no_hooks) and _top_hooks is not _only_without_hooks
+_CAN_ALLOW = _forbid_hooks is not None and _top_hooks is not _only_without_hooks
 
 
 def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
@@ -812,31 +807,17 @@ def allow_hooks_below_transforms() -> None:
     ``grad``, ``vjp``, ``jacrev`` and ``hessian`` refuse hooks of any kind, since a hook may do with a tensor of theirs
     what it wants (https://github.com/pytorch/pytorch/issues/95327). Ours number tensors, and give them back.
     """
-    graph = torch.autograd.graph
-    refuse = graph.disable_saved_tensors_hooks
-    if not _CAN_ALLOW or getattr(refuse, "allows_invfunc", False):
+    autograd: Any = sys.modules["torch._C._autograd"]
+    if not _CAN_ALLOW or autograd._saved_tensors_hooks_disable is not _forbid_hooks:
         return
 
-    @contextmanager
-    def disable_saved_tensors_hooks(error_message: str) -> Iterator[None]:
-        hooks = top_hooks()
-        owner = getattr(hooks[0], "__module__", "") if hooks is not None else ""
-        if not owner.startswith("invfunc."):
-            with refuse(error_message):
-                yield
-            return
-        before = _why_no_hooks()
-        _forbid_hooks(error_message, False)
-        try:
-            yield
-        finally:
-            if before is None:
-                _allow_hooks()
-            else:
-                _forbid_hooks(before, False)
+    @wraps(_forbid_hooks)  # Dynamo writes the function's name into its graphs
+    def forbid_hooks(error_message: str, fail_if_non_empty: bool = True) -> None:
+        hooks = top_hooks() if fail_if_non_empty else None
+        is_ours = hooks is not None and getattr(hooks[0], "__module__", "").startswith("invfunc.")
+        _forbid_hooks(error_message, fail_if_non_empty and not is_ours)
 
-    setattr(disable_saved_tensors_hooks, "allows_invfunc", True)  # noqa: B010 - pyright knows no such attribute
-    graph.disable_saved_tensors_hooks = disable_saved_tensors_hooks
+    autograd._saved_tensors_hooks_disable = forbid_hooks
 
 
 # Whether the backward that is running keeps its graph for another one. Otherwise it is taken to: memory goes later.

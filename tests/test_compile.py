@@ -609,3 +609,13 @@ def test_compiled_stages_on_fake_tensors_are_not_compiled() -> None:
         x = torch.randn(5, 2 * WIDE, requires_grad=True)
         op(x).sum().backward()
         assert x.grad.shape == x.shape
+
+
+def test_a_transform_inside_of_a_call_leaves_dynamo_its_names() -> None:
+    """Torch's functions that Dynamo knows by identity are the same after a transform has begun below our hooks."""
+    x = torch.randn(4, dtype=torch.float64)
+    torch.compile(torch.sin, backend="eager")(x)
+    inv.checkpoint(torch.func.grad(lambda t: t.sin().sum()))(x.requires_grad_()).sum().backward()
+    assert_close(x.grad, -x.detach().sin())
+    pulled = torch.compile(lambda t: torch.func.vjp(torch.sin, t)[1](t)[0], backend="aot_eager", fullgraph=True)
+    assert_close(pulled(x.detach()), x.detach().cos() * x.detach())

@@ -549,24 +549,21 @@ def _() -> None:
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
 
 
-@contract(
-    "torch._C._autograd._saved_tensors_hooks_disable",
-    "torch._C._autograd._saved_tensors_hooks_enable",
-    "torch._C._autograd._saved_tensors_hooks_get_disabled_error_message",
-)
+@contract("torch._C._autograd._saved_tensors_hooks_disable")
 def _() -> None:
-    why = found("torch._C._autograd._saved_tensors_hooks_get_disabled_error_message")
-    assert why() is None
+    disable = found("torch._C._autograd._saved_tensors_hooks_disable")
+    enable = torch._C._autograd._saved_tensors_hooks_enable
     _torch.push_hooks(_torch._same, _torch._same)
     try:
-        found("torch._C._autograd._saved_tensors_hooks_disable")("not here", False)  # although there are hooks
-        assert why() == "not here"
+        disable("not here", False)  # although there are hooks
         with pytest.raises(RuntimeError, match="not here"):
             _torch.push_hooks(_torch._same, _torch._same)
     finally:
-        found("torch._C._autograd._saved_tensors_hooks_enable")()
+        enable()
         _torch.pop_hooks()
-    assert why() is None
+    with torch.autograd.graph.saved_tensors_hooks(str, str), pytest.raises(RuntimeError, match="nor here"):
+        disable("nor here")
+    enable()
 
 
 @contract(
