@@ -18,7 +18,7 @@ from .core.op import OneWay, name_of
 from .engine.interface import Options, Run
 from .engine.lower import engine_for, runs_plainly
 from .engine.mode import current
-from .engine.trunk import Region, conditions_of
+from .engine.region import Region, conditions_of
 from .errors import ReplayError, WireError
 from .wires import is_differentiable
 

@@ -19,8 +19,8 @@ from ..errors import place_error
 from ..wires import Wire, map_wire
 from . import compiled, functional
 from .donation import Donation
+from .hooked import Hooked
 from .interface import Engine, Options, Run, State
-from .trunk import Hooked
 
 
 def lower(op: Invertible, x: Wire, options: Options) -> Wire:

@@ -32,10 +32,10 @@ from ..core.op import VJP, name_of
 from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
 from .conditions import PINS, Conditions, Pinned, RandomState, Recorder, accelerators, turn
+from .frame import changed_input
 from .sharding import check_callee
 from .snapshot import Parts, version
 from .strands import fetch
-from .trunk import changed_input
 
 T = TypeVar("T")
 

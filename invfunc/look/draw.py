@@ -25,10 +25,10 @@ from ..checkpoint import Checkpointed, CompiledStages, Marked, Wrapper
 from ..core.combine import Parallel
 from ..core.couple import Half, InverseLaw, is_coupling
 from ..core.op import Chain, Invertible, OneWay, lift, name_of, named
+from ..engine.frame import Frame
 from ..engine.interface import Run, State
 from ..engine.lower import walk
 from ..engine.snapshot import Parts
-from ..engine.trunk import Frame
 from ..errors import OptionError
 from ..exact.transform import Gridded
 from ..plan import report

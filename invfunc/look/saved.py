@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .. import _torch
 from ..core.combine import Parallel
 from ..core.op import Chain, Invertible
+from ..engine.frame import OBSERVER, Observed, Record
 from ..engine.interface import places_on
 from ..engine.snapshot import Parts
-from ..engine.trunk import OBSERVER, Observed, Record, is_tail, kept_by_tail
+from ..engine.trunk import is_tail, kept_by_tail
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from ..checkpoint import Checkpointed, Marked, Wrapper
 from ..core.combine import Plumbing
 from ..core.couple import is_coupling
 from ..core.op import Chain, Inverse, Invertible, OneWay, Rearrangement
+from ..engine.hooked import Hooked
 from ..engine.interface import Options, Run, State
 from ..engine.lower import cut, recompute, runs_plainly, walk
 from ..engine.mode import forced_mode
-from ..engine.trunk import Hooked
 from ..errors import place_error
 from ..exact.transform import Exact, Gridded
 from ..wires import Wire, leaves

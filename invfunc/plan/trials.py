@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .._torch import storage_of
 from ..core.op import Invertible, graph_leaves
+from ..engine.hooked import Hooked, OnTrunk
 from ..engine.interface import Options, Run
 from ..engine.lower import at_start, walk
+from ..engine.region import Region, conditions_of
 from ..engine.snapshot import Parts
-from ..engine.trunk import Hooked, OnTrunk, Region, Trunk, conditions_of
+from ..engine.trunk import Trunk
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .executor import SubChain, follow, steps_of
 from .schedule import Recompute, Store

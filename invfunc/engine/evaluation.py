@@ -1,0 +1,220 @@
+"""A call again, in backward: it hands over what its graph saves; rule 6 of NOTE [Trunk]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..core.op import Again
+from ..errors import ReplayError
+from ..wires import Wire, map_wire, spread
+from .conditions import PINS, Pinned
+from .frame import Like, Record, lay_out, shown, was_changed
+
+
+class _Stop(BaseException):
+    """Everything has been handed over."""
+
+
+class Evaluation(Again):
+    """Evaluates the functions of a call again, and hands over what their graphs save; rule 6 of NOTE [Trunk]."""
+
+    __slots__ = (
+        "conditions",
+        "count",
+        "kinds",
+        "leaves",
+        "like",
+        "made",
+        "record",
+        "roots",
+        "stops",
+        "versions",
+        "was",
+    )
+
+    def __init__(self, record: Record) -> None:
+        self.record, self.like, self.kinds = record, record.like, record.kinds
+        self.count = len(record.kinds)
+        self.made: list[Any] = []
+        self.versions: list[int] = []  # of what was made, when it was saved
+        self.leaves, self.stops = 0, False
+        self.roots: list[Tensor] = []  # the inputs that are leaves, as in forward
+        self.conditions: ExitStack | None = None
+        snapshot = record.conditions.snapshot
+        self.was = snapshot.look() if snapshot.written else None
+        self.rewind()
+
+    # ---- what an op asks for ----
+
+    def quietly(self, fn: Callable[..., Any], *args: Any) -> Any:
+        return fn(*args)
+
+    def evaluate(self, fn: Callable[..., Any], x: Wire, like: Wire) -> Any:
+        return self._with_graph(fn, x, like, False, spread)
+
+    def hand_over(self, fn: Callable[[Wire], Any], x: Wire, like: Wire) -> None:
+        if len(self.made) < self.count:
+            self._with_graph(fn, x, like, True, _call)
+
+    def rewind(self) -> None:
+        record = self.record
+        if self.conditions is not None:
+            self.conditions.close()
+            self.conditions = None
+        PINS.set(Pinned(record.pins) if record.pins else _NO_PINS)
+        snapshot, same_cache = record.conditions.snapshot, self._has_same_cache()
+        if record.random is not None or record.copies or not (same_cache and snapshot.is_same()):
+            self.conditions = ExitStack()
+            if not same_cache:
+                self.conditions.enter_context(_torch.parametrized_as(record.cache))
+            if record.random is not None:
+                self.conditions.enter_context(record.random.restored())
+            self.conditions.enter_context(snapshot.restored(record.copies))
+
+    # ---- how ----
+
+    def _has_same_cache(self) -> bool:
+        return self.record.cache is None and _torch.parametrized_so_far() is None
+
+    def _with_graph(self, fn: Callable[..., Any], x: Wire, like: Wire, stops: bool, call: Callable[..., Any]) -> Any:
+        self.stops, self.roots = stops, []
+        _torch.set_grad_enabled(True)
+        try:
+            x = map_wire(self._root, x, like)
+            _torch.push_hooks(self.pack, self.unpack)
+            try:
+                return call(fn, x)
+            except _Stop:
+                return None
+            finally:
+                _torch.pop_hooks()
+        finally:
+            _torch.set_grad_enabled(False)
+
+    def _root(self, leaf: Any, like: Like | None) -> Any:
+        """A rebuilt tensor for a graph, as in forward."""
+        if like is None:
+            return leaf
+        kind, stride = like.kind, like.stride
+        if stride is not None and leaf.stride() != stride:
+            leaf = lay_out(leaf, stride)
+        if not kind:
+            return leaf
+        root = leaf.detach().requires_grad_()
+        if kind == 1:
+            self.roots.append(root)
+            return root
+        return root.view_as(root) if stride is not None else root.clone()  # a result, for trunks inside as well
+
+    def pack(self, tensor: Tensor) -> Any:
+        """The hook: what forward packed as a number is collected."""
+        if tensor.requires_grad and tensor.is_leaf:
+            if not any([root is tensor for root in self.roots]):
+                self._check_leaf(tensor)
+            return tensor
+        made = self.made
+        place = len(made)
+        if place < self.count and self.record.is_checked and (tensor.shape, tensor.dtype) != self.kinds[place]:
+            raise self._saved_otherwise(f"as number {place} {shown([(tensor.shape, tensor.dtype)])}", place)
+        made.append(tensor)
+        self.versions.append(tensor._version)
+        if self.stops and place + 1 == self.count:
+            raise _Stop
+        return place
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The hook, for a gradient that the function takes itself."""
+        return packed if isinstance(packed, Tensor) else self.made[packed]
+
+    def _check_leaf(self, tensor: Tensor) -> None:
+        place, self.leaves = self.leaves, self.leaves + 1
+        expected = self.record.leaves
+        if place < len(expected) and expected[place] is tensor:
+            return
+        where = _torch.storage_of(tensor)  # a gradient inside of the function unpacks leaves as other objects
+        same = [t for t in (*expected, *self.roots) if t is tensor or _torch.storage_of(t) == where]
+        if place >= len(expected) or not same:
+            raise ReplayError(
+                f"the function met a tensor of shape {tuple(tensor.shape)} that it did not meet in forward",
+                expected="the tensors that it closed over in forward",
+                cure="do not rebind what a function closes over between forward and backward",
+            )
+
+    def _saved_otherwise(self, what: str, place: int) -> ReplayError:
+        return ReplayError(
+            f"the function saved {what} when it ran again",
+            expected=f"{shown([self.kinds[place]])} as in forward" if place < self.count else "no more",
+            cure="the function must do the same twice; test an op with invfunc.testing.check_laws",
+        )
+
+    def finish(self) -> None:
+        """Hand over what was made, and forget it: the graph of this evaluation is not needed."""
+        made = self.made
+        self.abandon()
+        if len(made) != self.count:
+            raise ReplayError(
+                f"the function saved {len(made)} tensors when it ran again",
+                expected=f"{self.count} as in forward",
+                cure="the function must do the same twice; test an op with invfunc.testing.check_laws",
+            )
+        frame = self.record.frame()
+        if frame is not None:
+            frame.saved = {place: t if t.is_leaf else t.detach() for place, t in enumerate(made)}
+            for place, tensor in enumerate(made):
+                if tensor._version != self.versions[place]:
+                    frame.saved[place] = was_changed(tensor)
+
+    def abandon(self) -> None:
+        """Forget everything."""
+        self.made = []
+        if self.conditions is not None:
+            self.conditions.close()
+        if self.was is not None:
+            self.record.conditions.snapshot.take_away(self.was)
+
+
+def _call(fn: Callable[[Wire], Any], x: Wire) -> Any:
+    return fn(x)
+
+
+_NO_PINS = Pinned(())
+
+
+def evaluate_again(record: Record, rebuild: Callable[[Again], Any]) -> Any:
+    """What ``rebuild(again)`` returns, with gradients off; what it evaluates with gradients is handed over."""
+    again = Evaluation(record)
+    try:
+        out = rebuild(again)
+        again.finish()
+        return out
+    except BaseException:
+        again.abandon()
+        raise
+
+
+def evaluate_quietly(record: Record, fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)`` as the call ran, with gradients off."""
+    again = Evaluation(record)
+    try:
+        return again.quietly(fn, *args)
+    finally:
+        again.abandon()
+
+
+def in_backward(fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)`` with gradients off, and outside of transforms that backward itself runs under."""
+    before = torch.is_grad_enabled()
+    _torch.set_grad_enabled(False)
+    try:
+        if _torch.active():
+            with _torch.below_transforms():
+                return fn(*args)
+        return fn(*args)
+    finally:
+        _torch.set_grad_enabled(before)

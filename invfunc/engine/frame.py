@@ -1,0 +1,302 @@
+"""One call of an op: the hooks below which it runs, and what is known of it; rule 1 of NOTE [Trunk]."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from ..core.op import Invertible, Residue, name_of
+from ..errors import ReplayError, place_error
+from ..wires import Wire
+from .conditions import PINS, Conditions, RandomState, Recorder, accelerators
+from .interface import Path, places_on
+from .sharding import check_callees, checking_calls, is_any_sharded
+from .snapshot import BufferCopy, Parts, Snapshot, copies_of, version, worth_keeping
+
+Kind: TypeAlias = tuple[torch.Size, torch.dtype]
+
+
+# ---- what is known of a call ----
+
+
+class Record:
+    """What it takes to evaluate a call again: rule 6 of NOTE [Trunk]."""
+
+    __slots__ = (
+        "cache", "conditions", "copies", "frame", "is_checked", "kept", "kinds", "leaves", "like", "op", "path", "pins",
+        "random", "residue", "stored",
+    )  # fmt: skip
+
+    def __init__(self, op: Invertible | None, path: Path) -> None:
+        self.op, self.path = op, path
+        self.is_checked = True  # whether what is saved again is compared with `kinds`
+        self.kinds: list[Kind] = []  # of what was packed as a number
+        self.leaves: list[Tensor] = []  # what was packed as itself
+        self.like: Wire = None
+        self.residue: Residue = None
+        self.kept: Kept | None = None  # the residue's tensors, where hooks around the pipeline take them
+        self.pins: list[tuple[str, Any]] = []
+        self.random: RandomState | None = None
+        self.stored: tuple[Wire] | None = None  # the input of a call that can not run again
+        self.cache: dict[Any, Any] | None = None  # weights that the caller has cached
+        self.conditions: Conditions
+        self.copies: list[BufferCopy] = []
+        self.frame: Callable[[], Frame | None] = gone  # nobody asks any more when it is gone
+
+    def place(self, error: Exception) -> None:
+        """Tell an error where in the pipeline it happened."""
+        for place in reversed(places_on(self.path)):
+            place_error(error, place)
+
+
+class Frame:
+    """The hooks of one call: what its graph has saved; rule 1 of NOTE [Trunk].
+
+    Args:
+        owner: Whom to ask for the tensors again.
+        level: Its place there.
+        record: What is known of the call.
+    """
+
+    __slots__ = ("__weakref__", "held", "level", "owner", "record", "saved")
+
+    def __init__(self, owner: Any, level: int, record: Record) -> None:
+        self.owner, self.level, self.record = owner, level, record
+        self.held: dict[int, Tensor] | None = {}  # while the call runs, and for good where it can not run again
+        self.saved: dict[int, Any] = {}  # handed over, and not yet unpacked; then weak references
+        record.frame = weakref.ref(self)
+
+    def pack(self, tensor: Tensor) -> Any:
+        """The hook: a number for a tensor, or the leaf and its version."""
+        if tensor.requires_grad and tensor.is_leaf:
+            self.record.leaves.append(tensor)
+            return tensor, tensor._version
+        held, kinds = self.held, self.record.kinds
+        assert held is not None
+        number = len(kinds)
+        held[number] = tensor
+        kinds.append((tensor.shape, tensor.dtype))
+        return number
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The hook: the tensor again."""
+        if type(packed) is tuple:
+            tensor, before = packed
+            if tensor._version != before:
+                error = was_changed(tensor)
+                self.record.place(error)
+                raise error
+            return tensor
+        if self.held is not None:
+            return self.held[packed]
+        tensor = self._take(packed)
+        while tensor is None:  # again, where another thread has taken what was handed over
+            _torch.run_backward(self.owner.rebuild, self)
+            tensor = self._take(packed)
+        if isinstance(tensor, ReplayError):  # the function wrote into what its graph had saved
+            self.record.place(tensor)
+            raise tensor
+        self.saved[packed] = weakref.ref(tensor)
+        return tensor
+
+    def _take(self, packed: int) -> Tensor | None:
+        tensor = self.saved.pop(packed, None)
+        return tensor() if type(tensor) is weakref.ref else tensor
+
+    def run(
+        self, fn: Callable[..., Any], args: Sequence[Any], functions: Iterable[Any], given: list[Any], rng: bool
+    ) -> Any:
+        """``fn(*args)``, recorded.
+
+        Args:
+            fn: The call.
+            args: Its arguments.
+            functions: What it calls: its modules are looked for there.
+            given: The tensors among the arguments.
+            rng: Whether random numbers are replayed.
+        """
+        record, snapshot = self.record, self.owner.conditions.snapshot
+        record.conditions = self.owner.conditions
+        copies = copies_of(functions) if snapshot.has_buffers else ()
+        is_lazy = snapshot.is_lazy and any(["_initialize_hook" in m.__dict__ for m in Parts(functions).modules])
+        if is_any_sharded():
+            check_callees(functions)
+        before = None
+        if rng:
+            before = self.owner.random or _random_state(given, snapshot)
+        versions = [t._version for t in given]
+        record.cache = _torch.parametrized_so_far()
+        observer = OBSERVER.get()
+        first = _torch.graph_position() if observer is not None else 0
+        token = PINS.set(Recorder(PINS.get(), record.pins))
+        try:
+            out = self._call(fn, args)
+            if out is _REFUSED:  # for the first time in this process
+                _torch.allow_hooks_below_transforms()
+                self._begin_again(copies, before)
+                out = self._call(fn, args)
+        except RuntimeError as error:
+            if any(text in str(error) for text in _IN_PLACE):
+                raise changed_input(fn if record.op is None else record.op.forward_with_residue) from error
+            raise
+        finally:
+            PINS.reset(token)
+            held, self.held = self.held, None
+        if [t._version for t in given] != versions:
+            raise changed_input(fn if record.op is None else record.op.forward_with_residue)
+        if is_lazy:
+            self.held = held  # rule 9
+        if copies:
+            record.copies = [copy for copy in copies if worth_keeping(copy)]
+        if before is not None:
+            self.owner.random = before
+            if before.has_moved():
+                record.random, self.owner.random = before, before.later()
+        if observer is not None:
+            observer.append(Observed(record, self.owner, first, _torch.graph_position()))
+        return out
+
+    def forward(self, op: Invertible, x: Wire) -> tuple[Wire, Residue]:
+        """An op's forward; what its function has saved is let go before memory for the result is taken."""
+        t = op.evaluate(x)
+        if self.held and not self.record.conditions.snapshot.is_lazy:
+            self.held.clear()
+        return op.forward_by(t, x)
+
+    def _call(self, fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """``fn(*args)`` below the hooks."""
+        _torch.push_hooks(self.pack, self.unpack)
+        try:
+            return checking_calls(fn, *args) if is_any_sharded() else fn(*args)
+        except RuntimeError as error:
+            if "support saved tensor hooks" in str(error):
+                return _REFUSED
+            raise
+        finally:
+            _torch.pop_hooks()
+
+    def _begin_again(self, copies: Iterable[BufferCopy], before: RandomState | None) -> None:
+        """As if the call had not been made."""
+        self.held = {}
+        self.record.kinds.clear()
+        self.record.leaves.clear()
+        for copy in copies:
+            copy.module._buffers[copy.name] = copy.tensor
+            copy.tensor.copy_(copy.copy)
+        if before is not None:
+            before.put()
+
+
+_IN_PLACE = "is being used in an in-place operation", "is a view and is being modified inplace"  # what torch says
+_REFUSED = object()  # a transform of torch.func does not begin below hooks
+
+
+class Observed(NamedTuple):
+    """A recorded call, for those who ask what is kept: see `invfunc.look.saved`."""
+
+    record: Record
+    owner: Any
+    first: int  # its nodes have sequence numbers from here
+    stop: int
+
+
+OBSERVER: ContextVar[list[Observed] | None] = ContextVar("observer", default=None)
+
+
+def _random_state(given: list[Tensor], snapshot: Snapshot) -> RandomState:
+    if not _torch.has_accelerator():
+        return RandomState()
+    return RandomState(accelerators([*given, *snapshot.tensors_in_sight()]))
+
+
+# ---- what forward knew of a tensor ----
+
+
+_PLAIN = torch.Tensor, torch.nn.Parameter
+
+
+class Like:
+    """What forward knew of a tensor that backward rebuilds."""
+
+    __slots__ = ("dtype", "kind", "shape", "stride")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.kind = (1 if tensor.is_leaf else 2) if tensor.requires_grad else 0  # no gradient; a leaf's; a result's
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        # A kernel may be chosen by the strides, and with it what is saved. A subclass (a DTensor) lays itself out.
+        has_strides = tensor.layout is torch.strided and type(tensor) in _PLAIN
+        self.stride = tensor.stride() if has_strides else None
+
+
+def like_of(leaf: Any) -> Like | None:
+    """What forward knows of a tensor; of anything else nothing."""
+    return Like(leaf) if isinstance(leaf, Tensor) else None
+
+
+def lay_out(leaf: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """A tensor with other strides."""
+    with torch.no_grad():
+        once = leaf
+        for dim, step in enumerate(stride):
+            once = once.narrow(dim, 0, 1) if not step and once.shape[dim] else once  # expanded: all are the same
+        out = torch.empty_strided(once.shape, stride, dtype=leaf.dtype, device=leaf.device)
+        return out.copy_(once).expand(leaf.shape)
+
+
+def was_changed(tensor: Tensor) -> ReplayError:
+    """The error of a tensor that was written into after forward."""
+    return ReplayError(
+        f"a tensor of shape {tuple(tensor.shape)} that backward needs has been modified by an inplace operation",
+        expected="the values that forward read",
+        cure="run backward before changing it, or use the out-of-place operation",
+    )
+
+
+def changed_input(fn: Callable[..., Any]) -> ReplayError:
+    """The error of a function that writes into what it is given."""
+    return ReplayError(
+        f"{name_of(fn)} changed its input in place",
+        expected="a function that leaves its input alone: backward runs it again",
+        cure="use the out-of-place operation, or clone the input first",
+    )
+
+
+def shown(kinds: Sequence[Kind | None]) -> str:
+    """Shapes and dtypes, as errors show them."""
+    given = [kind for kind in kinds if kind is not None]
+    return ", ".join(f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in given) or "nothing"
+
+
+def gone() -> None:
+    """For a reference to nothing."""
+
+
+# ---- what is kept ----
+
+
+class Kept:
+    """Tensors that are kept for backward as autograd keeps them: below the hooks in force, and with their versions."""
+
+    __slots__ = ("packed", "shape", "unpack", "versions")
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        hooks = _torch.top_hooks()
+        self.unpack = None if hooks is None else hooks[1]
+        self.versions = [version(t) if isinstance(t, Tensor) else 0 for t in tensors]
+        pack = None if hooks is None else hooks[0]
+        self.packed = [pack(t.detach()) if pack is not None and isinstance(t, Tensor) else t for t in tensors]
+
+    def tensors(self) -> list[Any]:
+        """They, unless one has been written in place."""
+        if self.unpack is not None:
+            return [self.unpack(packed) if packed is not None else None for packed in self.packed]
+        for tensor, before in zip(self.packed, self.versions, strict=True):
+            if isinstance(tensor, Tensor) and version(tensor) != before:
+                raise was_changed(tensor)
+        return list(self.packed)

@@ -1,0 +1,85 @@
+"""The engine of ordinary autograd: it runs pipelines on trunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..core.op import Invertible
+from ..wires import Wire, leaves, map_wire, unflatten
+from .frame import like_of
+from .interface import Engine, Place, Run
+from .region import Region, conditions_of
+from .trunk import Route, Stage, Trunk
+
+
+class OnTrunk:
+    """A wire, and the trunk that it came by."""
+
+    __slots__ = ("trunk", "wire")
+
+    def __init__(self, trunk: Trunk, wire: Wire) -> None:
+        self.trunk, self.wire = trunk, wire
+
+
+class Hooked(Engine):
+    """Runs pipelines in ordinary autograd."""
+
+    def __init__(self, functions: Iterable[Any]) -> None:
+        self.conditions = conditions_of(functions)
+
+    def finish(self) -> None:
+        """The pipeline has run: note what its modules are."""
+        self.conditions.snapshot.note()
+
+    def begin(self, x: Wire, run: Run, place: Place) -> OnTrunk:
+        return OnTrunk(Trunk(self.conditions, place), x)
+
+    def begin_donated(self, donation: Any, x: Wire, run: Run, place: Place) -> OnTrunk:
+        """Open a trunk whose input is freed, and rebuilt by the trunk."""
+        state = self.begin(x, run, place)
+        state.wire = donation.begin()
+        donation.join(state.trunk)
+        return state
+
+    def close(self, state: OnTrunk) -> Wire:
+        return state.trunk.close(state.wire)
+
+    def wire(self, state: OnTrunk) -> Wire:
+        return state.wire
+
+    def opens(self, state: OnTrunk) -> bool:
+        return not any([isinstance(level, Stage) for level in state.trunk.levels.items])
+
+    def with_wire(self, state: OnTrunk, wire: Wire) -> OnTrunk:
+        return OnTrunk(state.trunk, wire)
+
+    def call(self, op: Invertible, state: OnTrunk, run: Run) -> OnTrunk:
+        return OnTrunk(state.trunk, state.trunk.call(op, state.wire, run.path, run.options))
+
+    def move(self, op: Invertible, state: OnTrunk, run: Run) -> OnTrunk:
+        x = state.wire
+        y = op.forward(x)
+        like = map_wire(like_of, x) if isinstance(x, tuple) and not isinstance(y, tuple) else None
+        state.trunk.levels.items.append(Route(op.inverse, like))
+        return OnTrunk(state.trunk, y)
+
+    def route(self, op: Any, state: OnTrunk) -> OnTrunk:
+        y = op.forward_fn(state.wire)
+        state.trunk.levels.items.append(Route(op.inverse_fn))
+        return OnTrunk(state.trunk, y)
+
+    def fork(self, op: Any, state: OnTrunk, step: Callable[[Invertible, OnTrunk], OnTrunk], run: Run) -> OnTrunk:
+        trunk = state.trunk
+        ends = op._each(lambda part, x: step(part, OnTrunk(trunk.component(), x)), state.wire)
+        trunk.join([end.trunk for end in ends])
+        return OnTrunk(trunk, tuple([end.wire for end in ends]))
+
+    def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
+        region = Region(fn, lambda tensors: (unflatten(x_spec, tensors),), run.path, self.conditions)
+        x_spec = map_wire(_nothing, x)
+        return region.run((x,), leaves(x), op.functions, run.options)
+
+
+def _nothing(leaf: Any) -> None:
+    return None

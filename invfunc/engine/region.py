@@ -1,0 +1,106 @@
+"""A call that runs again from its stored input; rule 5 of NOTE [Trunk]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.op import Invertible
+from ..wires import Wire, leaves, map_wire
+from .conditions import Conditions, RandomState
+from .evaluation import evaluate_again, evaluate_quietly, in_backward
+from .frame import Frame, Kept, Record, like_of
+from .interface import Options, Path
+from .snapshot import Snapshot
+
+
+def conditions_of(functions: Iterable[Any]) -> Conditions:
+    """What functions run under from here, and the modules that they use."""
+    return Conditions(Snapshot(functions))
+
+
+class Region:
+    """One call that runs again from its stored arguments; rule 5 of NOTE [Trunk].
+
+    Args:
+        fn: The function, of whatever ``build`` makes of tensors.
+        build: The arguments, from the tensors that are stored.
+        path: Where in the pipeline it is.
+        conditions: What it runs under.
+    """
+
+    __slots__ = ("build", "conditions", "fn", "kept", "random", "record")
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        build: Callable[[Sequence[Any]], Sequence[Any]],
+        path: Path,
+        conditions: Conditions,
+    ) -> None:
+        self.fn, self.build = fn, build
+        self.record, self.conditions = Record(None, path), conditions
+        self.random: RandomState | None = None
+        self.kept: Kept | None = None
+
+    def run(self, args: Sequence[Any], tensors: Sequence[Any], functions: Iterable[Any], options: Options) -> Any:
+        """``fn(*args)``, recorded; the tensors are those among its arguments."""
+        rng, self.record.is_checked = options.preserve_rng_state, options.determinism_check == "default"
+        frame, kept = Frame(self, 0, self.record), Kept(tensors)
+        self.record.like = tuple(map(like_of, tensors))
+        out = frame.run(self.fn, args, functions, [t for t in tensors if isinstance(t, Tensor)], rng)
+        if self.record.kinds:
+            self.kept = kept
+        return out
+
+    def rebuild(self, frame: Frame) -> None:
+        """Hand the frame its tensors: run again."""
+        try:
+            self.conditions.run(in_backward, self._rebuild)
+        except Exception as error:
+            self.record.place(error)
+            raise
+
+    def _rebuild(self) -> None:
+        assert self.kept is not None
+        x = tuple(self.kept.tensors())
+        evaluate_again(self.record, lambda again: again.hand_over(self._again, x, self.record.like))
+
+    def _again(self, tensors: tuple[Any, ...]) -> Any:
+        return self.fn(*self.build(tensors))
+
+
+class RecordedCall:
+    """One call of an op, recorded; run again to see whether it does the same."""
+
+    def __init__(self, op: Invertible, x: Wire) -> None:
+        self.op, self.record, self.conditions = op, Record(op, None), conditions_of(op.functions)
+        self.record.like = map_wire(_nothing, x)
+        self.random: RandomState | None = None
+        frame = Frame(self, 0, self.record)
+        given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
+        with torch.no_grad():
+            self.y = frame.run(op.forward, (x,), op.functions, given, True)
+        self.conditions.snapshot.note()
+
+    def again(self, x: Wire, with_gradients: bool) -> Wire:
+        """The op on another input, as backward evaluates it."""
+        return self.conditions.run(in_backward, self._again, x, with_gradients)
+
+    def _again(self, x: Wire, with_gradients: bool) -> Wire:
+        return evaluate_quietly(self.record, self._with_graph if with_gradients else self.op.forward, x)
+
+    def _with_graph(self, x: Wire) -> Wire:
+        with torch.enable_grad():
+            return map_wire(_without_graph, self.op.forward(x))
+
+
+def _nothing(leaf: Any) -> None:
+    return None
+
+
+def _without_graph(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
