@@ -70,12 +70,13 @@ class Evaluation(Again):
         PINS.set(Pinned(record.pins) if record.pins else _NO_PINS)
         snapshot, same_cache = record.conditions.snapshot, self._has_same_cache()
         if record.random is not None or record.copies or not (same_cache and snapshot.is_same()):
-            self.conditions = ExitStack()
-            if not same_cache:
-                self.conditions.enter_context(_torch.parametrized_as(record.cache))
-            if record.random is not None:
-                self.conditions.enter_context(record.random.restored())
-            self.conditions.enter_context(snapshot.restored(record.copies))
+            with ExitStack() as conditions:
+                if not same_cache:
+                    conditions.enter_context(_torch.parametrized_as(record.cache))
+                if record.random is not None:
+                    conditions.enter_context(record.random.restored())
+                conditions.enter_context(snapshot.restored(record.copies))
+                self.conditions = conditions.pop_all()
 
     # ---- how ----
 

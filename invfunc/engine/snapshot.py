@@ -4,19 +4,22 @@ NOTE [Snapshot] No gradient depends on what is found here: it only tells what ha
 
 1.  *Where to look.* A function's modules are found in its structure: modules, methods, partials, closures, containers,
     callable objects. What is hidden better is not restored, as with torch's own checkpoint.
-2.  *Slots, flags, hooks, submodules, attributes* are noted behind the call: what it writes itself, such as a counter,
-    is not put back, but for buffers that it assigns: it runs again with those that it found. Where one of them has
-    changed since, what it was is put in its place while the call runs again.
+2.  *Slots, flags, hooks, submodules, attributes*, the classes of modules, what is in the lists, dicts, sets and objects
+    that they or closures hold, and what closures and globals are bound to, are noted behind the call: what it writes
+    itself, such as a counter, is not put back, but for buffers that it assigns: it runs again with those that it found.
+    Where one of them has changed since, what it was is put in its place while the call runs again.
 3.  *Buffers* that a module may write move once a step: the call runs again on copies of them as they were before it.
     (Batch norm's kernels do not bump the version counter, so that nothing tells what was written.) Large ones, and
     those of a module in eval, are copied if the module's first call was seen to write them.
-4.  *A tensor that was written in place* can not be restored: it raises, and names the module and the tensor.
+4.  *A tensor that was written in place*, moved, or given other data can not be restored: it raises, and names the
+    module and the tensor.
 5.  *Tensors that the call leaves* on a module when it runs again are taken away: those of forward stay.
 6.  A module that is shared with another thread is changed by one replay at a time; see `conditions.turn`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -65,6 +68,54 @@ class Place(NamedTuple):
             self.table[self.name] = value
 
 
+class Attribute(NamedTuple):
+    """A slot of an object, or the class of a module."""
+
+    table: Any
+    name: str
+    value: Any
+
+    def now(self) -> Any:
+        """What is there now."""
+        return getattr(self.table, self.name, _ABSENT)
+
+    def put(self, value: Any) -> None:
+        """Put something there, though the object be frozen."""
+        if value is _ABSENT:
+            object.__delattr__(self.table, self.name)
+        else:
+            object.__setattr__(self.table, self.name, value)
+
+
+class Contents(NamedTuple):
+    """What a list, a dict or a set consists of."""
+
+    table: Any
+    value: Any
+
+    def now(self) -> Any:
+        """What it consists of now."""
+        return self.table.copy()
+
+    def is_same(self) -> bool:
+        """Whether it consists of the same objects as then, in the same order."""
+        now, was = self.table, self.value
+        if len(now) != len(was):
+            return False
+        return all(map(is_, now, was)) and (not isinstance(now, dict) or all(map(is_, now.values(), was.values())))
+
+    def put(self, value: Any) -> None:
+        """Put something in its place."""
+        self.table.clear()
+        (self.table.extend if isinstance(self.table, list) else self.table.update)(value)
+
+    def unwritten(self) -> list[Place]:
+        """Where the call has written into it: the places that it has left alone."""
+        if not isinstance(self.table, dict):
+            return []
+        return [Place(self.table, n, v) for n, v in self.value.items() if self.table.get(n, _ABSENT) is v]
+
+
 class Table(NamedTuple):
     """All that a module has of a kind, in its order."""
 
@@ -95,10 +146,11 @@ class Parts:
         nearby: Modules that a closure or an object can see: it may call them, or read their tensors.
         modules: All of these, and every submodule, each once.
         tensors: Tensors outside of modules.
-        places: Where closures and objects find modules and tensors.
+        places: Where closures and globals find what they are bound to, and slots.
+        contents: The lists, dicts, sets and objects that they or their modules hold.
     """
 
-    __slots__ = ("called", "is_opaque", "modules", "nearby", "places", "roots", "seen", "tensors")
+    __slots__ = ("called", "contents", "is_opaque", "modules", "nearby", "places", "roots", "seen", "tensors")
 
     def __init__(self, functions: Iterable[Any]) -> None:
         self.is_opaque = False  # whether there may be more than is seen
@@ -107,7 +159,8 @@ class Parts:
         self.nearby: list[nn.Module] = []
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
-        self.places: list[Place] = []
+        self.places: list[Any] = []
+        self.contents: list[Contents] = []
         self.seen: set[int] = set()
         for fn in functions:
             self.add(fn, 0)
@@ -122,7 +175,7 @@ class Parts:
             if id(item) not in self.seen:
                 self.seen.add(id(item))
                 self.tensors.append(item)
-        elif id(item) not in self.seen and depth < _DEPTH:
+        elif type(item) not in _PLAIN and id(item) not in self.seen and depth < _DEPTH:
             self.seen.add(id(item))
             self._look_into(item, depth + 1)
 
@@ -138,11 +191,33 @@ class Parts:
             if child is not None:
                 self._add_module(child)
         for value in islice(attributes.values(), _OWN_ATTRIBUTES, None):  # a list hides modules from torch
-            if type(value) in _CONTAINERS:
+            if type(value) in _CONTAINERS or isinstance(value, (list, dict, set)):
                 self.add(value, 1)
             elif isinstance(value, Tensor):
                 name = next(name for name, item in attributes.items() if item is value)
                 self._add_at(Place(attributes, name, value), 1)
+            else:
+                self._add_values(value, 1)
+
+    def _add_values(self, item: Any, depth: int) -> None:
+        """What an object that a module holds consists of; what it calls is not looked for."""
+        if type(item) in _PLAIN or id(item) in self.seen or depth > _DEPTH:
+            return
+        self.seen.add(id(item))
+        if isinstance(item, (list, dict, set)):
+            if self._note_contents(item):
+                for part in item.values() if isinstance(item, dict) else item:
+                    self._add_values(part, depth + 1)
+        elif _has_values(item) and not isinstance(item, (nn.Module, Tensor)):
+            self._add_values(getattr(item, "__dict__", None), depth + 1)
+            self.places += _slots_of(item)
+
+    def _note_contents(self, table: list[Any] | dict[Any, Any] | set[Any]) -> bool:
+        """Unless it is large: it is copied in every call."""
+        if len(table) > _MANY:
+            return False
+        self.contents.append(Contents(table, table.copy()))
+        return True
 
     def _look_into(self, item: Any, depth: int) -> None:
         kind = type(item)
@@ -159,16 +234,30 @@ class Parts:
         elif isinstance(item, tuple):
             for part in item:
                 self.add(part, depth)
-        elif isinstance(item, (list, dict)):
-            for name, part in list(enumerate(item) if isinstance(item, list) else item.items()):
-                if isinstance(part, (nn.Module, Tensor)):
-                    self.places.append(Place(item, name, part))
-                self.add(part, depth)
-        elif not (isinstance(item, (type, ModuleType, BuiltinFunctionType)) or kind in _PLAIN):
+        elif isinstance(item, (list, dict, set)):
+            self._add_items(item, depth)
+        elif not isinstance(item, (type, ModuleType, BuiltinFunctionType)):
             self.is_opaque |= callable(item)
-            self._add_named(getattr(item, "__dict__", _NOTHING), depth)
-            for name in getattr(kind, "__slots__", ()):
-                self.add(getattr(item, name, None), depth)
+            if _has_values(item):
+                self._add_object(item, depth)
+
+    def _add_items(self, table: Any, depth: int) -> None:
+        is_whole = self._note_contents(table)
+        for name, part in list(table.items() if isinstance(table, dict) else enumerate(table)):
+            if not (is_whole or isinstance(table, set)) and isinstance(part, (nn.Module, Tensor)):
+                self.places.append(Place(table, name, part))
+            self.add(part, depth)
+
+    def _add_object(self, item: Any, depth: int) -> None:
+        table = getattr(item, "__dict__", _NOTHING)
+        is_whole = self._note_contents(table)
+        for name, value in list(table.items()):
+            if is_whole:
+                self._add_near(value, depth)
+            elif isinstance(value, (nn.Module, Tensor)):
+                self._add_at(Place(table, name, value), depth)
+        for place in _slots_of(item):
+            self._add_at(place, depth)
 
     def _add_owner(self, method: MethodType, depth: int) -> None:
         owner = method.__self__
@@ -183,35 +272,53 @@ class Parts:
         for cell in fn.__closure__ or ():
             if cell != _EMPTY_CELL:
                 self._add_at(Place(cell, None, cell.cell_contents), depth)
-        for defaults in dict(enumerate(fn.__defaults__ or ())), fn.__kwdefaults__ or _NOTHING:
-            self._add_named(defaults, depth)
+        for value in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or _NOTHING).values()):
+            self.add(value, depth)
         if fn.__module__.partition(".")[0] not in _LIBRARIES:
             names = fn.__globals__
             for name in fn.__code__.co_names:
-                if name in names and isinstance(names[name], _INTERESTING):
+                if name in names and (isinstance(names[name], _INTERESTING) or _is_value(names[name])):
                     self._add_at(Place(names, name, names[name]), depth)
 
-    def _add_named(self, table: Any, depth: int) -> None:
-        for name, value in list(table.items()):
-            self._add_at(Place(table, name, value), depth)
+    def _add_at(self, place: Place | Attribute, depth: int) -> None:
+        self.places.append(place)
+        self._add_near(place.value, depth)
 
-    def _add_at(self, place: Place, depth: int) -> None:
-        if isinstance(place.value, nn.Module):
-            self.nearby.append(place.value)
-            self.places.append(place)
-            self._add_module(place.value)
-            return
-        if isinstance(place.value, Tensor):
-            self.places.append(place)
-        self.add(place.value, depth)
+    def _add_near(self, value: Any, depth: int) -> None:
+        if isinstance(value, nn.Module):
+            self.nearby.append(value)
+            self._add_module(value)
+        else:
+            self.add(value, depth)
 
 
 _NOTHING: dict[str, Any] = {}
 _OWN_ATTRIBUTES = len(vars(nn.Module()))  # every module's own, which come first
-_CONTAINERS = frozenset((list, tuple, dict, FunctionType, MethodType, partial))
-_PLAIN = (int, float, str, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device, torch.Generator)
+_CONTAINERS = frozenset((tuple, FunctionType, MethodType, partial))
+_PLAIN = frozenset((
+    int, float, str, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device, torch.Generator,
+))  # fmt: skip
 _LIBRARIES = ("torch", "invfunc")
 _INTERESTING = (nn.Module, Tensor, FunctionType, MethodType, partial)
+_CLOSED = sys.stdlib_module_names - {"types", "argparse", "builtins"}  # whose objects are no values: loggers, locks
+_MANY = 256  # items
+
+
+def _has_values(item: Any) -> bool:
+    """Whether an object is one of the user's, with attributes that a function may read."""
+    kind = type(item)
+    is_open = kind.__module__.partition(".")[0] not in _CLOSED
+    return is_open and (hasattr(item, "__dict__") or hasattr(kind, "__slots__"))
+
+
+def _slots_of(item: Any) -> list[Attribute]:
+    names = getattr(type(item), "__slots__", ())
+    return [Attribute(item, name, getattr(item, name)) for name in names if hasattr(item, name)]
+
+
+def _is_value(item: Any) -> bool:
+    """Whether a function reads a global, and does not call it."""
+    return type(item) in _PLAIN or not (callable(item) or isinstance(item, ModuleType))
 
 
 def version(tensor: Tensor) -> int:
@@ -317,8 +424,8 @@ class Snapshot:
     """The modules and tensors of functions; made before a call, and completed behind it by `note`."""
 
     __slots__ = (
-        "attributes", "buffers", "checked", "dtypes", "flags", "has_buffers", "hooks", "is_lazy", "is_noted", "names",
-        "owned", "parts", "sizes", "slots", "tables", "tensors", "versions", "written",
+        "addresses", "attributes", "buffers", "checked", "classes", "dtypes", "flags", "has_buffers", "hooks",
+        "is_lazy", "is_noted", "names", "owned", "parts", "sizes", "slots", "tables", "tensors", "versions", "written",
     )  # fmt: skip
 
     def __init__(self, functions: Iterable[Any]) -> None:
@@ -343,7 +450,7 @@ class Snapshot:
         parts = self.parts
         if is_any_sharded():
             self._leave_out_sharded()
-        if parts.places and not all([place.now() is place.value for place in parts.places]):
+        if not (all([p.now() is p.value for p in parts.places]) and all([c.is_same() for c in parts.contents])):
             self._forget_written()
         owned = self.owned
         before, self.attributes = self.attributes, _flat(owned)
@@ -361,6 +468,8 @@ class Snapshot:
             tensors += parts.tensors
         self.versions = _versions_of(tensors)
         self.flags, self.dtypes = [t.requires_grad for t in tensors], [t.dtype for t in tensors]
+        self.addresses = _addresses_of(tensors)
+        self.classes = list(map(type, parts.modules))
         self.is_noted = True
 
     def _note_written(self, before: tuple[Any, ...]) -> None:
@@ -378,6 +487,11 @@ class Snapshot:
         parts = self.parts
         written = {id(place.value) for place in parts.places if place.now() is not place.value}
         parts.places = [place for place in parts.places if place.now() is place.value]
+        for contents in (c for c in parts.contents if not c.is_same()):
+            parts.places += contents.unwritten()
+            items = contents.value.values() if isinstance(contents.value, dict) else contents.value
+            written |= set(map(id, items)) - {id(place.value) for place in parts.places}
+        parts.contents = [contents for contents in parts.contents if contents.is_same()]
         parts.tensors = [tensor for tensor in parts.tensors if id(tensor) not in written]
 
     def _leave_out_sharded(self) -> None:
@@ -404,7 +518,13 @@ class Snapshot:
             return False
         if any([table for attributes in self.owned for table in _HOOKS_THAT_RUN(attributes)]):
             return False
-        return self._are_tensors_same() and not any([p.now() is not p.value for p in self.parts.places])
+        parts = self.parts
+        return (
+            self._are_tensors_same()
+            and all([place.now() is place.value for place in parts.places])
+            and all([contents.is_same() for contents in parts.contents])
+            and list(map(type, parts.modules)) == self.classes
+        )
 
     def _are_tensors_same(self) -> bool:
         tensors = self.tensors
@@ -412,6 +532,7 @@ class Snapshot:
             _versions_of(tensors) == self.versions
             and [t.requires_grad for t in tensors] == self.flags
             and [t.dtype for t in tensors] == self.dtypes
+            and _addresses_of(tensors) == self.addresses
         )
 
     @contextmanager
@@ -420,7 +541,11 @@ class Snapshot:
         changes: list[Any] = []
         flags: list[tuple[Tensor, bool]] = []
         if not self.is_same():
-            changes += [place for place in self.parts.places if place.now() is not place.value]
+            parts = self.parts
+            changes += [place for place in parts.places if place.now() is not place.value]
+            changes += [contents for contents in parts.contents if not contents.is_same()]
+            classes = [Attribute(m, "__class__", was) for m, was in zip(parts.modules, self.classes, strict=True)]
+            changes += [place for place in classes if place.now() is not place.value]
             changes += self._changed_names()
             flags = [] if self._are_tensors_same() else self._changed_flags()
         changes += [Place(c.module._buffers, c.name, c.copy.clone()) for c in copies]
@@ -473,6 +598,7 @@ class Snapshot:
         """Rule 4 of NOTE [Snapshot]; a tensor that was only frozen, or thawed, is restored."""
         flags: list[tuple[Tensor, bool]] = []
         modules = self.parts.modules
+        addresses = _addresses_of(self.tensors)
         copied = {id(t) for m in modules for name, t in m._buffers.items() if t is not None and _may_write(m, name, t)}
         for i, tensor in enumerate(self.tensors):
             if id(tensor) in copied:
@@ -481,6 +607,8 @@ class Snapshot:
                 raise self._written(tensor, "modified by an inplace operation")
             if tensor.dtype != self.dtypes[i]:
                 raise self._written(tensor, f"moved to {str(tensor.dtype).removeprefix('torch.')}")
+            if addresses[i] != self.addresses[i]:
+                raise self._written(tensor, "given other data")
             if tensor.requires_grad != self.flags[i]:
                 flags.append((tensor, self.flags[i]))
         return flags
@@ -514,3 +642,10 @@ def _versions_of(tensors: list[Tensor]) -> list[int]:
         return [t._version for t in tensors]
     except RuntimeError:  # an inference tensor
         return [version(t) for t in tensors]
+
+
+def _addresses_of(tensors: list[Tensor]) -> list[int]:
+    return [t.data_ptr() if type(t) in _WITH_ADDRESS and t.layout is torch.strided else 0 for t in tensors]
+
+
+_WITH_ADDRESS = (Tensor, nn.Parameter, nn.Buffer)

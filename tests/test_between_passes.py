@@ -1,0 +1,211 @@
+"""What users and tools do to a model between forward and backward: what forward saw is used, or an error names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from kit import assert_close
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import invfunc as inv
+from invfunc.errors import ReplayError
+
+WIDTH = 4
+
+
+@dataclass
+class Config:
+    scale: float = 1.5
+    table: dict[str, float] = field(default_factory=lambda: {"k": 2.0})
+
+
+@dataclass(slots=True)
+class Slotted:
+    scale: float = 0.5
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter, which is merged or switched off as peft's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+        self.merged: list[str] = []
+        self.disabled = False
+
+    def is_active(self) -> bool:
+        return not (self.merged or self.disabled)
+
+
+class Net(nn.Module):
+    """Reads an attribute of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.adapter, self.norm = nn.Linear(WIDTH, WIDTH), Adapter(), nn.BatchNorm1d(WIDTH)
+        self.act, self.dropout = nn.Tanh(), nn.Dropout(0.5)
+        self.scale, self.kind, self.config, self.slotted = 1.5, "tanh", Config(), Slotted()
+        self.scales, self.nested, self.flags = [1.0, 2.0], {"a": {"b": [1.0]}}, {1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.adapter.is_active():
+            y = y + self.adapter.b(self.adapter.a(x))
+        y = self.act(y) * self.scale * self.config.scale * self.config.table["k"] * self.slotted.scale
+        y = y * self.scales[1] * self.nested["a"]["b"][0]
+        y = y.sin() if self.kind == "sin" else y
+        y = y.exp() if 2 in self.flags else y
+        return self.dropout(self.norm(y))
+
+
+def merge(net: Net, by_data: bool) -> None:
+    delta = (net.adapter.b.weight @ net.adapter.a.weight).detach()
+    if by_data:
+        net.base.weight.data = net.base.weight.data + delta
+    else:
+        net.base.weight.detach().add_(delta)
+    net.adapter.merged.append("default")
+
+
+def patch_forward(net: Net) -> None:
+    net.base.forward = lambda x: 2 * x  # type: ignore[method-assign]
+
+
+def write(net: Net) -> None:
+    with torch.no_grad():
+        torch._foreach_add_(list(net.parameters()), 0.1)
+
+
+def give_other_data(net: Net) -> None:
+    for parameter in net.parameters():
+        parameter.data = parameter.data + 0.1
+
+
+def doubled(net: Net) -> dict[str, Any]:
+    return {name: 2 * value for name, value in net.state_dict().items()}
+
+
+RESTORED: dict[str, Callable[[Net], Any]] = {
+    "eval": lambda net: net.eval(),
+    "an attribute": lambda net: setattr(net, "scale", 7.0),
+    "an attribute of an object": lambda net: setattr(net.config, "scale", 7.0),
+    "a slot of an object": lambda net: setattr(net.slotted, "scale", 7.0),
+    "an item of a dict in an object": lambda net: net.config.table.update(k=7.0),
+    "another object": lambda net: setattr(net, "config", Config(3.0)),
+    "an item of a list": lambda net: net.scales.__setitem__(1, 9.0),
+    "an item far inside": lambda net: net.nested["a"]["b"].__setitem__(0, 9.0),
+    "another branch": lambda net: setattr(net, "kind", "sin"),
+    "an item of a set": lambda net: net.flags.add(2),
+    "an adapter that is switched off": lambda net: setattr(net.adapter, "disabled", True),
+    "an adapter that is told to be merged": lambda net: net.adapter.merged.append("default"),
+    "another submodule": lambda net: setattr(net, "base", nn.Linear(WIDTH, WIDTH)),
+    "another activation": lambda net: setattr(net, "act", nn.Sigmoid()),
+    "another class": lambda net: setattr(net.act, "__class__", nn.Sigmoid),
+    "a patched forward": patch_forward,
+    "a forward hook": lambda net: net.base.register_forward_hook(lambda m, x, y: 3 * y),
+    "a forward pre-hook": lambda net: net.base.register_forward_pre_hook(lambda m, x: (3 * x[0],)),
+    "a backward hook": lambda net: net.base.register_full_backward_hook(lambda m, gx, gy: tuple(3 * g for g in gx)),
+    "another rate of dropout": lambda net: setattr(net.dropout, "p", 0.9),
+    "another parameter": lambda net: setattr(net.base, "weight", nn.Parameter(torch.ones(WIDTH, WIDTH))),
+    "a parametrization": lambda net: parametrizations.weight_norm(net.base),
+    "assigned state": lambda net: net.load_state_dict(doubled(net), assign=True),
+    "statistics that are reset": lambda net: net.norm.reset_running_stats(),
+    "another call": lambda net: net(torch.randn(3, WIDTH)),
+    "frozen": lambda net: net.requires_grad_(False),
+}
+
+REFUSED: dict[str, tuple[Callable[[Net], Any], str]] = {
+    "an adapter merged in place": (lambda net: merge(net, False), r"\['weight'\].* modified by an inplace operation"),
+    "an adapter merged by other data": (lambda net: merge(net, True), r"\['weight'\].* given other data \(in Linear"),
+    "an optimizer's step": (write, "modified by an inplace operation"),
+    "other data": (give_other_data, "given other data"),
+    "loaded state": (lambda net: net.load_state_dict(doubled(net)), "modified by an inplace operation"),
+    "another dtype": (lambda net: net.float(), "moved to float32"),
+}
+
+FACES: dict[str, tuple[int, Callable[[Net], Any]]] = {  # how wide the input is, and what is called
+    "function": (WIDTH, lambda net: inv.checkpoint(net)),
+    "closure": (WIDTH, lambda net: inv.checkpoint(lambda x: net(x))),
+    "method": (WIDTH, lambda net: inv.checkpoint(net.forward)),
+    "coupling": (2 * WIDTH, lambda net: inv.checkpoint(pipeline(net))),
+    "coupling of a closure": (2 * WIDTH, lambda net: inv.checkpoint(pipeline(lambda x: net(x)))),
+    "recomputed pipeline": (2 * WIDTH, lambda net: inv.checkpoint(pipeline(net), mode="recompute")),
+    "module": (2 * WIDTH, lambda net: nn.Sequential(inv.nn.Coupling(net), inv.nn.Coupling(nn.Tanh()))),
+    "lowered module": (2 * WIDTH, lambda net: inv.nn.Lowered(pipeline(net))),
+}
+
+
+def pipeline(f: Callable[..., Tensor]) -> inv.Invertible:
+    return inv.chain(inv.split(2), inv.couple(f), inv.swap(), inv.couple(nn.Tanh()), inv.concat(2))
+
+
+def gradients(face: str, change: Callable[[Net], Any]) -> list[Tensor | None]:
+    """Of the input, and of the parameters that forward read."""
+    torch.manual_seed(0)
+    width, build = FACES[face]
+    net = Net().double()
+    fast, parameters = build(net), list(net.parameters())
+    x = torch.randn(5, width, dtype=torch.float64, requires_grad=True)
+    y = fast(x)
+    change(net)
+    y.sin().sum().backward()
+    return [x.grad, *(p.grad for p in parameters)]
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("change", RESTORED)
+def test_forward_s_state_is_used(change: str, face: str) -> None:
+    expected = gradients(face, lambda net: None)
+    got = gradients(face, RESTORED[change])
+    if change == "frozen":  # those that are frozen now get none, as in plain autograd
+        got, expected = got[:1], expected[:1]
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_tensor_that_is_lost_is_named(change: str, face: str) -> None:
+    act, text = REFUSED[change]
+    with pytest.raises(ReplayError, match=text):
+        gradients(face, act)
+
+
+def test_a_refusal_leaves_the_generators_free() -> None:
+    with pytest.raises(ReplayError):
+        gradients("function", write)
+    assert gradients("function", lambda net: None)[0] is not None
+
+
+SCALE, TABLE = 2.0, {"k": 2.0}
+
+
+@pytest.mark.parametrize("lower", [inv.checkpoint, lambda f: inv.checkpoint(inv.chain(inv.split(2), inv.couple(f)))])
+def test_what_closures_and_globals_are_bound_to(lower: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    power, offsets, calls = 2.0, [1.0], [0]
+
+    def f(x: Tensor) -> Tensor:
+        calls[0] += 1  # what the function writes itself is left alone
+        return (SCALE * x + offsets[0]).abs() ** power * TABLE["k"]
+
+    def gradient(is_changed: bool) -> Tensor:
+        nonlocal power
+        power, offsets[0], calls[0] = 2.0, 1.0, 0
+        x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4).requires_grad_()
+        y = lower(f)(x)
+        with monkeypatch.context() as patch:
+            if is_changed:
+                power, offsets[0] = 3.0, 5.0
+                patch.setitem(globals(), "SCALE", 9.0)
+                patch.setitem(TABLE, "k", 9.0)
+            sum(leaf.sin().sum() for leaf in (y if isinstance(y, tuple) else (y,))).backward()
+        assert calls[0] == 2
+        assert not is_changed or (power, offsets[0]) == (3.0, 5.0)
+        assert x.grad is not None
+        return x.grad
+
+    assert_close(gradient(True), gradient(False))
