@@ -7,6 +7,7 @@ from .core.couple import additive, affine, couple
 from .core.op import Invertible, chain, invert, one_way, pair
 from .debug import debug
 from .engine.conditions import pin
+from .engine.keep import keep
 from .engine.mode import mode
 from .exact.transform import exact
 from .log_det import flow, log_det, with_log_det
@@ -30,6 +31,7 @@ __all__ = [
     "exact",
     "flow",
     "invert",
+    "keep",
     "log_det",
     "look",
     "mark",

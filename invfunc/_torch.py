@@ -26,6 +26,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 from torch.overrides import has_torch_function
+from torch.utils import checkpoint as torch_checkpoint
 
 from .errors import TorchNameError
 
@@ -420,7 +421,7 @@ class _NoDispatchMode:
     """Stands for the class of a mode that sees operators: nothing public shows them."""
 
     def __init__(self) -> None:
-        raise _missing("torch.utils._python_dispatch.TorchDispatchMode", "a measurement of memory")
+        raise _missing("torch.utils._python_dispatch.TorchDispatchMode", "what measures, keeps or shows operators")
 
 
 class _NoFakeTensor(Tensor):
@@ -794,6 +795,12 @@ _top_hooks = _private("torch._C._autograd._top_saved_tensors_default_hooks", _on
 # Forbid hooks. Otherwise transforms that refuse hooks refuse those of this package, too.
 _forbid_hooks = _private("torch._C._autograd._saved_tensors_hooks_disable")
 _CAN_ALLOW = _forbid_hooks is not None and _top_hooks is not _only_without_hooks
+
+
+def stops_early(early_stop: bool) -> bool:
+    """Whether a replay stops early: `torch.utils.checkpoint.set_checkpoint_early_stop` goes before the option."""
+    enforced = getattr(torch_checkpoint, "_enable_checkpoint_early_stop", None)
+    return early_stop if enforced is None else enforced
 
 
 def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:

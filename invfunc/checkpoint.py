@@ -12,6 +12,7 @@ from . import _torch
 from .core.op import VJP, Again, Invertible, OneWay, Pair, Residue, name_of, pair
 from .engine import compiled
 from .engine.interface import Options, Run, State
+from .engine.keep import checked_keep
 from .engine.lower import lower, walk
 from .engine.meter import Drift, checked_drift
 from .engine.mode import checked_mode, current, forced_mode
@@ -231,6 +232,10 @@ def checkpoint(
     donate: bool | Sequence[int] = False,
     preserve_rng_state: bool = True,
     determinism_check: str = "default",
+    early_stop: bool = True,
+    keep: Any = None,
+    context_fn: Callable[[], tuple[Any, Any]] | None = None,
+    debug: bool = False,
     plan: Any = None,
 ) -> Any:
     r"""Lower a pipeline, or any plain function, so that its activations are freed and rebuilt in backward.
@@ -253,6 +258,14 @@ def checkpoint(
         preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
         determinism_check: Whether the shapes and dtypes of what a function saves when it runs again are compared with
             forward (``"default"``) or not (``"none"``), as in `torch.utils.checkpoint`. Their number always is.
+        early_stop: Whether a function that runs again stops with the last tensor that backward needs of it.
+            `torch.utils.checkpoint.set_checkpoint_early_stop` goes before it.
+        keep: Which results are kept from forward in place of being computed again, in the functions of couplings as
+            well: operators of ``torch.ops.aten`` and names that `keep` gives, or a policy as in
+            `torch.utils.checkpoint.create_selective_checkpoint_contexts`. Below a `torch.func` transform and in a
+            compiled graph nothing is kept.
+        context_fn: Returns two context managers for every call of a function: one around it, one around its replay.
+        debug: Whether an error of a function that is not the same twice tells the first operator that differs.
         plan: What to do with each op of the chain, from `invfunc.plan`, in place of mode, segments and cuts.
 
     Returns:
@@ -290,18 +303,24 @@ def checkpoint(
     trunks = _checked_cuts(segments, cuts)
     given = donate if isinstance(donate, bool) else tuple(donate)
     options = Options(
-        checked_mode(mode), trunks, given, preserve_rng_state, checked_drift(drift), _checked_check(determinism_check)
+        checked_mode(mode),
+        trunks,
+        given,
+        preserve_rng_state,
+        checked_drift(drift),
+        _checked_check(determinism_check),
+        early_stop,
+        checked_keep(keep),
+        context_fn,
+        debug,
     )
     if given and mode != "invert":
         raise OptionError(f"checkpoint: donate={donate} with mode={mode!r}", expected="mode 'invert': only it rebuilds")
     if plan is not None:
-        if (
-            inverse is not None
-            or replace(options, preserve_rng_state=True, drift="warn", determinism_check="default") != Options()
-        ):
+        if inverse is not None or replace(Options(), mode=mode, segments=trunks, donate=given) != Options():
             raise OptionError(
                 "checkpoint: plan=... comes with other options",
-                expected="f, plan, drift, preserve_rng_state and determinism_check",
+                expected="f, plan, and neither inverse, mode, segments, cuts nor donate",
             )
         return Checkpointed(plan.applied_to(f), options)
     if f is None:

@@ -45,8 +45,8 @@ class CheckpointedFunction:
         for leaf in arguments.others:
             self._check_argument(leaf)
         functions = (self.__wrapped__,)
-        region = Region(self._call, arguments.build, (None, self, 0), conditions_of(functions))
-        out = region.run((args, kwargs), arguments.tensors, functions, self.options)
+        region = Region(self._call, arguments.build, (None, self, 0), conditions_of(functions), self.options)
+        out = region.run((args, kwargs), arguments.tensors, functions)
         region.conditions.snapshot.note()
         return out
 

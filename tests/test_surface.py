@@ -13,7 +13,7 @@ ROOT = Path(inv.__file__).parent
 
 MAKE = {"pair", "one_way"}
 COMBINE = {"chain", "parallel", "split", "concat", "permute_wires", "swap", "couple", "additive", "affine", "invert"}
-LOWER = {"checkpoint", "mark", "mode", "pin", "compile_stages", "exact", "plan"}
+LOWER = {"checkpoint", "keep", "mark", "mode", "pin", "compile_stages", "exact", "plan"}
 FLOWS = {"with_log_det", "log_det", "flow"}
 LOOK = {"check", "measure", "draw", "debug"}
 ROOMS = {"compat", "errors", "look", "nn", "ops", "testing"}

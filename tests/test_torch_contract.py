@@ -45,7 +45,12 @@ def contract(*paths: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
 
 # Attributes that are set, or asked of what is there.
 UNSEEN = ["_dynamo_marked_constant", "_check_input_dim", "in_compiled_backward", "OptimizedModule"]
-UNSEEN += ["torch.Tensor._base", "torch.Tensor._version", "torch.nn.Module.__dict__"]
+UNSEEN += [
+    "torch.utils.checkpoint._enable_checkpoint_early_stop",
+    "torch.Tensor._base",
+    "torch.Tensor._version",
+    "torch.nn.Module.__dict__",
+]
 
 
 def found(path: str) -> Any:
@@ -228,6 +233,14 @@ def _() -> None:
 
     torch.compile(unseen, backend=backend)(torch.ones(2))
     assert traced == ["a graph"]
+
+
+@contract("torch.utils.checkpoint._enable_checkpoint_early_stop")
+def _() -> None:
+    assert found("torch.utils.checkpoint._enable_checkpoint_early_stop") is None
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        assert not _torch.stops_early(True)
+    assert _torch.stops_early(True)
 
 
 @contract("_dynamo_marked_constant")

@@ -17,7 +17,7 @@ from .conditions import PINS, Pinned
 from .frame import Like, Record, lay_out, shown, was_changed
 
 
-class _Stop(BaseException):
+class Stop(BaseException):
     """Everything has been handed over."""
 
 
@@ -27,6 +27,7 @@ class Evaluation(Again):
     __slots__ = (
         "conditions",
         "count",
+        "is_last",
         "kinds",
         "leaves",
         "like",
@@ -44,6 +45,7 @@ class Evaluation(Again):
         self.made: list[Any] = []
         self.versions: list[int] = []  # of what was made, when it was saved
         self.leaves, self.stops = 0, False
+        self.is_last = False  # whether nobody wants the input that is rebuilt: it stops with the last that was saved
         self.roots: list[Tensor] = []  # the inputs that are leaves, as in forward
         self.conditions: ExitStack | None = None
         snapshot = record.conditions.snapshot
@@ -56,11 +58,14 @@ class Evaluation(Again):
         return fn(*args)
 
     def evaluate(self, fn: Callable[..., Any], x: Wire, like: Wire) -> Any:
-        return self._with_graph(fn, x, like, False, spread)
+        return self._with_graph(fn, x, like, self.is_last and self.record.stops, spread)
 
     def hand_over(self, fn: Callable[[Wire], Any], x: Wire, like: Wire) -> None:
         if len(self.made) < self.count:
-            self._with_graph(fn, x, like, True, _call)
+            try:
+                self._with_graph(fn, x, like, self.record.stops, _call)
+            except Stop:
+                return
 
     def rewind(self) -> None:
         record = self.record
@@ -90,9 +95,10 @@ class Evaluation(Again):
             x = map_wire(self._root, x, like)
             _torch.push_hooks(self.pack, self.unpack)
             try:
+                if self.record.around is not None:
+                    with self.record.around.replay():
+                        return call(fn, x)
                 return call(fn, x)
-            except _Stop:
-                return None
             finally:
                 _torch.pop_hooks()
         finally:
@@ -126,7 +132,7 @@ class Evaluation(Again):
         made.append(tensor)
         self.versions.append(tensor._version)
         if self.stops and place + 1 == self.count:
-            raise _Stop
+            raise Stop
         return place
 
     def unpack(self, packed: Any) -> Tensor:
@@ -151,8 +157,12 @@ class Evaluation(Again):
         return ReplayError(
             f"the function saved {what} when it ran again",
             expected=f"{shown([self.kinds[place]])} as in forward" if place < self.count else "no more",
+            got=self._difference(),
             cure="the function must do the same twice; test an op with invfunc.testing.check_laws",
         )
+
+    def _difference(self) -> str:
+        return "" if self.record.around is None else self.record.around.difference()
 
     def finish(self) -> None:
         """Hand over what was made, and forget it: the graph of this evaluation is not needed."""
@@ -162,6 +172,7 @@ class Evaluation(Again):
             raise ReplayError(
                 f"the function saved {len(made)} tensors when it ran again",
                 expected=f"{self.count} as in forward",
+                got=self._difference(),
                 cure="the function must do the same twice; test an op with invfunc.testing.check_laws",
             )
         frame = self.record.frame()

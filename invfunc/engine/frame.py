@@ -15,7 +15,8 @@ from ..core.op import Invertible, Residue, name_of
 from ..errors import ReplayError, place_error
 from ..wires import Wire
 from .conditions import PINS, Conditions, RandomState, Recorder, accelerators
-from .interface import Path, places_on
+from .interface import Options, Path, places_on
+from .keep import Around
 from .sharding import check_callees, checking_calls, is_any_sharded
 from .snapshot import BufferCopy, Parts, Snapshot, copies_of, version, worth_keeping
 
@@ -29,13 +30,16 @@ class Record:
     """What it takes to evaluate a call again: rule 6 of NOTE [Trunk]."""
 
     __slots__ = (
-        "cache", "conditions", "copies", "frame", "is_checked", "kept", "kinds", "leaves", "like", "op", "path", "pins",
-        "random", "residue", "stored",
+        "around", "cache", "conditions", "copies", "frame", "is_checked", "kept", "kinds", "leaves", "like", "op",
+        "path", "pins", "random", "residue", "stops", "stored",
     )  # fmt: skip
 
-    def __init__(self, op: Invertible | None, path: Path) -> None:
+    def __init__(self, op: Invertible | None, path: Path, options: Options) -> None:
         self.op, self.path = op, path
-        self.is_checked = True  # whether what is saved again is compared with `kinds`
+        self.is_checked = options.determinism_check == "default"  # whether what is saved again is compared with `kinds`
+        self.stops = _torch.stops_early(options.early_stop)  # whether a replay ends with the last that was saved
+        has_around = options.keep is not None or options.context_fn is not None or options.debug
+        self.around = Around(options.keep, options.context_fn, options.debug) if has_around else None
         self.kinds: list[Kind] = []  # of what was packed as a number
         self.leaves: list[Tensor] = []  # what was packed as itself
         self.like: Wire = None
@@ -173,6 +177,9 @@ class Frame:
         """``fn(*args)`` below the hooks."""
         _torch.push_hooks(self.pack, self.unpack)
         try:
+            if self.record.around is not None:
+                with self.record.around.forward():
+                    return checking_calls(fn, *args)
             return checking_calls(fn, *args) if is_any_sharded() else fn(*args)
         except RuntimeError as error:
             if "support saved tensor hooks" in str(error):

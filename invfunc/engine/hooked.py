@@ -76,9 +76,9 @@ class Hooked(Engine):
         return OnTrunk(trunk, tuple([end.wire for end in ends]))
 
     def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
-        region = Region(fn, lambda tensors: (unflatten(x_spec, tensors),), run.path, self.conditions)
+        region = Region(fn, lambda tensors: (unflatten(x_spec, tensors),), run.path, self.conditions, run.options)
         x_spec = map_wire(_nothing, x)
-        return region.run((x,), leaves(x), op.functions, run.options)
+        return region.run((x,), leaves(x), op.functions)
 
 
 def _nothing(leaf: Any) -> None:

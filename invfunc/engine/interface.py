@@ -36,6 +36,10 @@ class Options:
     preserve_rng_state: bool = True
     drift: Drift = "warn"
     determinism_check: str = "default"
+    early_stop: bool = True
+    keep: Any = None  # which results are kept for the replay
+    context_fn: Any = None  # what surrounds a call and its replay
+    debug: bool = False  # whether errors show the operators that ran
     step: Any = None  # how stages are compiled on their own
 
 

@@ -30,9 +30,10 @@ class Region:
         build: The arguments, from the tensors that are stored.
         path: Where in the pipeline it is.
         conditions: What it runs under.
+        options: How it is lowered.
     """
 
-    __slots__ = ("build", "conditions", "fn", "kept", "random", "record")
+    __slots__ = ("build", "conditions", "fn", "kept", "options", "random", "record")
 
     def __init__(
         self,
@@ -40,18 +41,19 @@ class Region:
         build: Callable[[Sequence[Any]], Sequence[Any]],
         path: Path,
         conditions: Conditions,
+        options: Options,
     ) -> None:
         self.fn, self.build = fn, build
-        self.record, self.conditions = Record(None, path), conditions
+        self.record, self.conditions, self.options = Record(None, path, options), conditions, options
         self.random: RandomState | None = None
         self.kept: Kept | None = None
 
-    def run(self, args: Sequence[Any], tensors: Sequence[Any], functions: Iterable[Any], options: Options) -> Any:
+    def run(self, args: Sequence[Any], tensors: Sequence[Any], functions: Iterable[Any]) -> Any:
         """``fn(*args)``, recorded; the tensors are those among its arguments."""
-        rng, self.record.is_checked = options.preserve_rng_state, options.determinism_check == "default"
         frame, kept = Frame(self, 0, self.record), Kept(tensors)
         self.record.like = tuple(map(like_of, tensors))
-        out = frame.run(self.fn, args, functions, [t for t in tensors if isinstance(t, Tensor)], rng)
+        given = [t for t in tensors if isinstance(t, Tensor)]
+        out = frame.run(self.fn, args, functions, given, self.options.preserve_rng_state)
         if self.record.kinds:
             self.kept = kept
         return out
@@ -77,7 +79,7 @@ class RecordedCall:
     """One call of an op, recorded; run again to see whether it does the same."""
 
     def __init__(self, op: Invertible, x: Wire) -> None:
-        self.op, self.record, self.conditions = op, Record(op, None), conditions_of(op.functions)
+        self.op, self.record, self.conditions = op, Record(op, None, Options()), conditions_of(op.functions)
         self.record.like = map_wire(_nothing, x)
         self.random: RandomState | None = None
         frame = Frame(self, 0, self.record)

@@ -38,7 +38,7 @@ from ..core.op import Invertible, Residue
 from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire, unflatten
 from .conditions import Conditions, RandomState
-from .evaluation import Evaluation, evaluate_again, in_backward
+from .evaluation import Evaluation, Stop, evaluate_again, in_backward
 from .frame import Frame, Kept, Like, Record, gone, lay_out, like_of, shown
 from .interface import Options, Path, Place
 from .meter import Probe, probe
@@ -115,14 +115,19 @@ class Stage(Record):
 
     __slots__ = ()
 
-    def undo(self, y: Wire, is_asked: bool) -> Wire:
-        """``y -> x``; if it is asked for, its frame gets the tensors that it has saved."""
+    def undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
+        """``y -> x``; if it is asked for, its frame gets the tensors that it has saved.
+
+        Raises:
+            Stop: Where it is the last: when they are handed over, though x is not known.
+        """
         op, again = self.op, None
         assert op is not None
         if self.stored is not None:
             return self.stored[0]
         try:
             again = Evaluation(self)
+            again.is_last = is_last
             if is_asked and self.kinds:
                 x = op.rebuild(self._residue(), y, again)
                 again.finish()
@@ -131,6 +136,10 @@ class Stage(Record):
                 again.abandon()
             self._check_wire(x, self.like)
             return x
+        except Stop:
+            assert again is not None
+            again.finish()
+            raise
         except BaseException as error:
             if again is not None:
                 again.abandon()
@@ -201,7 +210,7 @@ class Route:
     def __init__(self, back: Callable[[Wire], Wire], like: Wire = None) -> None:
         self.back, self.like = back, like
 
-    def undo(self, y: Wire, is_asked: bool) -> Wire:
+    def undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
         """``y -> x``; what lay in memory of its own does so again, and is let go by itself."""
         x = self.back(y)
         return x if self.like is None else map_wire(_apart, x, self.like)
@@ -222,7 +231,7 @@ class Fork:
     def __init__(self, components: Sequence[Levels]) -> None:
         self.components = components
 
-    def undo(self, y: Wire, is_asked: bool) -> Wire:
+    def undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
         """``y -> x``: every component goes down to where its trunk begins."""
         return tuple([levels.to_bottom(part) for levels, part in zip(self.components, y, strict=True)])
 
@@ -237,7 +246,7 @@ class Fork:
 class Levels:
     """The levels of a trunk, and the state: how far they have been undone. Refers to neither trunk nor frames."""
 
-    __slots__ = ("is_measured", "items", "probe", "probed", "restore", "state")
+    __slots__ = ("is_measured", "is_wanted", "items", "probe", "probed", "restore", "state")
 
     def __init__(self) -> None:
         self.restore: Callable[[Wire], None] | None = None  # told what the trunk begins with, when it is rebuilt
@@ -245,6 +254,7 @@ class Levels:
         self.state: Any = None  # (level, wire), or nothing
         self.probe: Probe | None = None
         self.probed = -1  # the level whose input the meter watches
+        self.is_wanted = False  # whether anybody wants the input again
         self.is_measured = True  # not in a gradient that is differentiated again
 
     def has_saved(self) -> bool:
@@ -270,15 +280,26 @@ class Levels:
         (_, wire), self.state = self.state, None  # it is the trunk around this one that has it from here
         return wire
 
+    @property
+    def last(self) -> int:
+        """The level whose input nobody wants: the first that has saved anything, unless the meter watches there."""
+        if self.is_wanted or self.restore is not None:
+            return -1
+        first = next((at for at, level in enumerate(self.items) if level.has_saved()), -1)
+        return -1 if self.probed == first else first
+
     def go_down(self, to: int) -> None:
         """Undo levels; only the last is asked for what it has saved. Nobody else has the state meanwhile (rule 8)."""
         (at, wire), self.state = self.state or (-1, None), None
-        levels = self.items
+        levels, last = self.items, self.last
         while at > to:
             if at < len(levels):
                 levels[at].let_go()
             at -= 1
-            wire = levels[at].undo(wire, at == to)
+            try:
+                wire = levels[at].undo(wire, at == to, at == last)
+            except Stop:
+                return
             if at == self.probed and self.probe is not None and self.is_measured:
                 self.probe.compare([leaf for leaf in leaves(wire) if is_differentiable(leaf)])
         if not at and self.restore is not None:
@@ -315,8 +336,7 @@ class Trunk:
 
     def call(self, op: Invertible, x: Wire, path: Path, options: Options) -> Wire:
         """Run an op on top of the trunk."""
-        levels, record = self.levels, Stage(op, path)
-        record.is_checked = options.determinism_check == "default"
+        levels, record = self.levels, Stage(op, path, options)
         frame = Frame(self, len(levels.items), record)
         flat = leaves(x)
         record.like = map_wire(like_of, x)
@@ -339,6 +359,7 @@ class Trunk:
         """Put trunks side by side on top of this one."""
         for place, trunk in enumerate(trunks):
             trunk.parent = self, len(self.levels.items), place
+            trunk.levels.is_wanted = True
         self.levels.items.append(Fork([trunk.levels for trunk in trunks]))
 
     def close(self, y: Wire) -> Wire:

@@ -157,6 +157,7 @@ class Trial:
         del x
         state = through(state, run)
         self.y, self.trunk = state.wire, state.trunk
+        self.trunk.levels.is_wanted = True  # by the drift meter, which is off here
         roots = [t for t in leaves(self.y) if is_differentiable(t) and t.requires_grad]
         ends = [t.detach() for t in leaves(self.y) if is_differentiable(t)] if carried else []  # by the op behind
         self.sent = Sent(ends, layouts)
@@ -245,9 +246,9 @@ class Forward(NamedTuple):
 def forward_of(op: Invertible, x: Wire) -> tuple[Wire, Forward]:
     """An op's output, and its forward run."""
     roots = map_wire(_as_root, x)
-    region = Region(op.forward, lambda tensors: tensors, None, conditions_of(op.functions))
+    region = Region(op.forward, lambda tensors: tensors, None, conditions_of(op.functions), Options())
     with torch.enable_grad():
-        y = region.run((map_wire(_as_result, roots),), [], op.functions, Options())
+        y = region.run((map_wire(_as_result, roots),), [], op.functions)
     ends = [leaf for leaf in leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
     parameters = graph_leaves(ends, {id(leaf) for leaf in leaves(roots)})
     return map_wire(_detached, y), Forward(parameters, region)

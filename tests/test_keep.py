@@ -1,0 +1,217 @@
+"""What is kept of a call for its replay, when a replay stops, and what surrounds both: gradients and counts of operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from kit import assert_close
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import invfunc as inv
+from invfunc.errors import OptionError, ReplayError
+
+WIDTH = 8
+aten = torch.ops.aten
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.reshape(*t.shape[:2], 2, WIDTH // 2).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = inv.keep("attention", F.scaled_dot_product_attention(q, k, v))
+        return self.out(F.dropout(y.transpose(1, 2).reshape(x.shape), 0.3))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def transformer(depth: int = 2) -> inv.Invertible:
+    torch.manual_seed(0)
+    mlps = [nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH)) for _ in range(depth)]
+    blocks = [inv.couple(Attention().double(), mlp.double()) for mlp in mlps]
+    return inv.chain(inv.split(2, dim=-1), *blocks, inv.concat(2, dim=-1))
+
+
+def step(fn: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> tuple[list[Tensor], Counter[Any]]:
+    """The gradients of a step with dropout, and its operators."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 6, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    with Operators() as operators:
+        gradients = torch.autograd.grad(fn(x).sin().sum(), [x, *weights])
+    return list(gradients), operators.counts
+
+
+def weights_of(op: inv.Invertible) -> list[Tensor]:
+    return [p for part in op.parts for fn in part.functions if isinstance(fn, nn.Module) for p in fn.parameters()]
+
+
+def keeps_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.overloadpacket is ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEEPS: dict[str, Any] = {
+    "an operator": [ATTENTION],
+    "an overload": [ATTENTION.default],
+    "a name": ["attention"],
+    "a name and an operator": ("attention", aten.tanh),
+    "a policy": keeps_attention,
+    "a policy that says yes": lambda context, op, *args, **kwargs: op is ATTENTION.default,
+}
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_attention_that_is_kept_runs_once(keep: str, mode: str) -> None:
+    net = transformer()
+    expected, plain = step(net, weights_of(net))
+    gradients, counts = step(inv.checkpoint(net, mode=mode, keep=KEEPS[keep]), weights_of(net))
+    assert_close(gradients, expected)
+    assert (plain[ATTENTION], counts[ATTENTION]) == (2, 2)
+    assert step(inv.checkpoint(net, mode=mode), weights_of(net))[1][ATTENTION] == 4
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+def test_a_random_operator_that_is_kept(mode: str) -> None:
+    """What comes behind it draws what it drew in forward."""
+
+    def f(x: Tensor) -> Tensor:
+        return F.dropout(F.dropout(x.sin(), 0.5).exp() * torch.rand_like(x), 0.5).cos()
+
+    net = inv.chain(inv.split(2, dim=-1), inv.couple(f, f), inv.concat(2, dim=-1))
+    for kept in ([aten.native_dropout], [aten.rand_like], [aten.native_dropout, aten.rand_like]):
+        assert_close(step(inv.checkpoint(net, mode=mode, keep=kept), [])[0], step(net, [])[0])
+
+
+def test_what_is_kept_serves_every_backward() -> None:
+    net = transformer()
+    x = torch.randn(2, 6, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    y = inv.checkpoint(net, keep=["attention"])(x).sin().sum()
+    first, second = (torch.autograd.grad(y, x, retain_graph=True) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+
+
+def test_a_kept_result_that_is_written() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x.sin()
+        return y.mul_(2).exp()
+
+    y = inv.checkpoint(f, keep=[aten.sin])(torch.ones(3, requires_grad=True))
+    with pytest.raises(ReplayError, match="the kept results of aten.sin.default have been modified"):
+        y.sum().backward()
+
+
+def test_a_name_outside_of_a_call_is_the_tensor() -> None:
+    x = torch.ones(3)
+    assert inv.keep("x", x) is x
+
+
+@pytest.mark.parametrize("keep", ["attention", 3, [3], [torch.tanh]])
+def test_what_can_not_be_kept(keep: Any) -> None:
+    with pytest.raises(OptionError, match=r"checkpoint: keep=.*expected a policy, or a sequence of operators"):
+        inv.checkpoint(torch.tanh, keep=keep)
+
+
+# ---- early stop ------------------------------------------------------------------------------------------------------
+
+
+def flops(fn: Callable[[Tensor], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        fn(torch.randn(4, 2 * WIDTH, requires_grad=True)).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("context", [nullcontext, lambda: set_checkpoint_early_stop(False)])
+def test_a_block_stops_where_torch_s_does(early_stop: bool, context: Any) -> None:
+    block = nn.Sequential(nn.Linear(2 * WIDTH, 8 * WIDTH), nn.GELU(), nn.Linear(8 * WIDTH, 2 * WIDTH))
+    fast = inv.checkpoint(block, early_stop=early_stop)
+    with context():
+        ours = flops(fast)
+        theirs = flops(lambda x: checkpoint(block, x, use_reentrant=False, early_stop=early_stop))
+    assert ours == theirs
+    assert (ours / flops(block) < 1.25) == (early_stop and context is nullcontext)
+
+
+def test_the_first_stage_stops_where_nobody_wants_its_input() -> None:
+    """The meter does, unless it is off."""
+    halves = [nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)]
+    net = inv.chain(inv.split(2), *[inv.couple(nn.Sequential(*halves))] * 3, inv.concat(2))
+    product = 2 * 4 * WIDTH * 4 * WIDTH  # of one linear layer
+    assert flops(inv.checkpoint(net)) - flops(net) == 6 * product
+    assert flops(inv.checkpoint(net, drift="off")) - flops(net) == 5 * product
+    assert flops(inv.checkpoint(net, drift="off", early_stop=False)) - flops(net) == 6 * product
+
+
+# ---- contexts, and debug ---------------------------------------------------------------------------------------------
+
+
+def test_contexts_surround_the_call_and_its_replay() -> None:
+    seen = []
+
+    @contextmanager
+    def noting(name: str) -> Any:
+        seen.append(name)
+        try:
+            yield
+        finally:  # a replay that stops early leaves by an exception, as torch's does
+            seen.append(f"end of {name}")
+
+    net = inv.chain(inv.split(2), inv.couple(torch.tanh), inv.concat(2))
+    for op in (net, torch.tanh):
+        seen.clear()
+        fast = inv.checkpoint(op, context_fn=lambda: (noting("forward"), noting("replay")))
+        y = fast(torch.ones(2, 4, requires_grad=True))
+        assert seen == ["forward", "end of forward"]
+        y.sum().backward()
+        assert seen[2:] == ["replay", "end of replay"]
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+def test_torch_s_selective_contexts(mode: str) -> None:
+    net = transformer()
+    contexts = partial(create_selective_checkpoint_contexts, [ATTENTION.default])
+    expected, _ = step(net, weights_of(net))
+    gradients, counts = step(inv.checkpoint(net, mode=mode, context_fn=contexts), weights_of(net))
+    assert_close(gradients, expected)
+    assert counts[ATTENTION] == 2
+
+
+def test_a_context_that_is_no_pair() -> None:
+    fast = inv.checkpoint(torch.tanh, context_fn=lambda: nullcontext())  # type: ignore[arg-type, return-value]
+    with pytest.raises(OptionError, match="returned nullcontext, expected two context managers"):
+        fast(torch.ones(2, requires_grad=True))
+
+
+def test_debug_tells_the_first_operator_that_differs() -> None:
+    turns = iter([lambda x: x.exp()[:2].exp(), lambda x: x.tanh()[:1].exp()])
+    y = inv.checkpoint(lambda x: next(turns)(x), debug=True)(torch.ones(3, requires_grad=True))
+    with pytest.raises(ReplayError, match="operator 0 was aten.exp.default in forward and aten.tanh.default again"):
+        y.sum().backward()
