@@ -58,7 +58,8 @@ class OpCosts:
         name: How the op is shown.
         forward: Seconds of a forward without a tape.
         backward: Seconds that a step with a tape takes beyond that.
-        inverse: Seconds of the fused inverse and backward; infinite where there is no inverse.
+        inverse: Seconds of the fused inverse and backward, which does all that backward does; infinite where there is
+            no inverse.
         exact: Whether the inverse gives the same bits: it moves elements and does not compute, or is `invfunc.exact`.
         bytes: Bytes of y.
         gradient: Bytes of the gradient of y.
@@ -77,6 +78,12 @@ class OpCosts:
         region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again.
         parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour, and in
             long chains both halves of a coupling are one.
+        off: How many times longer than flops and bytes say a way of it took; 1.0 where they agree to a factor of 3.
+        doubt: Seconds between what was timed and what is said here, in the way in which they differ most.
+
+    Raises:
+        OptionError: When seconds are negative, or an inverse takes less than the backward in it: no plan could keep
+            what such costs promise.
 
     Example:
         >>> OpCosts("op", forward=1.0, backward=2.0, bytes=100, tape=800).inverse
@@ -104,6 +111,14 @@ class OpCosts:
     peak_inverse: int = 0
     region: float = 0.0
     parts: int = 1
+    off: float = 1.0
+    doubt: float = 0.0
+
+    def __post_init__(self) -> None:
+        least = {"forward": 0.0, "backward": 0.0, "region": 0.0, "inverse": self.backward}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise OptionError(f"op {self.name!r}: {name} is {getattr(self, name)} s", expected=f"{bound} or more")
 
 
 @dataclass(frozen=True)

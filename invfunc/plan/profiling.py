@@ -10,18 +10,27 @@ NOTE [Profile]
     counts, less what a trial of no op takes. Rounds end early where they would take longer than some plain steps: the
     least of several matters where an op is short. Where an op does not fit, a part of the batch is timed and scaled.
 3.  *Kinds.* Ops of the same structure, on inputs of the same layout, are run and measured once; and what flows between
-    them is made once. How what comes back to an op lies in memory is a part of its kind where bytes are counted.
+    them is made once. How what comes back to an op lies in memory is a part of its kind where bytes are counted. Where
+    time is, the same shapes are enough, and a coupling's halves are of one kind if their functions are.
 4.  *Views.* An op whose output lies in its input's storages costs nothing to keep: it belongs to the op before it.
 5.  *Errors* come from sweeps: from an exact value and an exact gradient at an anchor, fused inverses go down the chain,
     and each gradient on the way is compared with the exact one. Products of gains would be off by orders of magnitude.
+6.  *Noise.* On a busy machine the least of some rounds is still off, and differences of such times are worse: a plan
+    could promise to be faster than plain training. So times are checked against what is the same in every profile, the
+    flops and bytes of each way. Where they tell the same as the counts, the counts say how long each way takes, in the
+    machine's own measure; what contradicts them by more than a factor of 3 is timed again, and then believed. So two
+    profiles of one chain agree, and `OpCosts.doubt` says how far they are from what was timed. On the CPU, ops run on
+    one thread meanwhile, and what counts is the processor's time: what other processes take does not, and threads that
+    wait for each other take any time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -33,13 +42,16 @@ from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes, 
 from ..core.couple import Half
 from ..core.op import Invertible, OneWay, lift, name_of
 from ..wires import Wire, is_differentiable, leaves
-from .clock import Clock, Seconds, costs_in, timed
+from .clock import Clock, beyond_idle, one_thread, timed
 from .costs import Costs, OpCosts, parse_bytes
 from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
 from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
 from .trials import APART, Loss, Through, by_recompute, untouched
+from .work import ACCELERATOR, CPU, Counts, Factors, Reading, Seconds, costs_in, read, unit_of
+
+AGAIN = 3  # times as many rounds where seconds contradict what is counted
 
 
 def mean_square(y: Wire) -> Tensor:
@@ -65,7 +77,8 @@ def profile(
         loss: What turns the output into a number; it counts for the memory between forward and backward.
         errors: Whether to measure the gradient error of runs of inverses too, which takes several steps more and
             keeps every value and gradient of the chain meanwhile.
-        repeats: How often each kind of op is timed, at most; the least counts.
+        repeats: How often each kind of op is timed, the least counts; up to three times as often where what was timed
+            contradicts flops and bytes.
         memory: What timing may take, in bytes or as ``"2GiB"``; what is free now, if not given. Where an op takes more,
             a part of the batch is timed, and `Costs.scaled` says how small a part.
 
@@ -74,8 +87,8 @@ def profile(
 
     Cost:
         Each kind of op runs forward, forward and backward, again from its input, and back by its inverse: about
-        ``4 * kinds / ops`` plain steps a round, and rounds are left out that would take more than 4 in all and more
-        than half a second. Bytes are found without allocating, in the time that Python takes to go through each kind
+        ``4 * kinds / ops`` plain steps a round, and rounds are left out that would take more than 8 in all and more
+        than a second. Bytes are found without allocating, in the time that Python takes to go through each kind
         some five times (0.1 s each).
 
     Raises:
@@ -90,7 +103,10 @@ def profile(
         >>> [op.bytes == 16 * 8 * torch.finfo(torch.get_default_dtype()).bits // 8 for op in costs.ops]
         [True, True]
     """
-    return Profiler(loss, errors, repeats, memory).costs(lift(f), x)
+    return Profiler(loss, errors, repeats, memory, known=_KNOWN).costs(lift(f), x)
+
+
+_KNOWN: dict[Any, Factors] = {}  # of every kind of op that was profiled in this process
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,7 @@ class Profiler:
         clock: What times one op. Where plans have to be the same everywhere, another one gives seconds that are known.
         patience: How long the rounds may take: in plain steps, and in seconds where those are shorter.
         fine: Of chains of more ops, whose plans take longest to find, couplings are taken whole.
+        known: What earlier profiles have found out about kinds of ops, which stands until it is contradicted.
     """
 
     loss: Loss = mean_square
@@ -112,8 +129,9 @@ class Profiler:
     repeats: int = 5
     memory: int | str | None = None
     clock: Clock = timed
-    patience: tuple[float, float] = (4.0, 0.5)
+    patience: tuple[float, float] = (8.0, 1.0)
     fine: int = 160
+    known: dict[Any, Factors] = field(default_factory=dict)
 
     def costs(self, op: Invertible, x: Any) -> Costs:
         """What each op of a chain costs, on such an input."""
@@ -130,11 +148,13 @@ class Profiler:
             units, inputs = _units(ops, whole, fake)
             loss_bytes = _loss_bytes(self.loss, inputs[-1])
         chain = [unit for unit, _ in units]
-        found = _all_bytes(chain, inputs, mode)
+        sizes = _all_bytes(chain, inputs, mode)
+        found = [size.costs for size in sizes]
         memory = free_bytes(fake) if self.memory is None else parse_bytes(self.memory, "profile: memory")
         given = realised(x, fake, _part(found, inputs, memory))
         scale = rows(fake) / rows(given)
-        seconds = self._seconds(chain, inputs, given, found)
+        with one_thread():
+            seconds = self._seconds(chain, inputs, given, sizes)
         titles = iter([title for stage in flat_stages(op) for title in _titles(stage, fine)])
         costs = [
             replace(
@@ -143,31 +163,39 @@ class Profiler:
                 parts=count,
                 exact=is_exact(unit),
                 **{k: scale * v for k, v in times.items()},
+                off=reading.off,
+                doubt=scale * reading.doubt,
             )
-            for (unit, count), bytes_, times in zip(units, found, seconds, strict=True)
+            for (unit, count), bytes_, (reading, times) in zip(units, found, seconds, strict=True)
         ]
         measured = sweep(chain, given, self.loss) if self.errors else None
         return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale)
 
     def _seconds(
-        self, ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, found: Sequence[OpCosts]
-    ) -> list[Seconds]:
-        """The seconds of each op: rule 2 of NOTE [Profile]."""
-        kinds = [_kind(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
+        self, ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, sizes: Sequence[Sizes]
+    ) -> list[tuple[Reading, Seconds]]:
+        """What was read of each op, and its seconds: rules 2 and 6 of NOTE [Profile]."""
+        kinds = [_kind_in_time(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
         ways: dict[Any, tuple[bool, Through]] = {}
-        for op, kind, sizes in zip(ops, kinds, found, strict=True):
-            ways.setdefault(kind, (math.isfinite(sizes.inverse), by_recompute(op)))
+        counts: dict[Any, Counts] = {}
+        for op, kind, size in zip(ops, kinds, sizes, strict=True):
+            ways.setdefault(kind, (math.isfinite(size.costs.inverse), by_recompute(op)))
+            counts.setdefault(kind, size.counts)
+        rates = CPU if all(t.device.type == "cpu" for t in leaves(given) if isinstance(t, Tensor)) else ACCELERATOR
         begin, least = time.perf_counter(), self._round(ops, kinds, ways, given)
-        for done in range(1, self.repeats):
-            costs = [costs_in(least[kind]) for kind in kinds]
-            plain, spent = sum(c["forward"] + c["backward"] for c in costs), time.perf_counter() - begin
-            if spent * (done + 1) / done > max(self.patience[0] * plain, self.patience[1]):
+        for done in itertools.count(1):
+            found = read({kind: beyond_idle(least[kind]) for kind in least}, counts, kinds, rates, self.known)
+            spent, plain = time.perf_counter() - begin, sum(found[kind].seconds["step"] for kind in kinds)
+            enough = self.repeats * (1 if all(reading.is_expected for reading in found.values()) else AGAIN)
+            if done >= enough or spent * (done + 1) / done > max(self.patience[0] * plain, self.patience[1]):
                 break
             other = self._round(ops, kinds, ways, given)
             least = {
                 kind: {name: min(value, other[kind][name]) for name, value in least[kind].items()} for kind in least
             }
-        return [costs_in(least[kind]) for kind in kinds]
+        self.known.update({kind: reading.factors for kind, reading in found.items()})
+        unit = unit_of(plain)
+        return [(found[kind], costs_in(found[kind].seconds, unit)) for kind in kinds]
 
     def _round(
         self, ops: Sequence[Invertible], kinds: Sequence[Any], ways: dict[Any, tuple[bool, Through]], x: Wire
@@ -193,7 +221,8 @@ def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
             inputs.append(_output(op, inputs[-1])[0])
         loss_bytes = _loss_bytes(mean_square, inputs[-1])
     with untouched(*ops):
-        return Costs(tuple(_all_bytes(ops, inputs, mode)), nbytes(inputs[0]), loss_bytes)
+        sizes = _all_bytes(ops, inputs, mode)
+    return Costs(tuple(size.costs for size in sizes), nbytes(inputs[0]), loss_bytes)
 
 
 def key_of(op: Invertible, x: Wire) -> tuple[str, ...]:
@@ -250,17 +279,17 @@ def _makes_storage(x: Wire, y: Wire) -> bool:
     return not after <= before
 
 
-def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTensorMode) -> list[OpCosts]:
+def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTensorMode) -> list[Sizes]:
     """The bytes of each op, from the last to the first: how what comes back lies in memory is up to the op after."""
     known: dict[Any, Sizes] = {}
-    found: list[OpCosts] = []
+    found: list[Sizes] = []
     layouts = APART
     for op, like in zip(reversed(ops), reversed(inputs[:-1]), strict=True):
         kind = _kind(op, like), layouts
         if kind not in known:
             known[kind] = Subject(op, like, mode, layouts).measured()
-        costs, layouts = known[kind]
-        found.append(costs)
+        found.append(known[kind])
+        layouts = known[kind].sends
     return found[::-1]
 
 
@@ -288,6 +317,15 @@ def _loss_bytes(loss: Loss, y: Wire) -> int:
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
+
+
+def _kind_in_time(op: Invertible, x: Wire) -> Any:
+    """What tells apart ops that take different times: which half of a coupling one is does not, nor does a layout."""
+    if isinstance(op, Half):
+        op, x = replace(op, target=0, label=""), op.in_place(x)
+    return _structure(op), tuple(
+        (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else repr(t) for t in leaves(x)
+    )
 
 
 def _kind(op: Invertible, x: Wire) -> Any:

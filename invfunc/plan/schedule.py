@@ -88,7 +88,8 @@ def predict(costs: Costs, schedule: Schedule) -> Prediction:
     """Time, peak and error of a schedule."""
     ledger = Ledger(costs)
     need = _needs(ledger, schedule, 0, ledger.length, HELD).on(ledger.sizes[ledger.length])
-    return Prediction(_seconds(costs, schedule), need.bytes, error_of(costs, schedule), need.op, need.moment)
+    seconds = costs.seconds + extra_seconds(costs, schedule)
+    return Prediction(seconds, need.bytes, error_of(costs, schedule), need.op, need.moment)
 
 
 def _needs(ledger: Ledger, schedule: Schedule, i: int, j: int, r: int) -> Need:
@@ -148,16 +149,15 @@ def notes_inside(ledger: Ledger, region: Recompute) -> int:
     return total
 
 
-def _seconds(costs: Costs, schedule: Schedule) -> float:
+def extra_seconds(costs: Costs, schedule: Schedule) -> float:
+    """What a schedule takes beyond plain training: a sum of what can not be negative (`OpCosts`)."""
     total = 0.0
     for node in schedule:
         ops = costs.ops[node.first : node.stop]
-        if isinstance(node, Store):
-            total += ops[0].forward + ops[0].backward
-        elif isinstance(node, Invert):
-            total += sum(op.forward + op.inverse for op in ops)
-        else:
-            total += ops[0].region + sum(op.forward for op in ops) + _seconds(costs, node.inner)
+        if isinstance(node, Invert):
+            total += sum(op.inverse - op.backward for op in ops)
+        elif isinstance(node, Recompute):
+            total += ops[0].region + sum(op.forward for op in ops) + extra_seconds(costs, node.inner)
     return total
 
 

@@ -248,9 +248,20 @@ def forward_of(op: Invertible, x: Wire) -> tuple[Wire, Forward]:
     region = Region(op.forward, lambda tensors: tensors, None, conditions_of(op.functions))
     with torch.enable_grad():
         y = region.run((map_wire(_as_result, roots),), [], op.functions, Options())
+    return map_wire(_detached, y), Forward(closed_over(y, roots), region)
+
+
+def with_graph(op: Invertible, x: Wire) -> tuple[Wire, Wire]:
+    """An op's output with its graph, as plain autograd makes it, and the roots of that."""
+    roots = map_wire(_as_root, x)
+    with torch.enable_grad():
+        return op.forward(roots), roots
+
+
+def closed_over(y: Wire, roots: Wire) -> list[Tensor]:
+    """The leaves that an output depends on beside its roots."""
     ends = [leaf for leaf in leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    parameters = graph_leaves(ends, {id(leaf) for leaf in leaves(roots)})
-    return map_wire(_detached, y), Forward(parameters, region)
+    return graph_leaves(ends, {id(leaf) for leaf in leaves(roots)})
 
 
 def _as_result(leaf: Any) -> Any:

@@ -135,7 +135,7 @@ class Plan:
             weights = parameters_of(op, x)
             exact, found = (gradients(g, x, loss, weights) for g in (op, fast))
             peak = peak_of_step(fast, x, loss, weights)
-            plain, planned = (least_seconds(partial(gradients, g, x, loss, weights), 3, x) for g in (op, fast))
+            plain, planned = least_seconds([partial(gradients, g, x, loss, weights) for g in (op, fast)], 3, x)
         return Verified(distance(found, exact), peak, planned / plain)
 
     # ---- what it is for ----
