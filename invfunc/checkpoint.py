@@ -303,7 +303,7 @@ def checkpoint(
                 "checkpoint: plan=... comes with other options",
                 expected="f, plan, drift, preserve_rng_state and determinism_check",
             )
-        return Checkpointed(plan.applied_to(f), options)
+        return plan.lowered(f, options)
     if f is None:
         return partial(_checkpoint, inverse=inverse, options=options)
     return _checkpoint(f, inverse, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,16 +38,18 @@ def parse_bytes(size: int | float | str, subject: str = "budget") -> int:
     return int(size)
 
 
-def show_bytes(size: float) -> str:
-    """Bytes as a reader wants them.
+def show_bytes(size: float, to_whole: Callable[[float], int] = round) -> str:
+    """Bytes as a reader wants them, rounded; by `math.ceil`, where they are to be enough.
 
     Example:
-        >>> show_bytes(6.5 * 2**20), show_bytes(12)
-        ('6.5 MiB', '12 B')
+        >>> show_bytes(6.5 * 2**20), show_bytes(12), show_bytes(2001), show_bytes(2001, math.ceil)
+        ('6.5 MiB', '12 B', '1.95 KiB', '1.96 KiB')
     """
     exponent = min(max(int(math.log(max(size, 1), 1024)), 0), 4)
     value = size / 1024**exponent
-    return f"{value:.{3 if value < 1000 else 4}g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
+    places = 2 - min(int(math.log10(max(value, 1))), 2)
+    value = to_whole(value * 10**places) / 10**places
+    return f"{value:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ class OpCosts:
         peak_taped: The most in a taped forward, beyond x.
         peak_backward: The most in its backward, tape and gradient of y included, beyond x.
         peak_inverse: The most in a fused inverse, y and its gradient included, beyond the residue.
-        region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again.
+        region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again;
+            infinite where none can begin.
+        alone: Whether it can not be in a region with other ops.
         parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour, and in
             long chains both halves of a coupling are one.
         off: How many times longer than flops and bytes say a way of it took; 1.0 where they agree to a factor of 3.
@@ -110,6 +114,7 @@ class OpCosts:
     peak_backward: int = 0
     peak_inverse: int = 0
     region: float = 0.0
+    alone: bool = False
     parts: int = 1
     off: float = 1.0
     doubt: float = 0.0

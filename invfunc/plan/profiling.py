@@ -26,7 +26,6 @@ NOTE [Profile]
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -38,18 +37,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes, storage_id, storage_of
+from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes, storage_id, storage_of, trees
 from ..core.couple import Half
-from ..core.op import Invertible, OneWay, lift, name_of
+from ..core.op import Chain, Invertible, OneWay, name_of
 from ..wires import Wire, is_differentiable, leaves
 from .clock import Clock, beyond_idle, one_thread, timed
 from .costs import Costs, OpCosts, parse_bytes
 from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
 from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
+from .model import Blocks, Shown, planned_as, show
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
 from .trials import APART, Loss, Through, by_recompute, untouched
-from .work import ACCELERATOR, CPU, Counts, Factors, Reading, Seconds, costs_in, read, unit_of
+from .work import ACCELERATOR, CPU, Counts, Factors, Rates, Reading, Seconds, costs_in, read, unit_of, whole
 
 AGAIN = 3  # times as many rounds where seconds contradict what is counted
 
@@ -72,7 +72,7 @@ def profile(
 
     Args:
         f: A chain of ops. Nested chains flatten; `parallel` and named blocks are taken whole, and couplings half by
-            half, but in chains of more than 160 halves and other ops.
+            half, but in chains of more than 160 halves and other ops. Or a model, as for `invfunc.plan`.
         x: An input: tensors, fake tensors, or a shape like ``(32, 64)`` (a wire of shapes for a tuple wire).
         loss: What turns the output into a number; it counts for the memory between forward and backward.
         errors: Whether to measure the gradient error of runs of inverses too, which takes several steps more and
@@ -103,7 +103,7 @@ def profile(
         >>> [op.bytes == 16 * 8 * torch.finfo(torch.get_default_dtype()).bits // 8 for op in costs.ops]
         [True, True]
     """
-    return Profiler(loss, errors, repeats, memory, known=_KNOWN).costs(lift(f), x)
+    return Profiler(loss, errors, repeats, memory, known=_KNOWN).costs(planned_as(f), x)
 
 
 _KNOWN: dict[Any, Factors] = {}  # of every kind of op that was profiled in this process
@@ -133,10 +133,45 @@ class Profiler:
     fine: int = 160
     known: dict[Any, Factors] = field(default_factory=dict)
 
-    def costs(self, op: Invertible, x: Any) -> Costs:
+    def costs(self, op: Invertible | Blocks, x: Any) -> Costs:
         """What each op of a chain costs, on such an input."""
+        if isinstance(op, Blocks):
+            return self._between_ends(op, x)
         with untouched(op):
             return self._costs(op, x)
+
+    def _between_ends(self, blocks: Blocks, x: Any) -> Costs:
+        """What each block of a model costs, and its two ends: NOTE [Blocks]."""
+        shown, given, loss_bytes = self._shown(blocks, x)
+        calls = [replace(call, rest=_realised(call.rest), named=_realised(call.named)) for call in shown.calls]
+        inner = replace(self, errors=False).costs(Chain(tuple(map(OneWay, calls))), shown.entry)
+        rates = _rates(shown.entry)
+        scale = sum(op.forward for op in inner.ops) / shown.forward.seconds(rates)
+        unit = unit_of(inner.seconds)
+        before, behind = (
+            replace(
+                end.costs,
+                forward=whole(scale * end.forward.seconds(rates), unit),
+                backward=whole(scale * end.backward.seconds(rates), unit),
+            )
+            for end in (shown.before, shown.behind)
+        )
+        ops = (before, *(replace(op, alone=True) for op in inner.ops), behind)
+        return Costs(ops, nbytes(given), loss_bytes, (" > ".join(blocks.names), shape_key(given)), None, inner.scaled)
+
+    def _shown(self, blocks: Blocks, x: Any) -> tuple[Shown, Wire, int]:
+        """What goes through a model, on fake tensors if it does not look at values; its input, and the loss's bytes."""
+        model = OneWay(blocks.model)
+        with untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            given = faked(x, mode)
+            try:
+                shown = show(blocks, given)
+                return shown, given, _loss_bytes(self.loss, shown.y)
+            except LOOKS_AT_VALUES:
+                pass
+        with untouched(model):
+            shown = show(blocks, realised(x, given))
+            return shown, given, _loss_bytes(self.loss, shown.y)
 
     def _costs(self, op: Invertible, x: Any) -> Costs:
         ops = flat_ops(op)
@@ -181,21 +216,21 @@ class Profiler:
         for op, kind, size in zip(ops, kinds, sizes, strict=True):
             ways.setdefault(kind, (math.isfinite(size.costs.inverse), by_recompute(op)))
             counts.setdefault(kind, size.counts)
-        rates = CPU if all(t.device.type == "cpu" for t in leaves(given) if isinstance(t, Tensor)) else ACCELERATOR
+        look = partial(read, counts=counts, kinds=kinds, rates=_rates(given), known=self.known)
         begin, least = time.perf_counter(), self._round(ops, kinds, ways, given)
-        for done in itertools.count(1):
-            found = read({kind: beyond_idle(least[kind]) for kind in least}, counts, kinds, rates, self.known)
-            spent, plain = time.perf_counter() - begin, sum(found[kind].seconds["step"] for kind in kinds)
-            enough = self.repeats * (1 if all(reading.is_expected for reading in found.values()) else AGAIN)
-            if done >= enough or spent * (done + 1) / done > max(self.patience[0] * plain, self.patience[1]):
-                break
-            other = self._round(ops, kinds, ways, given)
-            least = {
-                kind: {name: min(value, other[kind][name]) for name, value in least[kind].items()} for kind in least
-            }
+        found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), 1
+        while self._goes_on(done, time.perf_counter() - begin, [found[kind] for kind in kinds]):
+            least = _least(least, self._round(ops, kinds, ways, given))
+            found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), done + 1
         self.known.update({kind: reading.factors for kind, reading in found.items()})
-        unit = unit_of(plain)
+        unit = unit_of(sum(found[kind].seconds["step"] for kind in kinds))
         return [(found[kind], costs_in(found[kind].seconds, unit)) for kind in kinds]
+
+    def _goes_on(self, done: int, spent: float, found: Sequence[Reading]) -> bool:
+        """Whether there is another round: more of them where what was timed is not what was expected."""
+        enough = self.repeats if all(reading.is_expected for reading in found) else AGAIN * self.repeats
+        patience = max(self.patience[0] * sum(reading.seconds["step"] for reading in found), self.patience[1])
+        return done < enough and spent * (done + 1) / done <= patience
 
     def _round(
         self, ops: Sequence[Invertible], kinds: Sequence[Any], ways: dict[Any, tuple[bool, Through]], x: Wire
@@ -211,6 +246,18 @@ class Profiler:
             if len(found) == len(ways):
                 break
         return found
+
+
+def _least(a: dict[Any, Seconds], b: dict[Any, Seconds]) -> dict[Any, Seconds]:
+    return {kind: {name: min(value, b[kind][name]) for name, value in seconds.items()} for kind, seconds in a.items()}
+
+
+def _rates(x: Wire) -> Rates:
+    return CPU if all(t.device.type == "cpu" for t in leaves(x) if isinstance(t, Tensor)) else ACCELERATOR
+
+
+def _realised(tree: Any) -> Any:
+    return trees.tree_map_only(Tensor, partial(realised, None), tree)
 
 
 def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:

@@ -141,7 +141,12 @@ class Table:
     def _pass_seconds(self) -> Tensor:
         ops, L = self.costs.ops, self.L
         rows = [_filled(accumulate((op.forward for op in ops[i:]), initial=ops[i].region), L + 1)[1:] for i in range(L)]
-        return torch.tensor(rows, dtype=TIME)
+        found = torch.tensor(rows, dtype=TIME)
+        for i in (i for i, op in enumerate(ops) if op.alone):
+            found[i, 1:] = math.inf  # a region that begins with it, and those that it ends or lies in
+            for first in range(i):
+                found[first, i - first :] = math.inf
+        return found
 
     def _rest(self, i: int, j: int) -> Tensor:
         """``[r, 0, k - i - 1]``: the time of what follows each beginning of a stretch."""

@@ -140,10 +140,10 @@ def _believed(timed: float, expected: float, tick: float, known: float) -> float
 
 def costs_in(seconds: Seconds, unit: float) -> Seconds:
     """The seconds of `OpCosts`: none is negative, and nothing is faster than a plain step."""
-    step = _whole(seconds["step"], unit)
-    forward = min(_whole(seconds["forward"], unit), step)
-    region = max(_whole(seconds["again"], unit) - step - forward, 0.0)
-    undone = max(_whole(seconds["undone"], unit), step) if "undone" in seconds else math.inf
+    step = whole(seconds["step"], unit)
+    forward = min(whole(seconds["forward"], unit), step)
+    region = max(whole(seconds["again"], unit) - step - forward, 0.0)
+    undone = max(whole(seconds["undone"], unit), step) if "undone" in seconds else math.inf
     return {"forward": forward, "backward": step - forward, "inverse": undone - forward, "region": region}
 
 
@@ -152,7 +152,8 @@ def unit_of(plain: float) -> float:
     return 2.0 ** (math.floor(math.log2(plain)) - 17) if plain > 0 else 1.0
 
 
-def _whole(seconds: float, unit: float) -> float:
+def whole(seconds: float, unit: float) -> float:
+    """Seconds as so many units."""
     return round(seconds / unit) * unit
 
 
