@@ -117,15 +117,19 @@ class Counted(nn.Linear):
 
 
 def test_ops_of_one_kind_are_run_once():
-    profiler = Profiler(patience=(math.inf, math.inf))  # no round is left out
+    profiler = Profiler(clock=given_seconds, patience=(math.inf, math.inf))  # no round is left out
 
     def calls(depth):
-        f = inv.chain(inv.split(2), *[inv.couple(Counted(4, 4), Counted(4, 4)) for _ in range(depth)], inv.concat(2))
+        f = inv.chain(
+            inv.split(2), *[inv.couple(Counted(64, 64), Counted(64, 64)) for _ in range(depth)], inv.concat(2)
+        )
         before = Counted.calls
-        profiler.costs(f, (8, 8))
+        profiler.costs(f, (512, 128))
         return Counted.calls - before
 
-    assert calls(24) - calls(6) == 5 * 2 * 18  # in five rounds, forward alone, on the way to the last op
+    assert (
+        calls(24) - calls(6) == 15 * 2 * 18
+    )  # in fifteen rounds, for the seconds given are no machine's; on the way to the last op
 
 
 def test_rounds_end_where_they_would_take_too_long():
@@ -135,11 +139,25 @@ def test_rounds_end_where_they_would_take_too_long():
         rounds.append(args)
         return given_seconds(*args)
 
-    f = inv.chain(nn.Linear(8, 8))
+    f = inv.chain(nn.Linear(64, 64))
     for patience, expected in [((0.0, 0.0), 1), ((math.inf, 0.0), 5)]:
         rounds.clear()
-        Profiler(clock=clock, patience=patience).costs(f, (4, 8))
+        Profiler(clock=clock, patience=patience).costs(f, (4096, 64))
         assert len(rounds) == expected
+
+
+@pytest.mark.parametrize(("disturbed", "rounds", "believed"), [(0, 5, False), (8, 8, False), (math.inf, 15, True)])
+def test_what_contradicts_flops_and_bytes_is_timed_again_before_it_is_believed(disturbed, rounds, believed):
+    seen = []
+
+    def clock(*args):
+        seen.append(args)
+        y, found = given_seconds(*args)
+        return y, found | {"again": found["again"] * (100 if len(seen) < disturbed else 1)}
+
+    f = inv.chain(nn.Linear(64, 64))
+    (op,) = Profiler(clock=clock, patience=(math.inf, 0.0)).costs(f, (4096, 64)).ops
+    assert (len(seen), op.region > 1, op.off > 1) == (rounds, believed, believed)
 
 
 LAYOUTS = {

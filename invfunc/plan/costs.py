@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,11 @@ class OpCosts:
             if not getattr(self, name) >= bound:
                 raise OptionError(f"op {self.name!r}: {name} is {getattr(self, name)} s", expected=f"{bound} or more")
 
+    def in_units(self, unit: float) -> OpCosts:
+        """The same with whole numbers of a unit in the place of seconds."""
+        names = ("forward", "backward", "inverse", "region")
+        return replace(self, **{name: _whole(getattr(self, name), unit) for name in names})
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -137,6 +142,7 @@ class Costs:
         key: Which chain and which input shapes these are the costs of.
         errors: ``(i, k, error)``: undoing ops i+1..k from an exact output gives gradients with this relative error.
         scaled: How many times smaller the batch was on which the seconds were taken; they are scaled by it.
+        unit: The seconds are whole multiples of it, or it is 0.0. Sums of them are exact then, so that like ops tie.
 
     Example:
         >>> ops = tuple(OpCosts(f"op {i}", forward=1.0, backward=2.0, bytes=100, tape=800) for i in range(4))
@@ -150,6 +156,11 @@ class Costs:
     key: tuple[str, ...] = ()
     errors: tuple[tuple[int, int, float], ...] | None = None
     scaled: float = 1.0
+    unit: float = 0.0
+
+    def in_units(self) -> Costs:
+        """The costs with whole numbers in the place of seconds, if they have a unit."""
+        return replace(self, unit=0.0, ops=tuple(op.in_units(self.unit) for op in self.ops)) if self.unit else self
 
     @property
     def seconds(self) -> float:
@@ -193,6 +204,10 @@ class Costs:
     def load(cls, path: str | Path) -> Costs:
         """The costs that `save` has written."""
         return cls.from_json(Path(path).read_text())
+
+
+def _whole(seconds: float, unit: float) -> float:
+    return seconds if math.isinf(seconds) else float(round(seconds / unit))
 
 
 def _frozen(value: Any) -> Any:

@@ -147,7 +147,7 @@ class Profiler:
         inner = replace(self, errors=False).costs(Chain(tuple(map(OneWay, calls))), shown.entry)
         rates = _rates(shown.entry)
         scale = sum(op.forward for op in inner.ops) / shown.forward.seconds(rates)
-        unit = unit_of(inner.seconds)
+        unit = inner.unit
         before, behind = (
             replace(
                 end.costs,
@@ -157,7 +157,8 @@ class Profiler:
             for end in (shown.before, shown.behind)
         )
         ops = (before, *(replace(op, alone=True) for op in inner.ops), behind)
-        return Costs(ops, nbytes(given), loss_bytes, (" > ".join(blocks.names), shape_key(given)), None, inner.scaled)
+        key = " > ".join(blocks.names), shape_key(given)
+        return Costs(ops, nbytes(given), loss_bytes, key, None, inner.scaled, unit)
 
     def _shown(self, blocks: Blocks, x: Any) -> tuple[Shown, Wire, int]:
         """What goes through a model, on fake tensors if it does not look at values; its input, and the loss's bytes."""
@@ -179,17 +180,18 @@ class Profiler:
         whole = [1] * len(ops) if fine else [len(halves(stage)) for stage in flat_stages(op)]
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = faked(x, mode)
-        with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
-            units, inputs = _units(ops, whole, fake)
-            loss_bytes = _loss_bytes(self.loss, inputs[-1])
-        chain = [unit for unit, _ in units]
-        sizes = _all_bytes(chain, inputs, mode)
+        with untouched(op):  # before anything real comes to what was made of fake tensors
+            with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
+                units, inputs = _units(ops, whole, fake)
+                loss_bytes = _loss_bytes(self.loss, inputs[-1])
+            chain = [unit for unit, _ in units]
+            sizes = _all_bytes(chain, inputs, mode)
         found = [size.costs for size in sizes]
         memory = free_bytes(fake) if self.memory is None else parse_bytes(self.memory, "profile: memory")
         given = realised(x, fake, _part(found, inputs, memory))
         scale = rows(fake) / rows(given)
         with one_thread():
-            seconds = self._seconds(chain, inputs, given, sizes)
+            seconds, unit = self._seconds(chain, inputs, given, sizes)
         titles = iter([title for stage in flat_stages(op) for title in _titles(stage, fine)])
         costs = [
             replace(
@@ -204,12 +206,12 @@ class Profiler:
             for (unit, count), bytes_, (reading, times) in zip(units, found, seconds, strict=True)
         ]
         measured = sweep(chain, given, self.loss) if self.errors else None
-        return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale)
+        return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale, scale * unit)
 
     def _seconds(
         self, ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, sizes: Sequence[Sizes]
-    ) -> list[tuple[Reading, Seconds]]:
-        """What was read of each op, and its seconds: rules 2 and 6 of NOTE [Profile]."""
+    ) -> tuple[list[tuple[Reading, Seconds]], float]:
+        """What was read of each op, and its seconds, in whole numbers of a unit: rules 2 and 6 of NOTE [Profile]."""
         kinds = [_kind_in_time(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
         ways: dict[Any, tuple[bool, Through]] = {}
         counts: dict[Any, Counts] = {}
@@ -224,7 +226,7 @@ class Profiler:
             found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), done + 1
         self.known.update({kind: reading.factors for kind, reading in found.items()})
         unit = unit_of(sum(found[kind].seconds["step"] for kind in kinds))
-        return [(found[kind], costs_in(found[kind].seconds, unit)) for kind in kinds]
+        return [(found[kind], costs_in(found[kind].seconds, unit)) for kind in kinds], unit
 
     def _goes_on(self, done: int, spent: float, found: Sequence[Reading]) -> bool:
         """Whether there is another round: more of them where what was timed is not what was expected."""

@@ -73,6 +73,8 @@ class Table:
     """
 
     def __init__(self, costs: Costs, budget: float, units: int, max_error: float | None = None) -> None:
+        self.second = costs.unit or 1.0
+        costs = costs.in_units()
         self.costs, self.ledger, self.budget, self.max_error = costs, Ledger(costs), budget, max_error
         self.L, self.unit = self.ledger.length, unit_for(self.ledger, budget, units)
         self.M = int(budget / self.unit + 1e-9)
@@ -92,7 +94,7 @@ class Table:
     def time(self, budget: float) -> float:
         """The least seconds of a step in ``budget`` bytes."""
         m = self._left(budget)
-        return float(self.V[HELD, self.L, 0, m]) if m >= 0 else math.inf
+        return self.second * float(self.V[HELD, self.L, 0, m]) if m >= 0 else math.inf
 
     def schedule(self, budget: float) -> Schedule:
         """The schedule that takes them."""

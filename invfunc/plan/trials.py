@@ -279,12 +279,19 @@ def parameters_of(op: Invertible, x: Wire) -> list[Tensor]:
 
 @contextmanager
 def untouched(*ops: Invertible) -> Iterator[None]:
-    """Leave no trace: buffers, such as running statistics, and the random numbers to come are as before."""
+    """Leave no trace: buffers, such as running statistics, attributes and the random numbers to come are as before."""
     modules = [module for op in ops for module in Parts(op.functions).roots]
     buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
     before = [b.clone() for b in buffers]
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        yield
+    tables = [t for module in modules for m in module.modules() for t in (m.__dict__, m.__dict__["_buffers"])]
+    entries = [table.copy() for table in tables]
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        for table, entry in zip(tables, entries, strict=True):  # a cache, say, that was made of fake tensors
+            table.clear()
+            table.update(entry)
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

@@ -148,8 +148,8 @@ def costs_in(seconds: Seconds, unit: float) -> Seconds:
 
 
 def unit_of(plain: float) -> float:
-    """A unit for seconds: a power of two, so that sums of them are exact, whatever their order, and like ops tie."""
-    return 2.0 ** (math.floor(math.log2(plain)) - 17) if plain > 0 else 1.0
+    """A unit for seconds, so fine that it decides nothing; in whole numbers of it like ops tie on any machine."""
+    return plain / 2**18 if plain > 0 else 1.0
 
 
 def whole(seconds: float, unit: float) -> float:
