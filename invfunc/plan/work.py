@@ -46,7 +46,7 @@ LEVEL = Work(calls=10)  # what it does to undo an op
 
 Counts = Mapping[str, Work]  # of each way that an op has
 
-TICK = 0.02  # of a plain step: what is not told from noise, and decides nothing
+TICK, MOMENT = 0.02, 50e-6  # of a plain step, and seconds: what is not told from noise, and decides little
 FACTOR = 3.0  # how far seconds may be from what is counted, and still say the same
 
 
@@ -96,8 +96,9 @@ def read(
     """
     expected = {kind: _expected(counts[kind], rates) for kind in timed}
     steps = {kind: known.get(kind, {}).get("step", 1.0) * expected[kind]["step"] for kind in timed}
-    scale = _weighted_median(sorted((timed[k]["step"] / steps[k], steps[k]) for k in kinds if steps[k])) or 1.0
-    tick = TICK * scale * sum(steps[kind] for kind in kinds)
+    scale = _weighted_median(sorted((timed[k]["step"] / steps[k], steps[k]) for k in kinds if steps[k]))
+    scale = scale if scale > 0 else 1.0  # shorter than a trial of no op
+    tick = max(TICK * scale * sum(steps[kind] for kind in kinds), MOMENT)
     return {
         kind: _read(timed[kind], {w: scale * s for w, s in expected[kind].items()}, tick, known.get(kind, {}))
         for kind in timed
