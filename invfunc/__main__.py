@@ -28,6 +28,7 @@ import invfunc as inv
 from invfunc.errors import InvertibleError
 from invfunc.look import report
 from invfunc.look.memory import measure
+from invfunc.plan import command
 
 SEED = 0
 WIDTH = 16  # channels of the stem
@@ -424,8 +425,10 @@ def demo(options: argparse.Namespace) -> int | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what is wrong with it is one line on stderr and exit code 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _check_parser() if given[:1] == ["check"] else _demo_parser()
-    options = parser.parse_args(given[1:] if given[:1] == ["check"] else given)
+    parsers = {"check": _check_parser, "plan": _plan_parser}
+    make = parsers.get(given[0]) if given else None
+    parser = make() if make else _demo_parser()
+    options = parser.parse_args(given[1:] if make else given)
     try:
         code = options.run(options)
     except (Refusal, InvertibleError) as refusal:
@@ -436,7 +439,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _demo_parser() -> Parser:
     text = "Train a reversible network on real images at flat memory."
-    parser = Parser(prog="python -m invfunc", description=text, epilog="There is also: python -m invfunc check --help")
+    parser = Parser(
+        prog="python -m invfunc",
+        description=text,
+        epilog="There are also: check --help, plan --help",
+    )
     _add_demo(parser)
     return parser
 
@@ -444,6 +451,12 @@ def _demo_parser() -> Parser:
 def _check_parser() -> Parser:
     parser = Parser(prog="python -m invfunc check", description="Measure whether an op can be trusted to be rebuilt.")
     report.add_arguments(parser)
+    return parser
+
+
+def _plan_parser() -> Parser:
+    parser = Parser(prog="python -m invfunc plan", description=command.__doc__)
+    command.add_arguments(parser)
     return parser
 
 
