@@ -185,6 +185,28 @@ def test_a_replaced_module_can_be_pickled_and_replaced_again() -> None:
     assert_close(step(module, module, SIZE), step(partial(run, module), module, SIZE), 1e-9)
 
 
+def test_a_replaced_module_beside_parameters_of_the_op() -> None:
+    weight = nn.Parameter(torch.randn(SIZE, SIZE))
+    module = inv.nn.Lowered(
+        inv.chain(inv.split(2), inv.couple(linear()), inv.concat(2), inv.ops.linear(weight, torch.ones(SIZE)))
+    )
+
+    def run(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        held = module.get_submodule("3")
+        return torch.cat([a + module.get_submodule("1.f")(b), b], 1) @ held.weight.T + held.bias
+
+    module(torch.ones(1, SIZE))
+    adapt(module, "1.f")
+    assert_close(step(module, module, SIZE), step(run, module, SIZE), 1e-9)
+    module.get_submodule("3").weight = nn.Parameter(torch.randn(SIZE, SIZE))
+    assert_close(step(module, module, SIZE), step(run, module, SIZE), 1e-9)
+    single = module.to(torch.float32)
+    assert single(torch.ones(1, SIZE, dtype=torch.float32)).dtype == torch.float32
+    module.to(torch.float64)
+    assert_close(step(module, module, SIZE), step(run, module, SIZE), 1e-9)
+
+
 def test_a_replaced_module_is_inverted() -> None:
     module = CASES["op of a module"][0]()
     module.get_submodule("1")._modules["0"] = inv.nn.OrthogonalLinear(WIDTH, WIDTH)

@@ -160,6 +160,7 @@ class Lowered(Layer):
         self._configure(options)
         checkpoint(self._op, **self._options)
         self._used: dict[Path, dict[str, Owner]] = {}  # by the functions, under the names that they have here
+        self._latest, self._latest_of = self._op, list[nn.Module]()
         self._has_closures = False
         for path, owner, closed in owned(self._op):
             self._has_closures |= closed
@@ -168,11 +169,12 @@ class Lowered(Layer):
     def make(self) -> Invertible:
         """The op, with what the module holds now in the places of what it was made with."""
         changed = [now for _, _, owner, now in self._held() if now is not owner]
-        if any([isinstance(now, nn.Module) for now in changed]):  # put there by a tool, and to stay
-            _settle(self)
-        if all([isinstance(now, nn.Module) for now in changed]):
+        if not changed:
             return self._op
-        return rebuilt(self._op, self._now)
+        _follow_modules(self)
+        if all([isinstance(now, nn.Module) for now in changed]):
+            return self._latest
+        return rebuilt(self._latest, self._now)
 
     @property
     def op(self) -> Invertible:
@@ -215,6 +217,7 @@ class Lowered(Layer):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._op = rebuilt(self._op, self._now)
+        self._latest, self._latest_of = self._op, []
         for used, name, _, now in self._held():
             used[name] = now
         return self
@@ -235,12 +238,11 @@ class Lowered(Layer):
 
 
 @_torch.called_not_traced
-def _settle(module: Lowered) -> None:
-    """Let the op use the modules that a `Lowered` holds now."""
-    module._op = rebuilt(module._op, module._module_now)
-    for used, name, _, now in module._held():
-        if isinstance(now, nn.Module):
-            used[name] = now
+def _follow_modules(module: Lowered) -> None:
+    """Let the latest op be one of the modules that are held now; that of old stays, since Dynamo guards what it saw."""
+    held = [now for *_, now in module._held() if isinstance(now, nn.Module)]
+    if len(held) != len(module._latest_of) or any([a is not b for a, b in zip(held, module._latest_of, strict=True)]):
+        module._latest, module._latest_of = rebuilt(module._op, module._module_now), held
 
 
 def _held_as(home: nn.Module, name: str) -> Any:
