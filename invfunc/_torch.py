@@ -414,6 +414,8 @@ def run_backward(backward: Callable[..., Any], *args: Any) -> Any:
     return torch.compiler.disable(backward)(*args) if in_compiled_backward() else backward(*args)
 
 
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+
 # Where `torch.jit.trace` writes down what is called. Otherwise it can not be asked to look away.
 _tracing_state = _private("torch._C._get_tracing_state")
 _set_tracing_state = _private("torch._C._set_tracing_state")
@@ -423,7 +425,7 @@ _CAN_LOOK_AWAY = not (_tracing_state is None or _set_tracing_state is None)
 @contextmanager
 def untraced() -> Iterator[None]:
     """Leave what is called inside out of a graph that `torch.jit.trace` makes."""
-    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or not is_tracing():
         yield
         return
     if not _CAN_LOOK_AWAY:

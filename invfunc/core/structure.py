@@ -78,7 +78,7 @@ def copied(item: Any, memo: dict[int, Any]) -> Any:
 
 def copy_of(item: Any, memo: dict[int, Any]) -> Any:
     """A copy of an object, attribute by attribute: the ``__deepcopy__`` of a class with functions."""
-    memo[id(item)] = again = type(item).__new__(type(item))
+    memo[id(item)] = again = object.__new__(type(item))
     again.__dict__.update({name: copied(value, memo) for name, value in item.__dict__.items()})
     return again
 
@@ -107,8 +107,7 @@ def _copied_method(method: MethodType | BuiltinMethodType, memo: dict[int, Any])
 
 def _copied_function(fn: FunctionType, memo: dict[int, Any]) -> FunctionType:
     """A function with cells of its own for what is copied; others, such as a counter's, stay shared with the first."""
-    _check_globals(fn, memo, set())
-    if not any([_is_copied(part, memo) for part in contents_of(fn).values()]):
+    if not _is_copied(fn, memo):
         return fn
     cells = [(cell, _cell_for(cell, memo)) for cell in fn.__closure__ or ()]
     again = FunctionType(fn.__code__, fn.__globals__, fn.__name__, None, tuple([new for _, new in cells]))
@@ -145,6 +144,8 @@ def _is_copied(item: Any, memo: dict[int, Any]) -> bool:
         elif id(part) not in seen:
             seen.add(id(part))
             left += _parts_of(part)
+            if isinstance(part, FunctionType):
+                _check_globals(part, memo, set())
     return False
 
 

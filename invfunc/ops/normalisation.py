@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _torch
 from ..core.couple import match
 from ..core.op import Invertible, pair
 from ..debug import require
@@ -174,7 +175,7 @@ def _normalise(
     if x.numel() // x.shape[1] < 2:
         raise WireError("batch_norm: the input", expected="two values or more in each channel", got=describe(x))
     y, *found = torch.native_batch_norm(x, *affine, statistics.mean, statistics.variance, True, momentum, eps)
-    wanted = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a trace is compared with one without gradients
+    wanted = torch.is_grad_enabled() and not _torch.is_tracing()  # a trace is compared with one without gradients
     return y, _of_batch(x, eps) if wanted else (found[0], found[1])
 
 
