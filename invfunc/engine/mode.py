@@ -28,7 +28,7 @@ def mode(name: str) -> Iterator[None]:
             no inverse is stored as marked, whatever the mode.
 
     A mode changes neither a value nor a gradient, only memory and time. It nests, restores what was before, and is
-    local to its thread and its asynchronous task.
+    local to its thread and its asynchronous task; a compiled graph follows the one that was entered last.
 
     Example:
         >>> import torch, invfunc as inv

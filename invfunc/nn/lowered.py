@@ -409,7 +409,8 @@ class Sequential(Layer, nn.Sequential):
     """Modules one after another, as `torch.nn.Sequential`, lowered as one pipeline at constant memory.
 
     A child of this package whose flags say so is stored or run again instead; an ordinary module has no inverse, so its
-    input is stored.
+    input is stored. A child with hooks, or with a forward that a tool has put there, is called as a module, between two
+    stored activations.
 
     Args:
         modules: As for `torch.nn.Sequential`: modules, or one ``OrderedDict`` of them. An op becomes a `Lowered`.
