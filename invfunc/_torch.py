@@ -50,12 +50,12 @@ def _private(path: str, fallback: Any = None) -> Any:
 
 def _attribute(path: str, sample: Any, fallback: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """What reads a private attribute that only instances have, as a sample has it; or the fallback."""
+    name = path.rpartition(".")[2]
     try:
-        read = attrgetter(path.rpartition(".")[2])
-        read(sample)
+        attrgetter(name)(sample)
     except AttributeError:
         return fallback
-    return read
+    return lambda item: getattr(item, name)  # Dynamo knows no attrgetter
 
 
 def _missing(path: str, feature: str) -> TorchNameError:
@@ -412,6 +412,30 @@ def in_compiled_backward() -> bool:
 def run_backward(backward: Callable[..., Any], *args: Any) -> Any:
     """Call a backward; compiled autograd leaves it out of its graph, since it is no function of its arguments alone."""
     return torch.compiler.disable(backward)(*args) if in_compiled_backward() else backward(*args)
+
+
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+
+# Where `torch.jit.trace` writes down what is called. Otherwise it can not be asked to look away.
+_tracing_state = _private("torch._C._get_tracing_state")
+_set_tracing_state = _private("torch._C._set_tracing_state")
+_CAN_LOOK_AWAY = not (_tracing_state is None or _set_tracing_state is None)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Leave what is called inside out of a graph that `torch.jit.trace` makes."""
+    if torch.compiler.is_compiling() or not is_tracing():
+        yield
+        return
+    if not _CAN_LOOK_AWAY:
+        raise _missing("torch._C._set_tracing_state", "a first batch that is traced")
+    state = _tracing_state()
+    _set_tracing_state(None)
+    try:
+        yield
+    finally:
+        _set_tracing_state(state)
 
 
 # ---- modes and fake tensors ------------------------------------------------------------------------------------------

@@ -79,6 +79,9 @@ class Checkpointed(Wrapper):
         forward_fn, inverse_fn = partial(self.op.forward_fn, **kwargs), partial(self.op.inverse_fn, **kwargs)
         return replace(self, op=replace(self.op, forward_fn=forward_fn, inverse_fn=inverse_fn))(*xs)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self if global_name(self) else super().__deepcopy__(memo)
+
     def __reduce__(self) -> Any:
         """A decorated function is pickled by its name, as functions are."""
         return global_name(self) or (copyreg.__newobj__, (Checkpointed,), vars(self))  # pyright: ignore

@@ -15,6 +15,7 @@ from torch import Size, Tensor
 
 from . import _torch
 from .core.op import OneWay, name_of
+from .core.structure import copy_of
 from .engine.interface import Options, Run
 from .engine.lower import engine_for, runs_plainly
 from .engine.mode import current
@@ -81,6 +82,9 @@ class CheckpointedFunction:
         if instance is None:
             return self
         return CheckpointedFunction(MethodType(self.__wrapped__, instance), self.options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self if global_name(self) else copy_of(self, memo)
 
     def __reduce__(self) -> Any:
         return global_name(self) or (_checkpointed, (self.__wrapped__, self.options))

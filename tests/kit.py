@@ -4,6 +4,7 @@
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -137,6 +138,14 @@ class Step:
 def leaf(*shape: int, **options: Any) -> Tensor:
     """A random tensor that requires grad."""
     return torch.randn(shape, **options).requires_grad_()
+
+
+def traced_by_jit(fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """`torch.jit.trace`, which is deprecated and in use; it warns of every look at a shape."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return torch.jit.trace(fn, args, **options)
 
 
 def parameters(*modules: nn.Module) -> list[Tensor]:

@@ -1,8 +1,10 @@
 """Copies and pickles of lowered pipelines and of modules that have them."""
 
 import copy
+import functools
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,11 @@ import torch
 import torch.utils.checkpoint
 from kit import WIDTH, Counted, Net, assert_close, layer, leaf, loss
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import invfunc as inv
+from invfunc.compat import memcnn
+from invfunc.errors import OptionError
 
 
 @inv.checkpoint
@@ -85,6 +90,194 @@ def test_copies_of_ops(copied: Callable[..., Any], op: Callable[[], inv.Invertib
     expected = op(*xs)
     assert repr(copied(op)) == repr(op)
     assert_close(copied(op)(*xs), expected)
+
+
+# ---- what a copy closes over -----------------------------------------------------------------------------------------
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Holder:
+    """An object that is called, and holds a function."""
+
+    def __init__(self, fn: Function) -> None:
+        self.fn = fn
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.fn(x)
+
+
+def wrapped(fn: Function) -> Function:
+    @functools.wraps(fn)
+    def call(x: Tensor) -> Tensor:
+        return fn(x)
+
+    return call
+
+
+def recursive(net: nn.Module) -> Function:
+    def call(x: Tensor, left: int = 2) -> Tensor:
+        return call(x, left - 1) if left else net(x)
+
+    return call
+
+
+def of_weight(weight: Tensor) -> Function:
+    return lambda x: x @ weight
+
+
+# Of a module with a layer ``f``.
+FUNCTIONS: dict[str, Callable[[Any], Function]] = {
+    "the module": lambda m: lambda x: m.f(x),
+    "its layer": lambda m: of_layer(m.f),
+    "its weight": lambda m: of_weight(m.f.weight),
+    "a default": lambda m: lambda x, net=m.f: net(x),
+    "a list": lambda m: (lambda nets: lambda x: nets[0](x))([m.f]),
+    "another closure": lambda m: (lambda f: lambda x: f(x))(of_layer(m.f)),
+    "itself": lambda m: recursive(m.f),
+    "wraps": lambda m: wrapped(of_layer(m.f)),
+    "an object": lambda m: Holder(of_layer(m.f)),
+    "partial": lambda m: functools.partial(lambda net, x: net(x), m.f),
+    "partial of a closure": lambda m: functools.partial(of_layer(m.f)),
+    "bound method": lambda m: m.layer,
+    "method of a tensor": lambda m: m.f.bias.add,
+    "transform": lambda m: torch.func.vmap(of_layer(m.f)),
+    "compiled": lambda m: torch.compile(of_layer(m.f), backend="eager"),
+}
+
+
+def of_layer(layer: Function) -> Function:
+    return lambda x: layer(x)
+
+
+def between(f: Any) -> inv.Invertible:
+    return inv.chain(inv.split(2), inv.couple(f, f), inv.concat(2))
+
+
+def twice(f: Function) -> Function:
+    return lambda x: torch.cat([f(x[:, :WIDTH]), f(x[:, WIDTH:])], 1)
+
+
+def shifted(f: Function) -> tuple[Function, Function]:
+    def by(sign: int, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return torch.cat([a + sign * f(b), b], 1)
+
+    return lambda x: by(1, x), lambda y: by(-1, y)
+
+
+# What holds a function, or a function of it.
+FACES: dict[str, Callable[[Any], Any]] = {
+    "plain": between,
+    "lowered": lambda f: inv.checkpoint(between(f)),
+    "recomputed": lambda f: inv.checkpoint(between(f), mode="recompute"),
+    "function": lambda f: inv.checkpoint(twice(f)),
+    "with an inverse": lambda f: inv.checkpoint(*shifted(f)),
+    "compiled": lambda f: inv.compile_stages(inv.checkpoint(between(f)), backend="eager"),
+    "exact": lambda f: inv.checkpoint(inv.exact(between(f))),
+    "law": lambda f: inv.checkpoint(
+        inv.chain(inv.split(2), inv.couple(torch.sin, law=lambda t: inv.additive(f(t))), inv.concat(2))
+    ),
+    "Lowered": lambda f: inv.nn.Lowered(between(f)),
+    "Coupling": lambda f: inv.nn.Coupling(f),
+    "Sequential": lambda f: inv.nn.Sequential(inv.nn.Coupling(f), inv.ops.tanh()),
+    "memcnn": lambda f: memcnn.InvertibleModuleWrapper(inv.nn.Coupling(f), keep_input=True),
+}
+
+
+class Owner(nn.Module):
+    """A module that calls its layer through an op."""
+
+    def __init__(self, function: Callable[[Any], Function], face: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.f = nn.Linear(WIDTH, WIDTH)
+        self.op = face(function(self))
+
+    def layer(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+PAIRS = [
+    *[(name, "lowered") for name in FUNCTIONS],
+    *[("the module", name) for name in FACES],
+    ("its layer", "Lowered"),
+]
+
+
+@pytest.mark.parametrize("function, face", PAIRS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, AveragedModel], ids=["deepcopy", "average"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's
+def test_a_copy_calls_what_it_has_copied(copied: Callable[[Any], nn.Module], function: str, face: str) -> None:
+    model, x = Owner(FUNCTIONS[function], FACES[face]), leaf(3, 2 * WIDTH)
+    before = model(x)
+    other = copied(model)
+    with torch.no_grad():
+        for p in model.f.parameters():
+            p.add_(1)
+    found = other(x)
+    assert torch.equal(found, before) and not torch.allclose(model(x), before)
+    loss(found).backward()
+    assert all(p.grad is None for p in model.f.parameters())
+    for name, p in other.named_parameters():
+        assert p.grad is not None or (function, name.split(".")[-1]) in BLIND, name
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert not torch.allclose(other(x), found)
+
+
+BLIND = [("its weight", "bias"), ("method of a tensor", "weight")]  # which the function does not read
+
+
+def test_a_copy_shares_what_is_no_part_of_it() -> None:
+    calls, lock, net = 0, threading.Lock(), nn.Linear(WIDTH, WIDTH)
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal calls
+        with lock:
+            calls += 1
+        return net(x)
+
+    op, x = inv.couple(counted), (torch.ones(2, WIDTH), torch.ones(2, WIDTH))
+    op(*x)
+    copy.deepcopy(op)(*x)
+    assert calls == 2
+
+
+NET = nn.Linear(WIDTH, WIDTH)
+
+
+def finds_it(x: Tensor) -> Tensor:
+    return NET(x)
+
+
+def calls_it(x: Tensor) -> Tensor:
+    return finds_it(x)
+
+
+@pytest.mark.parametrize("fn", [finds_it, calls_it])
+@pytest.mark.parametrize("face", sorted(FACES.keys() - {"Lowered"}))
+def test_what_is_found_among_globals_is_not_copied(fn: Function, face: str) -> None:
+    model = Owner(lambda _: fn, FACES[face])
+    copy.deepcopy(model)  # it is no part of the model, as in plain torch
+    model.f = NET
+    with pytest.raises(OptionError, match="finds_it finds NET, a Linear, among its globals, and a copy has another"):
+        copy.deepcopy(model)
+    with pytest.raises(OptionError, match="among its globals"):
+        copy.deepcopy(inv.nn.Lowered(between(finds_it)))  # which owns it
+
+
+f = NET  # a global with the name of an attribute
+
+
+def test_an_attribute_is_no_global() -> None:
+    model = Owner(FUNCTIONS["the module"], FACES["lowered"])
+    model.other = f
+    assert copy.deepcopy(model).op is not model.op
+    assert not dict(inv.nn.Lowered(inv.couple(lambda x: x * x.f)).named_parameters())
 
 
 def test_decorated_functions_are_pickled_by_name() -> None:

@@ -182,25 +182,31 @@ def test_lowered_under_vmap_of_grad():
         assert close(per_sample[name][0], first[name])
 
 
-def test_closures_are_owned_but_not_copied():
+def test_closures_are_owned_and_copied():
     net = nn.Linear(2, 2)
     module = inn.Lowered(inv.couple(lambda x: 2 * net(x)))
     assert [name for name, _ in module.named_parameters()] == ["f.net.weight", "f.net.bias"]
-    for copied in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(OptionError) as caught:
-            copied(module)
-        assert str(caught.value) == (
-            "Lowered: a function of couple(<lambda>) closes over modules that a copy would not use; pass the module "
-            "itself, a bound method or a functools.partial, not a function that closes over it"
-        )
+    other, x = copy.deepcopy(module), (torch.randn(3, 2), torch.randn(3, 2))
+    with torch.no_grad():
+        net.weight.zero_()
+    total = sum(y.sum() for y in other(*x))
+    assert not close(total, sum(y.sum() for y in module(*x)))
+    total.backward()
+    assert net.weight.grad is None and all(p.grad is not None for p in other.parameters())
+    with pytest.raises(OptionError) as caught:
+        pickle.dumps(module)
+    assert str(caught.value) == (
+        "Lowered: a function of couple(<lambda>) closes over modules that a pickle would not use; pass the module "
+        "itself, a bound method or a functools.partial"
+    )
 
 
-def test_a_closure_over_a_parameter_can_not_be_given_another():
+def test_a_closure_over_a_parameter_is_given_another():
     weight = nn.Parameter(torch.randn(2))
-    module = inn.Lowered(inv.couple(lambda x: weight * x))
+    module, x = inn.Lowered(inv.couple(lambda x: weight * x)), torch.ones(1, 2)
     assert list(dict(module.named_parameters())) == ["f.weight"]
-    with pytest.raises(OptionError, match="closes over a tensor that the module now holds another of"):
-        functional_call(module, {"f.weight": torch.ones(2)}, ((torch.ones(1, 2), torch.ones(1, 2)),))
+    y, _ = functional_call(module, {"f.weight": 2 * torch.ones(2)}, ((x, x),))
+    assert torch.equal(y, 3 * x)
 
 
 @pytest.mark.parametrize(

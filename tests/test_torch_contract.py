@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from kit import traced_by_jit
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from without import is_tried
@@ -102,6 +103,30 @@ def _() -> None:
         for transform in TRANSFORMS:
             assert inside(asks, transform) == [True]
             assert asks(inside(lambda x: x, transform)[0])  # the transform has ended
+
+
+@contract("torch._C._get_tracing_state", "torch._C._set_tracing_state")
+def _() -> None:
+    state, set_state = found("torch._C._get_tracing_state"), found("torch._C._set_tracing_state")
+    assert state() is None
+
+    def fn(x: Tensor) -> Tensor:
+        before = state()
+        assert (before is not None) == torch.jit.is_tracing()
+        set_state(None)
+        hidden = x.exp()
+        assert not torch.jit.is_tracing()
+        set_state(before)
+        return x + hidden
+
+    for traced in traced_by_jit(fn, torch.ones(2)), traced_by_jit(_untraced_exp, torch.ones(2)):
+        assert "exp" not in str(traced.graph)
+
+
+def _untraced_exp(x: Tensor) -> Tensor:
+    with _torch.untraced():
+        hidden = x.exp()
+    return x + hidden
 
 
 @contract("torch._C._functorch.maybe_current_level", "torch._C._functorch.maybe_get_level")

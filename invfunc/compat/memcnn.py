@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import has_hooks
 from .._torch import trees as pytree
 from ..core.combine import split
 from ..core.couple import additive, affine, couple
 from ..core.op import Invertible, Rearrangement, chain, pair
 from ..engine.conditions import accelerators
 from ..errors import NotInvertibleError, OptionError, WireError
-from ..nn.module import Module, apart, undisturbed
+from ..nn.module import Module, apart, is_called, undisturbed
 from ..wires import Wire, describe
 
 __all__ = [
@@ -369,9 +368,8 @@ class InvertibleModuleWrapper(Module):
         return there.rebuild(self._lowered(op, donate, mode)(*flat))
 
     def _is_op(self) -> bool:
-        """Whether the module is an op's, and has no hooks, which its being called would run."""
-        fn = self._fn
-        return isinstance(fn, Module) and not has_hooks(fn)
+        """Whether the module is an op's, and no more than that is called."""
+        return isinstance(self._fn, Module) and not is_called(self._fn)
 
     def _call(self, *xs: Any, **kwargs: Any) -> Any:
         return self._fn(*xs, **kwargs)

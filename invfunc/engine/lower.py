@@ -59,10 +59,10 @@ def engine_for(op: Invertible, x: Wire) -> Engine | None:
 
 
 def runs_plainly() -> bool:
-    """Whether nothing has to be kept: no gradients, or forward mode."""
+    """Whether nothing has to be kept (no gradients, or forward mode), or a tracer takes forward and leaves backward."""
     if torch.compiler.is_compiling():
-        return compiled.runs_plainly()
-    return not torch.is_grad_enabled() or _torch.forward_mode()
+        return torch.compiler.is_exporting() or compiled.runs_plainly()
+    return not torch.is_grad_enabled() or _torch.is_tracing() or _torch.forward_mode()
 
 
 # ---- the walk over the structure ------------------------------------------------------------------------------------

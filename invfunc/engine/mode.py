@@ -15,6 +15,7 @@ from .interface import Options
 MODES = ("invert", "store", "recompute")
 
 _MODE: ContextVar[str | None] = ContextVar("mode", default=None)
+_LATEST: str | None = None  # Dynamo reads no context variable; it guards a global name
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def mode(name: str) -> Iterator[None]:
             no inverse is stored as marked, whatever the mode.
 
     A mode changes neither a value nor a gradient, only memory and time. It nests, restores what was before, and is
-    local to its thread and its asynchronous task.
+    local to its thread and its asynchronous task; a compiled graph follows the one that was entered last.
 
     Example:
         >>> import torch, invfunc as inv
@@ -37,11 +38,14 @@ def mode(name: str) -> Iterator[None]:
         ...     fast(x).grad_fn.name()
         'ExpBackward0'
     """
-    token = _MODE.set(checked_mode(name))
+    global _LATEST
+    token, before = _MODE.set(checked_mode(name)), _LATEST
+    _LATEST = name
     try:
         yield
     finally:
         _MODE.reset(token)
+        _LATEST = before
 
 
 def checked_mode(name: str) -> str:
@@ -53,7 +57,7 @@ def checked_mode(name: str) -> str:
 
 def forced_mode() -> str | None:
     """The mode of the surrounding ``with inv.mode(...)``; it overrides every option, mark and plan."""
-    return None if torch.compiler.is_compiling() else _MODE.get()
+    return _LATEST if torch.compiler.is_compiling() else _MODE.get()
 
 
 def current(options: Options) -> Options:

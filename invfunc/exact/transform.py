@@ -533,6 +533,8 @@ class Gridded(Wrapper):
     pull = Invertible.pull
 
     def _on_grid(self, run: Callable[[Invertible, Wire], Wire], x: Wire) -> Wire:
+        if torch.compiler.is_exporting():
+            _refuse_graph()
         grid = self.grid_for(x)
         op = self._lifted.get(grid)
         if op is None:

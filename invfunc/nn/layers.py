@@ -566,8 +566,20 @@ class _Initialising:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.module.training and not (self.module.initialised or _torch.active()):
-            self.module.initialise(x)
+            if torch.compiler.is_exporting():
+                _refuse_first_batch()
+            with _torch.untraced():
+                self.module.initialise(x)
         return self.fn(x)
+
+
+@_torch.called_not_traced
+def _refuse_first_batch() -> None:
+    raise OptionError(
+        "ActNorm: exported in training mode before its first batch, of which an example tells nothing",
+        expected="a scale and a shift that are set",
+        cure="call the module, or its initialise, on a batch first",
+    )
 
 
 # ---- shape -----------------------------------------------------------------------------------------------------------

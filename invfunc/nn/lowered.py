@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .. import _torch
 from ..checkpoint import Wrapper, checkpoint
-from ..core.combine import split
+from ..core.combine import Parallel, split
 from ..core.couple import Half, additive, as_law, couple
-from ..core.op import Invertible, OneWay, Pair, chain
+from ..core.op import Chain, Invertible, OneWay, Pair, chain
+from ..core.structure import contents_of, copied, globals_of
 from ..errors import OptionError
 from ..wires import Wire
 from .module import InvertibleModule, Live, Module, op_of
@@ -118,6 +119,11 @@ class Names(nn.Module):
         """Names are not called."""
         raise OptionError("these are the names of an op's modules", cure="call the Lowered module that they belong to")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":  # so that a tool, such as torch.distributed.pipelining, does not wait for a call
+            self.forward()
+        super().__setattr__(name, value)
+
 
 class Lowered(Layer):
     """An op as a module: it owns the modules and parameters that the op's functions use.
@@ -134,7 +140,8 @@ class Lowered(Layer):
 
     Limits:
         What a plain Python function finds in its closure, or among its globals, is owned too, but such a module can not
-        be copied: pass the module itself, a bound method or a `functools.partial` instead.
+        be pickled, and what is found among globals can not be copied: pass the module itself, a bound method or a
+        `functools.partial` instead.
 
     Example:
         >>> import torch, invfunc as inv
@@ -152,63 +159,99 @@ class Lowered(Layer):
         self._op = op if isinstance(op, Invertible) else chain(op)
         self._configure(options)
         checkpoint(self._op, **self._options)
-        self._tensors: list[tuple[nn.Module, str, Tensor]] = []
-        self._closed: set[int] = set()
+        self._used: dict[Path, dict[str, Owner]] = {}  # by the functions, under the names that they have here
+        self._latest, self._latest_of = self._op, list[nn.Module]()
+        self._has_closures = False
         for path, owner, closed in owned(self._op):
+            self._has_closures |= closed
             self._own(path, owner, closed)
 
     def make(self) -> Invertible:
-        """The op, with the tensors that the module holds now in the places of those that it was made with."""
-        changed = {id(t): getattr(m, name) for m, name, t in self._tensors if getattr(m, name) is not t}
-        if changed.keys() & self._closed:
-            raise self._closes("a tensor that the module now holds another of")
-        return copy.deepcopy(self._op, self._same() | changed) if changed else self._op
+        """The op, with what the module holds now in the places of what it was made with."""
+        changed = [now for _, _, owner, now in self._held() if now is not owner]
+        if not changed:
+            return self._op
+        _follow_modules(self)
+        if all([isinstance(now, nn.Module) for now in changed]):
+            return self._latest
+        return rebuilt(self._latest, self._now)
 
     @property
     def op(self) -> Invertible:
         """What the combinators made."""
         return self.make()
 
-    def _same(self) -> dict[int, Any]:
-        """What a copy of the op shares with it: every module and every tensor."""
-        return {id(owner): owner for _, owner, _ in owned(self._op)}
+    def _held(self) -> list[tuple[dict[str, Owner], str, Owner, Any]]:
+        """``(table, name, what is used, what is held)`` for all that the functions use."""
+        homes = [(self._home(path), used) for path, used in self._used.items()]
+        return [(used, name, owner, _held_as(home, name)) for home, used in homes for name, owner in used.items()]
+
+    def _home(self, path: Path) -> nn.Module:
+        home: nn.Module = self
+        for name in path:
+            home = _torch.children_of(home)[name]
+        return home
+
+    def _now(self, path: Path, owner: Owner) -> Any:
+        """What the module holds now where the functions at a path used something."""
+        home, used = self._home(path[:-1]), self._used.get(path[:-1], {})
+        name = _name_on(home, path[-1])
+        return _held_as(home, name) if used.get(name) is owner else owner
+
+    def _module_now(self, path: Path, owner: Owner) -> Any:
+        return self._now(path, owner) if isinstance(owner, nn.Module) else owner
 
     def _own(self, path: Path, owner: Owner, closed: bool) -> None:
-        if closed:
-            self._closed.add(id(owner))
         home: nn.Module = self
         for name in path[:-1]:
             if name not in _torch.children_of(home):
                 home.add_module(name, Names())
             home = _torch.children_of(home)[name]
-        name = f"{path[-1]}_" if hasattr(type(home), path[-1]) else path[-1]
+        name = _name_on(home, path[-1])
         if isinstance(owner, nn.Module):
             home.add_module(name, owner)
-        elif _owns(home, name, owner, closed):
-            self._tensors.append((home, name, owner))
+        elif not _owns(home, name, owner, closed):
+            return
+        self._used.setdefault(path[:-1], {})[name] = owner
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self._op = self.make()
-        self._tensors = [(home, name, getattr(home, name)) for home, name, _ in self._tensors]
+        self._op = rebuilt(self._op, self._now)
+        self._latest, self._latest_of = self._op, []
+        for used, name, _, now in self._held():
+            used[name] = now
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the op and the module refer to the same modules there, too."""
-        if self._closed:
-            raise self._closes("modules that a copy would not use")
+        """For pickles: the op and the module refer to the same modules there, too."""
+        if self._has_closures:
+            raise OptionError(
+                f"Lowered: a function of {self._op!r} closes over modules that a pickle would not use",
+                cure="pass the module itself, a bound method or a functools.partial",
+            )
         return self.__dict__
-
-    def _closes(self, what: str) -> OptionError:
-        return OptionError(
-            f"Lowered: a function of {self._op!r} closes over {what}",
-            cure="pass the module itself, a bound method or a functools.partial, not a function that closes over it",
-        )
 
     def extra_repr(self) -> str:
         """The op, and the flags that are not the default."""
         given = [f"{name}={value!r}" for name, value in self._options.items()]
         return ", ".join(filter(None, [repr(self._op), *given, super().extra_repr()]))
+
+
+@_torch.called_not_traced
+def _follow_modules(module: Lowered) -> None:
+    """Let the latest op be one of the modules that are held now; that of old stays, since Dynamo guards what it saw."""
+    held = [now for *_, now in module._held() if isinstance(now, nn.Module)]
+    if len(held) != len(module._latest_of) or any([a is not b for a, b in zip(held, module._latest_of, strict=True)]):
+        module._latest, module._latest_of = rebuilt(module._op, module._module_now), held
+
+
+def _held_as(home: nn.Module, name: str) -> Any:
+    children = _torch.children_of(home)
+    return children[name] if name in children else getattr(home, name)
+
+
+def _name_on(home: nn.Module, name: str) -> str:
+    return f"{name}_" if hasattr(type(home), name) else name
 
 
 def _owns(home: nn.Module, name: str, tensor: Tensor, closed: bool) -> bool:
@@ -231,17 +274,47 @@ def _owns(home: nn.Module, name: str, tensor: Tensor, closed: bool) -> bool:
 
 def owned(op: Invertible) -> Iterator[tuple[Path, Owner, bool]]:
     """Every module and tensor inside an op: its name, itself, and whether it was found in a closure."""
-    yield from _owned_below(op, ())
+    for path, part in _primitives(op, ()):
+        yield from _named(_functions(part), path)
 
 
-def _owned_below(op: Invertible, path: Path) -> Iterator[tuple[Path, Owner, bool]]:
-    if isinstance(op, Wrapper) and not isinstance(op, Live):
-        yield from _owned_below(op.op, path)
-    elif op.parts and not isinstance(op, Live):
-        for name, part in _named_parts(op):
-            yield from _owned_below(part, (*path, name))
-    else:
-        yield from _named(_functions(op), path)
+def _primitives(op: Invertible, path: Path) -> Iterator[tuple[Path, Invertible]]:
+    for name, part in _inner(op):
+        yield from _primitives(part, (*path, *name))
+    if not _inner(op):
+        yield path, op
+
+
+def _inner(op: Invertible) -> list[tuple[Path, Invertible]]:
+    """The ops that an op is made of, with their names in it; none of a primitive, such as the op of a module."""
+    if isinstance(op, Live):
+        return []
+    return [((), op.op)] if isinstance(op, Wrapper) else [((name,), part) for name, part in _named_parts(op)]
+
+
+def rebuilt(op: Invertible, now: Callable[[Path, Owner], Any], path: Path = ()) -> Invertible:
+    """An op whose functions use ``now(path, owner)`` in the place of each owner; what is the same stays."""
+    inner = _inner(op)
+    if not inner:
+        return _primitive_with(op, [(owner, now(name, owner)) for name, owner, _ in _named(_functions(op), path)])
+    parts = [rebuilt(part, now, (*path, *name)) for name, part in inner]
+    if all([new is old for new, (_, old) in zip(parts, inner, strict=True)]):
+        return op
+    if isinstance(op, Wrapper):
+        return replace(op, op=parts[0])
+    if isinstance(op, (Chain, Parallel)):
+        return replace(op, _parts=tuple(parts))
+    return copied(op, {id(old): new for new, (_, old) in zip(parts, inner, strict=True)})
+
+
+def _primitive_with(op: Invertible, uses: list[tuple[Owner, Any]]) -> Invertible:
+    if all([new is old for old, new in uses]):
+        return op
+    if isinstance(op, Live):
+        _, module = uses[0]
+        one = Live(module) if isinstance(module, Module) else chain(module)
+        return one.inverted() if op.backwards else one
+    return copied(op, {id(old): new for old, new in uses})
 
 
 def _named_parts(op: Invertible) -> list[tuple[str, Invertible]]:
@@ -321,16 +394,12 @@ def _arguments(item: partial[Any]) -> list[tuple[str, Any]]:
 
 
 def _closure(fn: FunctionType) -> list[tuple[str, Any]]:
-    """The modules, tensors and functions that a plain function finds outside of itself."""
-    if (fn.__module__ or "").split(".")[0] in ("torch", "invfunc"):
-        return []
-    found = inspect.getclosurevars(fn)
-    reached = {**found.globals, **found.nonlocals}
-    return [
-        (name, v)
-        for name, v in reached.items()
-        if isinstance(v, (nn.Module, Tensor, FunctionType, partial, MethodType))
-    ]
+    """What a function holds, and the modules, tensors and functions that it finds among its globals."""
+    found = [(name, v) for name, v in globals_of(fn).items() if isinstance(v, _INTERESTING)]
+    return [*found, *contents_of(fn).items()]
+
+
+_INTERESTING = nn.Module, Tensor, FunctionType, partial, MethodType
 
 
 # ---- the two that are built most often -------------------------------------------------------------------------------
@@ -340,7 +409,8 @@ class Sequential(Layer, nn.Sequential):
     """Modules one after another, as `torch.nn.Sequential`, lowered as one pipeline at constant memory.
 
     A child of this package whose flags say so is stored or run again instead; an ordinary module has no inverse, so its
-    input is stored.
+    input is stored. A child with hooks, or with a forward that a tool has put there, is called as a module, between two
+    stored activations.
 
     Args:
         modules: As for `torch.nn.Sequential`: modules, or one ``OrderedDict`` of them. An op becomes a `Lowered`.

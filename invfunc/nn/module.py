@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from .. import _torch
 from ..checkpoint import Checkpointed, Wrapper, checkpoint, mark
 from ..core.op import Inverse, Invertible, Residue, pair
+from ..core.structure import copy_of
 from ..engine.conditions import RandomState, accelerators
 from ..engine.donation import saved_by_its_maker, why_not_donate
 from ..engine.interface import Run, State
-from ..engine.lower import call_unit, walk
+from ..engine.lower import call_unit, runs_plainly, store, walk
 from ..engine.sharding import is_sharded
 from ..engine.trunk import is_tail
 from ..errors import NotInvertibleError, OptionError, WireError
@@ -67,12 +68,12 @@ class Live(Wrapper):
 
     @property
     def marked(self) -> bool:
-        """Whether the module lowers itself, by its own flags, when it is called: one that FSDP2 has sharded."""
-        return is_sharded(self.module)
+        """Whether the module lowers itself, by its own flags, when it is called."""
+        return is_called(self.module)
 
     @property
     def functions(self) -> tuple[Any, ...]:
-        """What others call: the module itself where it is sharded, so that they are warned."""
+        """What others call: the module itself where it is called, so that they are warned of a sharded one."""
         return (self.module,) if self.marked else self.op.functions
 
     def inverted(self) -> Invertible:
@@ -90,7 +91,14 @@ class Live(Wrapper):
 
 @walk.register
 def _(op: Live, state: State, run: Run) -> State:
-    return call_unit(op.call, state, run) if op.marked else walk(op.op, state, run)
+    if is_sharded(op.module):
+        return call_unit(op.call, state, run)
+    return store(op, state, run) if op.marked else walk(op.op, state, run)
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its op: it is sharded, or a tool left hooks or a forward on it."""
+    return is_sharded(module) or _torch.has_hooks(module) or "forward" in module.__dict__
 
 
 class Module(nn.Module):
@@ -116,6 +124,10 @@ class Module(nn.Module):
 
     donate: Donate = False
     _options: Mapping[str, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy whose functions use copies of what they close over."""
+        return copy_of(self, memo)
 
     def build(self) -> Invertible:
         """The op as the module is now."""
@@ -175,7 +187,7 @@ def safe_to_donate(xs: tuple[Wire, ...], keep: Iterable[Tensor] = ()) -> tuple[i
     A tensor that its maker saved is left alone: the maker may decide by it (a ReLU by its sign), and a rebuilt value
     can fall on the other side. Not so where the maker is another pipeline, which only rebuilds from it.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or runs_plainly():
         return ()
     places = [_storage(leaf) for leaf in leaves(xs)]
     kept = [_storage(leaf) for leaf in keep]
@@ -214,7 +226,7 @@ def op_of(module: Any) -> Invertible | nn.Module:
     """A child of a container as a part of its op: with the mode of its flags, and an ordinary module as it is."""
     if not isinstance(module, Module):
         return module
-    if is_sharded(module):
+    if is_called(module):
         return Live(module)
     op = module.build()
     return op if module._mode == "invert" else mark(op, module._mode)

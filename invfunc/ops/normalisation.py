@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _torch
 from ..core.couple import match
 from ..core.op import Invertible, pair
 from ..debug import require
@@ -18,7 +19,8 @@ from .shape import check_nonzero, check_size, check_tensor, meeting, per_positio
 
 def _check_vectors(subject: str, **vectors: Tensor | None) -> None:
     given = {name: vector for name, vector in vectors.items() if vector is not None}
-    if any(vector.dim() != 1 for vector in given.values()) or len({vector.shape for vector in given.values()}) > 1:
+    sizes = [vector.shape for vector in given.values()]
+    if any([len(size) != 1 or size != sizes[0] for size in sizes]):  # and no set: a tracer's sizes are tensors
         shapes = ", ".join(f"{name} {describe(vector)}" for name, vector in given.items())
         raise OptionError(f"{subject}: {shapes}", expected="vectors (C,) of one size")
 
@@ -173,7 +175,8 @@ def _normalise(
     if x.numel() // x.shape[1] < 2:
         raise WireError("batch_norm: the input", expected="two values or more in each channel", got=describe(x))
     y, *found = torch.native_batch_norm(x, *affine, statistics.mean, statistics.variance, True, momentum, eps)
-    return y, _of_batch(x, eps) if torch.is_grad_enabled() else (found[0], found[1])
+    wanted = torch.is_grad_enabled() and not _torch.is_tracing()  # a trace is compared with one without gradients
+    return y, _of_batch(x, eps) if wanted else (found[0], found[1])
 
 
 def _of_batch(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

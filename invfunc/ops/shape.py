@@ -361,11 +361,16 @@ def permute_channels(order: Sequence[int] | Tensor, dim: int = 1) -> Invertible:
         Fixed permutations between couplings; `mix_channels` has the learned ones of Glow.
     """
     order = torch.as_tensor(order)
-    if order.dim() != 1 or order.dtype != torch.int64 or order.sort().values.tolist() != list(range(len(order))):
+    if order.dim() != 1 or order.dtype != torch.int64 or not _is_permutation(order):
         raise OptionError(f"permute_channels: order of {len(order)}", expected="each of 0..C-1 exactly once")
     to, fro = partial(_select, order, dim), partial(_select, order.argsort(), dim)
     label = f"permute_channels(order, dim={dim})"
     return Rearrangement(to, fro, label, f"invert({label})")
+
+
+def _is_permutation(order: Tensor) -> bool:
+    """Whether each of 0..C-1 is there once; a graph can not look at values."""
+    return torch.compiler.is_compiling() or order.sort().values.tolist() == list(range(len(order)))
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
