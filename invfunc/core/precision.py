@@ -52,10 +52,11 @@ _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def _outside_of_autocast(fn: Callable[..., Tensor], *tensors: Any) -> Tensor:
-    with _without_autocast(tensors[0].device.type):
+    with without_autocast(tensors[0].device.type):
         return fn(*tensors)
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A type of device without autocast; nothing where it is off."""
     is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -113,13 +113,17 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
 
     .. math:: s_c = -\log(\sigma_c + \epsilon), \qquad b_c = -\mu_c e^{s_c}
 
+    A channel that is constant up to rounding, as every channel of a batch of one vector is, tells no scale: its s is 0,
+    so that actnorm centres it.
+
     Args:
         x: The batch, as it arrives at the op.
         dim: The dimension of the channels.
-        eps: Added to the standard deviation, for channels that are constant.
+        eps: Added to the standard deviation.
 
     Shapes:
-        ``(N, C, ...) -> (C,), (C,)``, floating-point, without gradients: wrap them in parameters.
+        ``(N, C, ...) -> (C,), (C,)``, in the dtype of x, and at least in float32, without gradients: wrap them in
+        parameters.
 
     Raises:
         WireError: When x lacks the dimension, or is empty.
@@ -134,14 +138,30 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
     Source:
         Salimans and Kingma, data-dependent initialisation (2016); Glow (2018).
     """
-    check_tensor("actnorm_init", x, max(2, reach(dim)))
+    check_channels(x, dim)
     if not x.numel():
         raise WireError("actnorm_init: the batch", expected="a value or more in each channel", got=describe(x))
+    return start_of(x, dim, at_least(x.dtype), torch.positive, eps)
+
+
+def check_channels(x: Tensor, dim: int) -> None:
+    """Raise unless x is a batch with channels."""
+    check_tensor("actnorm_init", x, max(2, reach(dim)))
     require("actnorm_init", x, torch.isfinite, "finite numbers")
-    with torch.no_grad():
-        variance, mean = torch.var_mean(x.detach().movedim(dim, 0).flatten(1), 1, correction=0)
-        log_scale = -(variance.sqrt() + eps).log()
-        return log_scale, -mean * log_scale.exp()
+
+
+@torch.no_grad()
+def start_of(
+    x: Tensor, dim: int, dtype: torch.dtype, total: Callable[[Tensor], Tensor], eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`actnorm_init` in a dtype; ``total`` adds a tensor up over the processes that share the batch."""
+    values = x.detach().to(at_least(x.dtype)).movedim(dim, 0).flatten(1)
+    count = total(values.new_full((), values.shape[1]))
+    mean = total(values.sum(1)) / count
+    deviation = (total((values - mean[:, None]).square().sum(1)) / count).sqrt()
+    is_constant = deviation <= 8 * torch.finfo(values.dtype).eps * mean.abs()
+    log_scale = -(deviation + eps).log().masked_fill(is_constant, 0).to(dtype)
+    return log_scale, (-mean * log_scale.to(values.dtype).exp()).to(dtype)
 
 
 # ---- batch norm ------------------------------------------------------------------------------------------------
