@@ -10,7 +10,7 @@ NOTE [Start] The first batch sets scale and shift once, for all.
 3.  *The flag is read from the device once*; then a Python bool stands for it, which any load makes doubtful again.
 4.  *A first batch with one value in each channel* tells no scale: the module waits for the next one.
 5.  *Below a transform, and in eval, nothing starts*; a call that runs again in backward finds the flag set.
-6.  *Under FSDP2* a call sees gathered parameters, and what it writes into them is lost: it raises.
+6.  *Under FSDP2* a call sees gathered parameters, and what it writes into them is lost: a module has to start before.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 from .. import _torch, ops
 from ..core.op import Invertible, Pair
-from ..engine.sharding import is_any_sharded
-from ..errors import OptionError
 from ..ops.normalisation import check_channels, start_of
 from .lowered import Layer
 
@@ -49,11 +47,10 @@ class ActNorm(Layer):
         initialised: Whether the first batch has been seen; set it to start from 1 and 0 instead. It is the buffer
             ``started``, so that a state dict tells it. One without the module's keys does not change it.
 
-    Raises:
-        OptionError: By a first batch under FSDP2, which would lose what it sets: call `initialise` before
-            ``fully_shard``, or load a state dict.
-
     Limits:
+        Under FSDP2 a call writes into gathered parameters, which are dropped: call `initialise`, or the model, before
+        ``fully_shard``. `fully_shard_blocks` checks that.
+
         A first batch with one value in each channel tells no scale: the module waits for the next one. An average of
         models (EMA) that starts before the first batch averages the 0 that parameters had before it.
 
@@ -140,12 +137,6 @@ class _Initialising:
     def __call__(self, x: Tensor) -> Tensor:
         module = self.module
         if module.training and not (module.initialised or _torch.active() or _has_no_data(x)):
-            if is_any_sharded():
-                raise OptionError(
-                    "ActNorm: its first batch comes under fully_shard, and what it sets would be lost",
-                    expected="a module that has started",
-                    cure="call initialise(x), or the model, before fully_shard, or load a state dict",
-                )
             check_channels(x, module.dim)
             if _values(module.process_group, x, module.dim) > 1:
                 module.initialise(x)
