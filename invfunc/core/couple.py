@@ -217,7 +217,7 @@ def exp_scale(net: Callable[..., Any], *, dim: int = 1) -> Callable[..., Any]:
 
     Limits:
         The scale is unbounded: with default initialisation, chains of 4 such couplings overflow in fp32. Prefer
-        `tanh_scale`.
+        `tanh_scale`. Where it would underflow it is the smallest normal number, so that it has an inverse.
 
     Example:
         >>> import torch
@@ -232,7 +232,7 @@ def exp_scale(net: Callable[..., Any], *, dim: int = 1) -> Callable[..., Any]:
 
 
 def sigmoid_scale(net: Callable[..., Any], shift: float = 2.0, *, dim: int = 1) -> Callable[..., Any]:
-    r"""A net's output as ``(s, t)`` for `affine`, with a scale between 0 and 1.
+    r"""A net's output as ``(s, t)`` for `affine`, with a scale between 0 and 1, and never 0 by underflow.
 
     .. math:: f(x) = (\sigma(raw + shift), t), \qquad (raw, t) = net(x)
 
