@@ -179,8 +179,8 @@ class Scaled:
 
     def _scale(self, raw: Tensor, *x: Wire) -> Tensor:
         """Computed in at least float32, and in the dtype of x where that is wider than the net's; never 0."""
-        stream = next((leaf.dtype.to_real() for leaf in leaves(x) if is_differentiable(leaf)), raw.dtype)
-        dtype = torch.promote_types(raw.dtype, stream)
+        streams = [leaf.real for leaf in leaves(x) if is_differentiable(leaf)]
+        dtype = torch.promote_types(raw.dtype, streams[0].dtype) if streams else raw.dtype
         return self.squash(raw.to(at_least(dtype))).to(dtype).clamp_min(torch.finfo(dtype).tiny)
 
     @property

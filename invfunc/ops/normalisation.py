@@ -196,14 +196,16 @@ class Affine(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
 
-    def to(self, dtype: torch.dtype) -> Affine:
-        """The same in another dtype."""
-        return Affine(*(None if tensor is None else tensor.to(dtype) for tensor in self))
-
     def closed(self, *gradients: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The gradients of those that there are."""
         pairs = zip(self, gradients, strict=True)
         return [(tensor, match(gradient, tensor)) for tensor, gradient in pairs if tensor is not None]
+
+
+def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
+    """The same in another dtype."""
+    weight, bias = (None if vector is None else vector.to(dtype) for vector in affine)
+    return Affine(weight, bias)
 
 
 def _check_batch(x: Any, statistics: Statistics, affine: Affine) -> None:
@@ -222,7 +224,7 @@ def _normalise(
         raise WireError("batch_norm: the input", expected="two values or more in each channel", got=describe(x))
     dtype = at_least(x.dtype)
     with statistics.written_in(dtype) as (mean, variance):
-        y, *found = torch.native_batch_norm(x, *affine.to(dtype), mean, variance, True, momentum, eps)
+        y, *found = torch.native_batch_norm(x, *_cast(affine, dtype), mean, variance, True, momentum, eps)
     return y, _of_batch(x, eps) if torch.is_grad_enabled() else (found[0], found[1])
 
 
@@ -238,7 +240,7 @@ def _of_batch(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _denormalise(affine: Affine, kept: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
     mean, inverse_deviation = kept
     check_size("the inverse of batch_norm", y, 1, len(mean))
-    affine = affine.to(at_least(y.dtype))
+    affine = _cast(affine, at_least(y.dtype))
     factor = 1 / inverse_deviation
     if affine.weight is not None:
         _check_weight(affine.weight)
@@ -255,7 +257,7 @@ def _pull_normalise(affine: Affine, eps: float, kept: tuple[Tensor, Tensor], y: 
     """The gradient through the statistics too, by the same kernel as `torch.nn.BatchNorm2d`'s; forward does not run."""
     x = _denormalise(affine, kept, y)
     gx, gweight, gbias = torch.ops.aten.native_batch_norm_backward(
-        gy, x, affine.to(at_least(x.dtype)).weight, None, None, *kept, True, eps, [True, True, True]
+        gy, x, _cast(affine, at_least(x.dtype)).weight, None, None, *kept, True, eps, [True, True, True]
     )
     return x, gx, affine.closed(gweight, gbias)
 
@@ -278,7 +280,7 @@ def _apply(statistics: Statistics, affine: Affine, eps: float, x: Tensor) -> Ten
     _check_variance(statistics.variance)
     dtype = at_least(x.dtype)
     running = statistics.mean.to(dtype), statistics.variance.to(dtype)
-    return torch.batch_norm(x, *affine.to(dtype), *running, False, 0.0, eps, False)
+    return torch.batch_norm(x, *_cast(affine, dtype), *running, False, 0.0, eps, False)
 
 
 def _check_variance(variance: Tensor) -> None:
