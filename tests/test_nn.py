@@ -501,33 +501,6 @@ def test_batch_norm_needs_the_batch_to_be_undone():
         layer(torch.randn(2, 3, 4, 4))
 
 
-def test_actnorm_starts_from_the_first_training_batch():
-    layer, x = inn.ActNorm(3), 5 + 2 * torch.randn(64, 3)
-    assert torch.equal(layer.eval()(x), x)
-    y = layer.train()(x)
-    assert layer.initialised
-    assert torch.allclose(y.mean(0), torch.zeros(3), atol=1e-5) and torch.allclose(
-        y.std(0, False), torch.ones(3), atol=1e-5
-    )
-    before = layer.log_scale.clone()
-    layer(torch.randn(4, 3)).sum().backward()
-    assert torch.equal(layer.log_scale, before) and layer.log_scale.grad is not None
-    fresh = inn.ActNorm(3)
-    fresh.load_state_dict(layer.state_dict())
-    fresh(torch.randn(4, 3))
-    assert torch.equal(fresh.log_scale, before)
-
-
-def test_actnorm_starts_inside_a_pipeline():
-    net, x = inn.Sequential(inn.Linear(3, 3), inn.ActNorm(3)), torch.randn(64, 3)
-    y = net(x)
-    assert torch.allclose(y.mean(0), torch.zeros(3), atol=1e-5)
-    y.square().sum().backward()
-    plain = copy.deepcopy(net)
-    plain.checkpoint = False
-    assert_same_gradients(gradients(net, x), gradients(plain, x))
-
-
 def test_orthogonal_stays_orthogonal_while_it_is_trained():
     layer = inn.OrthogonalLinear(4, 4)
     optimizer = torch.optim.SGD(layer.parameters(), 0.01)

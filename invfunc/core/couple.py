@@ -19,6 +19,7 @@ from ..errors import OptionError, WireError
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 from .combine import check_components
 from .op import VJP, Again, Chain, Invertible, Pair, Residue, chain, invert, name_of, named, pair
+from .precision import at_least
 
 # ---- ops that are laws as well -------------------------------------------------------------------------------------
 
@@ -115,7 +116,8 @@ def _pull_scale_shift(s: Tensor, t: Tensor, y: Tensor, gy: Tensor) -> Any:
 
 
 def _scale_log_det(s: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return sum_per_sample(s.abs().log().expand(x.shape))
+    log_scale = s.to(at_least(s.dtype, x.dtype.to_real())).abs().log()
+    return sum_per_sample(log_scale.expand(x.shape)).to(y.dtype.to_real())
 
 
 def affine(s: Tensor, t: Tensor) -> Invertible:
@@ -173,7 +175,13 @@ class Scaled:
     def __call__(self, *x: Wire) -> tuple[Tensor, Tensor]:
         out = self.net(*x)
         raw, t = out if isinstance(out, tuple) else _halves(out, self.dim, self.label)
-        return self.squash(raw), t
+        return self._scale(raw, *x), t
+
+    def _scale(self, raw: Tensor, *x: Wire) -> Tensor:
+        """Computed in at least float32, and in the dtype of x where that is wider than the net's; never 0."""
+        streams = [leaf.real for leaf in leaves(x) if is_differentiable(leaf)]
+        dtype = torch.promote_types(raw.dtype, streams[0].dtype) if streams else raw.dtype
+        return self.squash(raw.to(at_least(dtype))).to(dtype).clamp_min(torch.finfo(dtype).tiny)
 
     @property
     def __name__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -209,7 +217,7 @@ def exp_scale(net: Callable[..., Any], *, dim: int = 1) -> Callable[..., Any]:
 
     Limits:
         The scale is unbounded: with default initialisation, chains of 4 such couplings overflow in fp32. Prefer
-        `tanh_scale`.
+        `tanh_scale`. Where it would underflow it is the smallest normal number, so that it has an inverse.
 
     Example:
         >>> import torch
@@ -224,7 +232,7 @@ def exp_scale(net: Callable[..., Any], *, dim: int = 1) -> Callable[..., Any]:
 
 
 def sigmoid_scale(net: Callable[..., Any], shift: float = 2.0, *, dim: int = 1) -> Callable[..., Any]:
-    r"""A net's output as ``(s, t)`` for `affine`, with a scale between 0 and 1.
+    r"""A net's output as ``(s, t)`` for `affine`, with a scale between 0 and 1, and never 0 by underflow.
 
     .. math:: f(x) = (\sigma(raw + shift), t), \qquad (raw, t) = net(x)
 

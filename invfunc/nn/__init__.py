@@ -1,8 +1,8 @@
 """The `torch.nn` face of the same values: modules that own parameters."""
 
+from .actnorm import ActNorm
 from .distributed import fully_shard_blocks
 from .layers import (
-    ActNorm,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,

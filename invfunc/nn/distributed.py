@@ -14,6 +14,7 @@ from ..core.op import Invertible
 from ..engine.sharding import is_sharded
 from ..errors import OptionError
 from ..wires import map_wire
+from .actnorm import ActNorm
 from .lowered import Lowered, Sequential
 from .module import Live, Module
 
@@ -45,7 +46,8 @@ def fully_shard_blocks(model: M, **options: Any) -> M:
         plain sharded model: two all-gathers and one reduce-scatter for each block; recomputation gathers nothing again.
 
     Raises:
-        OptionError: When the model has no blocks, or a part of one is sharded already.
+        OptionError: When the model has no blocks, a part of one is sharded already, or an `ActNorm` has not seen its
+            first batch: what that would set in gathered parameters would be lost.
 
     Limits:
         The ops of a block that use parameters without a module must take a stream of another dtype than theirs, if
@@ -121,6 +123,12 @@ def _check_blocks(model: nn.Module, blocks: list[Module]) -> None:
                 f"fully_shard_blocks: {name or type(model).__name__} is under fully_shard already",
                 expected="a model of which nothing is sharded",
                 cure="leave the other call out",
+            )
+        if isinstance(part, ActNorm) and not part.initialised:
+            raise OptionError(
+                f"fully_shard_blocks: {name or 'the model'}, an ActNorm, has not started",
+                expected="one that has seen its first batch",
+                cure="call the model in training mode before, or load a state dict",
             )
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations
 
 from .. import _torch, ops
 from ..core.op import Invertible, Pair, chain
+from ..core.precision import at_least, without_autocast
 from ..errors import OptionError
 from ..ops.shape import missing
 from .lowered import Coupling, Layer
@@ -85,7 +86,9 @@ class OrthogonalLinear(Linear):
         dtype: See `Linear`.
 
     Limits:
-        The weight is a parametrization of torch's: such a module is saved by its state dict, not by pickle.
+        The weight is a parametrization of torch's: such a module is saved by its state dict, not by pickle. It is
+        orthogonal in the dtype of the parameters, whatever they were made or saved in: ``.double()`` makes it so in
+        float64. In half precision it is computed in float32.
 
     Example:
         >>> import torch, invfunc as inv
@@ -97,12 +100,46 @@ class OrthogonalLinear(Linear):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        dtype = dtype or torch.get_default_dtype()
+        super().__init__(in_features, out_features, bias, device, at_least(dtype))
         nn.init.orthogonal_(self.weight)
         parametrizations.orthogonal(self, "weight")
+        self._rotation.register_forward_pre_hook(_widen)
+        self._rotation.register_load_state_dict_post_hook(_sharpen)
+        self.to(dtype)
+
+    @property
+    def _rotation(self) -> Any:
+        """Torch's parametrization: its buffer ``base`` times a rotation by the parameter."""
+        return self.get_submodule("parametrizations.weight.0")
 
     def make(self) -> Invertible:
-        return ops.orthogonal(self.weight, self.bias)
+        with without_autocast(self._rotation.base.device.type):
+            return ops.orthogonal(self.weight, self.bias)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        before = self._rotation.base
+        super()._apply(fn, recurse)
+        after = self._rotation.base
+        if after.dtype != before.dtype:
+            self._rotation.base = before.to(after.device, at_least(after.dtype))
+            _sharpen(self._rotation)
+        return self
+
+
+def _widen(rotation: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """There is no matrix exponential in half precision, and a rotation that is rounded to it is none."""
+    return inputs[0].to(at_least(inputs[0].dtype))
+
+
+@torch.no_grad()
+def _sharpen(rotation: Any, incompatible: Any = None) -> None:
+    """Make a base that was orthogonal in a narrower dtype, or is one from a state dict, orthogonal in its own."""
+    base = rotation.base
+    apart = base.mH @ base - torch.eye(len(base), dtype=base.dtype, device=base.device)
+    if not base.is_meta and apart.abs().max() > 10 * len(base) * torch.finfo(base.dtype).eps:
+        q, r = torch.linalg.qr(base)
+        rotation.base = q * r.diagonal().sgn()
 
 
 class LULinear(Layer):
@@ -150,7 +187,7 @@ class LULinear(Layer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start from a random orthogonal matrix, and no bias."""
-        start = nn.init.orthogonal_(torch.empty_like(self.lower, dtype=torch.float32))
+        start = nn.init.orthogonal_(torch.empty_like(self.lower, dtype=at_least(self.lower.dtype)))
         permutation, lower, upper = torch.linalg.lu(start)
         self.lower.copy_(lower.tril(-1))
         self.upper.copy_(upper.triu(1))
@@ -161,8 +198,9 @@ class LULinear(Layer):
             self.bias.zero_()
 
     def make(self) -> Invertible:
-        upper = self.upper.triu(1) + (self.sign * self.log_diagonal.exp()).diag()
-        return ops.lu(self.lower, upper, self.order, self.bias)
+        dtype = at_least(self.upper.dtype)
+        diagonal = self.sign.to(dtype) * self.log_diagonal.to(dtype).exp()
+        return ops.lu(self.lower, self.upper.to(dtype).triu(1) + diagonal.diag(), self.order, self.bias)
 
     def extra_repr(self) -> str:
         """The options."""
@@ -493,93 +531,6 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """
 
     _torch_class = nn.BatchNorm3d
-
-
-def _initialised(module: ActNorm, incompatible: Any) -> None:
-    """After a state dict was loaded."""
-    module.initialised = True
-
-
-class ActNorm(Layer):
-    """A scale and a shift for each channel, which start so that the first batch has mean 0 and variance 1.
-
-    The first call in training mode sets them, unless a state dict was loaded; `initialise` sets them at any time.
-
-    Args:
-        num_features: The number of channels.
-        dim: Their dimension.
-        device: Of the parameters.
-        dtype: Of the parameters.
-
-    Attributes:
-        initialised: Whether the first batch has been seen; set it to start from 1 and 0 instead.
-
-    Example:
-        >>> import torch, invfunc as inv
-        >>> layer = inv.nn.ActNorm(1)
-        >>> layer(torch.tensor([[1.0], [3.0]])).round(decimals=4)
-        tensor([[-1.],
-                [ 1.]], grad_fn=<RoundBackward1>)
-
-    Source:
-        Kingma and Dhariwal, Glow (2018).
-    """
-
-    def __init__(self, num_features: int, dim: int = 1, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.num_features, self.dim, self.initialised = num_features, dim, False
-        self.log_scale = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        self.register_load_state_dict_post_hook(_initialised)
-
-    @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        """Set scale and shift so that this batch gets mean 0 and variance 1.
-
-        Args:
-            x: The batch, as it arrives at the module.
-        """
-        for parameter, value in zip((self.log_scale, self.bias), ops.actnorm_init(x, self.dim), strict=True):
-            parameter.copy_(value)
-        self.initialised = True
-
-    def make(self) -> Invertible:
-        op = ops.actnorm(self.log_scale, self.bias, self.dim)
-        assert isinstance(op, Pair)
-        return op if self.initialised else replace(op, forward_fn=_Initialising(self, op.forward_fn))
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return ", ".join(filter(None, [f"{self.num_features}, dim={self.dim}", super().extra_repr()]))
-
-
-class _Initialising:
-    """The forward function of an `ActNorm` that has not been called yet."""
-
-    def __init__(self, module: ActNorm, fn: Callable[..., Any]) -> None:
-        self.module, self.fn = module, fn
-
-    @property
-    def functions(self) -> tuple[Callable[..., Any], ...]:
-        """The op's function."""
-        return (self.fn,)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.module.training and not (self.module.initialised or _torch.active()):
-            if torch.compiler.is_exporting():
-                _refuse_first_batch()
-            with _torch.untraced():
-                self.module.initialise(x)
-        return self.fn(x)
-
-
-@_torch.called_not_traced
-def _refuse_first_batch() -> None:
-    raise OptionError(
-        "ActNorm: exported in training mode before its first batch, of which an example tells nothing",
-        expected="a scale and a shift that are set",
-        cure="call the module, or its initialise, on a batch first",
-    )
 
 
 # ---- shape -----------------------------------------------------------------------------------------------------------

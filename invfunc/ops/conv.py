@@ -13,10 +13,19 @@ from torch.nn import grad
 
 from ..core.couple import match
 from ..core.op import Invertible, chain, named, pair
+from ..core.precision import exactly
 from ..errors import OptionError, WireError
 from ..wires import describe
 from .embedding import embedding
-from .linear import check_matrix, check_orthonormal, exactly, left_inverse, regular_log_det, rotation_log_det, widened
+from .linear import (
+    check_matrix,
+    check_orthonormal,
+    left_inverse,
+    regular_log_det,
+    rotation_log_det,
+    widened,
+    widened_for,
+)
 from .shape import check_dims, check_size, meeting, pad_to_fit, per_position, sum_but
 
 if TYPE_CHECKING:
@@ -42,7 +51,7 @@ def _mix(matrix: Tensor, x: Tensor) -> Tensor:
 
 def _conv1x1(label: str, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     check_size(label, x, 1, weight.shape[1])
-    return exactly(_mixed, x, weight, bias)
+    return exactly(_mixed, x, weight, bias, least=None)
 
 
 def _mixed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,7 +63,7 @@ def _undo_conv1x1(
     inverse_of: Callable[..., Tensor], label: str, weight: Tensor, bias: Tensor | None, y: Tensor
 ) -> Tensor:
     check_size(f"the inverse of {label}", y, 1, weight.shape[0])
-    return exactly(partial(_unmixed, inverse_of, label), y, weight, bias, least=torch.float32)
+    return exactly(partial(_unmixed, inverse_of, label), y, weight, bias)
 
 
 def _unmixed(inverse_of: Callable[..., Tensor], label: str, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,8 +74,8 @@ def _pull_conv1x1(
     inverse_of: Callable[..., Tensor], label: str, weight: Tensor, bias: Tensor | None, y: Tensor, gy: Tensor
 ) -> Any:
     x = _undo_conv1x1(inverse_of, label, weight, bias, y)
-    gx = exactly(_mixed_back, gy, weight)
-    gweight = exactly(_products, widened(gy, weight), x).reshape(weight.shape)
+    gx = exactly(_mixed_back, gy, weight, least=None)
+    gweight = exactly(_products, widened(gy, weight), x, least=None).reshape(weight.shape)
     return x, gx, [(weight, match(gweight, weight)), *bias_gradient(bias, gy)]
 
 
@@ -88,7 +97,7 @@ def bias_gradient(bias: Tensor | None, gy: Tensor) -> list[tuple[Tensor, Tensor]
 
 
 def _log_det_conv1x1(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return per_position(regular_log_det("conv1x1", _as_matrix(weight)), x, 1)
+    return per_position(regular_log_det("conv1x1", _as_matrix(widened_for(x, weight))), x, 1)
 
 
 def _conv1x1_op(
@@ -233,7 +242,7 @@ _WEIGHT_GRADIENT = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d
 
 def _convolve(geometry: Geometry, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     _check_fits(geometry, weight.shape[1] * geometry.groups, x)
-    return exactly(partial(_CONV[len(geometry.kernel)], **geometry.options), x, weight, bias)
+    return exactly(partial(_CONV[len(geometry.kernel)], **geometry.options), x, weight, bias, least=None)
 
 
 def _check_fits(geometry: Geometry, channels: int, x: Tensor) -> None:
@@ -253,7 +262,7 @@ def _check_fits(geometry: Geometry, channels: int, x: Tensor) -> None:
 def _deconvolve(geometry: Geometry, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     check_dims(f"the inverse of {geometry.label}", y, len(geometry.kernel) + 2)
     check_size(f"the inverse of {geometry.label}", y, 1, weight.shape[0])
-    return exactly(partial(_from_patches, geometry), y, weight, bias, least=torch.float32)
+    return exactly(partial(_from_patches, geometry), y, weight, bias)
 
 
 def _from_patches(geometry: Geometry, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -278,8 +287,8 @@ def _transposed(geometry: Geometry) -> Callable[..., Tensor]:
 
 def _pull_conv(geometry: Geometry, weight: Tensor, bias: Tensor | None, y: Tensor, gy: Tensor) -> Any:
     x = _deconvolve(geometry, weight, bias, y)
-    gx = exactly(_transposed(geometry), gy, weight)
-    gweight = exactly(partial(_weight_gradient, geometry, weight.shape), widened(gy, weight), x)
+    gx = exactly(_transposed(geometry), gy, weight, least=None)
+    gweight = exactly(partial(_weight_gradient, geometry, weight.shape), widened(gy, weight), x, least=None)
     return x, gx, [(weight, match(gweight, weight)), *bias_gradient(bias, gy)]
 
 
@@ -288,8 +297,8 @@ def _weight_gradient(geometry: Geometry, shape: torch.Size, gy: Tensor, x: Tenso
 
 
 def _log_det_conv(geometry: Geometry, weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    of_patch = regular_log_det(geometry.label, _matrices(geometry, weight)).sum()
-    return (of_patch * y.shape[2:].numel()).expand(x.shape[:1])
+    of_patch = regular_log_det(geometry.label, _matrices(geometry, widened_for(x, weight))).sum()
+    return (of_patch * y.shape[2:].numel()).to(x.dtype.to_real()).expand(x.shape[:1])
 
 
 class Options(TypedDict, total=False):

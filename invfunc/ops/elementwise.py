@@ -1,13 +1,15 @@
 """Elementwise ops: each is one function of one number, its inverse, and the logarithm of its derivative.
 
 Range and rounding: a function that saturates (`sigmoid`, `tanh`, `softplus`, `exp`) rounds to the end of its open range
-when its input is large. Its inverse reads such a value as the nearest number inside, so that what is rebuilt is finite.
-Beyond the end there is no inverse: the result is NaN, as torch has it, and under ``inv.debug(True)`` a `DomainError`.
+when its input is large. Its inverse reads the end as a number that rounds to it: what is rebuilt is finite, forward
+makes the end of it again, and the gradient there is 0, as that of a clamp. Beyond the end there is no inverse: the
+result is NaN, and under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity, the limit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from ..core.couple import check_meets, match, sum_per_sample
 from ..core.op import Chain, Invertible, invert, pair
 from ..core.packing import pack_bits, unpack_bits
+from ..core.precision import exactly
 from ..debug import require
 from ..errors import OptionError
 from .shape import check_nonzero, check_tensor, no_log_det
@@ -28,9 +31,28 @@ def _undoing(op: Invertible, label: str) -> Invertible:
     return Chain((invert(op),), (label, repr(op)))
 
 
-def _smallest(x: Tensor) -> float:
-    """The smallest positive number of a dtype."""
-    return torch.finfo(x.dtype).tiny * torch.finfo(x.dtype).eps
+def _with_ends(fn: Callable[[Tensor], Tensor], y: Tensor, middle: float, *ends: tuple[float, float]) -> Tensor:
+    """``fn(y)``, where y is not an end of its domain; at an end, the number given with it.
+
+    The ends are masked before fn: its derivative has a pole there, and 0 times infinity is NaN.
+    """
+    masks = [(y == end, value) for end, value in ends]
+    for mask, _ in masks:
+        y = y.masked_fill(mask, middle)
+    y = fn(y)
+    for mask, value in masks:
+        y = y.masked_fill(mask, value)
+    return y
+
+
+def _log_of_0(x: Tensor) -> float:
+    """A number whose exponential rounds to 0: below the logarithm of the smallest one."""
+    return math.log(torch.finfo(x.dtype).tiny * torch.finfo(x.dtype).eps) - 1
+
+
+def _log_odds_of_1(x: Tensor) -> float:
+    """Those of ``1 - eps / 8``, which rounds to 1."""
+    return math.log(8 / torch.finfo(x.dtype).eps)
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -47,7 +69,7 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 def _log(y: Tensor) -> Tensor:
     require("log", y, torch.gt, "x > 0", "clamp the input, or put softplus() or exp() before it", 0)
-    return y.log().clamp_min(math.log(_smallest(y)))
+    return _with_ends(torch.log, y, 1, (0, _log_of_0(y)))
 
 
 def _pull_exp(y: Tensor, gy: Tensor) -> Any:
@@ -94,7 +116,8 @@ def log() -> Invertible:
         Any shape and floating-point dtype.
 
     Domain:
-        x > 0; the range is all numbers. Of 0, the logarithm of the smallest positive number; of less, NaN.
+        x > 0; the range is all numbers. 0 is read as a number that rounds to it (y = -104 in float32), with the
+        gradient 0; of less, NaN.
 
     Cost:
         Its inverse is one exponential. Lowered, nothing is kept.
@@ -117,8 +140,7 @@ def log() -> Invertible:
 
 def _logit(y: Tensor) -> Tensor:
     require("logit", y, _within, "0 < x < 1", "clamp the input, or put sigmoid() before it", 0, 1)
-    half = torch.finfo(y.dtype).eps / 2
-    return y.logit().clamp(math.log(_smallest(y)), math.log1p(-half) - math.log(half))
+    return _with_ends(torch.logit, y, 0.5, (0, _log_of_0(y)), (1, _log_odds_of_1(y)))
 
 
 def _within(x: Tensor, low: float, high: float) -> Tensor:
@@ -171,7 +193,8 @@ def logit() -> Invertible:
         Any shape and floating-point dtype.
 
     Domain:
-        0 < x < 1; the range is all numbers. 0 and 1 are read as the nearest number inside; beyond them, NaN.
+        0 < x < 1; the range is all numbers. 0 and 1, such as black and white pixels, are read as numbers that round
+        to them (y = -104 and 18 in float32), with the gradient 0; beyond them, NaN.
 
     Cost:
         Its inverse is one sigmoid. Lowered, nothing is kept.
@@ -194,8 +217,8 @@ def logit() -> Invertible:
 
 def _atanh(y: Tensor) -> Tensor:
     require("atanh", y, _within, "-1 < x < 1", "clamp the input, or put tanh() before it", -1, 1)
-    limit = math.atanh(1 - torch.finfo(y.dtype).eps / 2)
-    return y.atanh().clamp(-limit, limit)
+    limit = (_log_odds_of_1(y) + 1) / 2  # tanh(x) = 2 sigmoid(2x) - 1
+    return _with_ends(torch.atanh, y, 0, (-1, -limit), (1, limit))
 
 
 def _pull_tanh(y: Tensor, gy: Tensor) -> Any:
@@ -248,7 +271,8 @@ def atanh() -> Invertible:
         Any shape and floating-point dtype.
 
     Domain:
-        -1 < x < 1; the range is all numbers. -1 and 1 are read as the nearest number inside; beyond them, NaN.
+        -1 < x < 1; the range is all numbers. -1 and 1, such as saturated actions, are read as numbers that round to
+        them (y = -9 and 9 in float32), with the gradient 0; beyond them, NaN.
 
     Cost:
         Its inverse is one tanh. Lowered, nothing is kept.
@@ -337,7 +361,11 @@ def leaky_tanh(cutoff: float = 3.0) -> Invertible:
 
 def _softplus_inverse(y: Tensor) -> Tensor:
     require("invert(softplus())", y, torch.gt, "y > 0", "clamp the input, or put softplus() before it", 0)
-    return (y + (-(-y).expm1()).log()).clamp_min(math.log(_smallest(y)))
+    return _with_ends(_softplus_inverse_inside, y, 1, (0, _log_of_0(y)))
+
+
+def _softplus_inverse_inside(y: Tensor) -> Tensor:
+    return y + (-(-y).expm1()).log()
 
 
 def _pull_softplus(y: Tensor, gy: Tensor) -> Any:
@@ -357,7 +385,7 @@ def softplus() -> Invertible:
         Any shape and floating-point dtype.
 
     Domain:
-        All numbers; the range is y > 0. Of y = 0 the inverse is finite; of less, NaN.
+        All numbers; the range is y > 0. The inverse of 0 is a number of which it rounds to 0; of less, NaN.
 
     Cost:
         Its inverse is one exponential and one logarithm. Lowered, the gradient is read off the output and nothing is
@@ -442,12 +470,18 @@ def asinh() -> Invertible:
 
 def _power(p: float | Tensor, x: Tensor) -> Tensor:
     _check_power("power", "x > 0", p, x)
-    return x**p
+    return _raised(x, p)
 
 
 def _root(p: float | Tensor, y: Tensor) -> Tensor:
     _check_power("invert(power)", "y > 0", p, y)
-    return y ** (1 / p)
+    return _raised(y, p, torch.reciprocal) if isinstance(p, Tensor) else _raised(y, 1 / p)
+
+
+def _raised(x: Tensor, p: float | Tensor, of_exponent: Callable[[Tensor], Tensor] = torch.positive) -> Tensor:
+    """``x ** of_exponent(p)``, NaN below 0: a whole exponent would forget the sign."""
+    x = x.masked_fill(x < 0, math.nan)
+    return exactly(lambda x, p: x ** of_exponent(p), x, p) if isinstance(p, Tensor) else x**p
 
 
 def _check_power(subject: str, domain: str, p: float | Tensor, x: Tensor) -> None:
@@ -460,13 +494,16 @@ def _check_power(subject: str, domain: str, p: float | Tensor, x: Tensor) -> Non
 
 def _pull_power(p: float | Tensor, y: Tensor, gy: Tensor) -> Any:
     x = _root(p, y)
-    closed = [(p, match(gy * y * x.log(), p))] if isinstance(p, Tensor) else []
-    return x, gy * p * y / x, closed
+    if not isinstance(p, Tensor):
+        return x, gy * p * x ** (p - 1)
+    gx = exactly(lambda gy, x, p: gy * p * x ** (p - 1), gy, x, p)
+    return x, gx, [(p, match(exactly(lambda gy, x, y: gy * torch.xlogy(y, x), gy, x, y), p))]
 
 
 def _power_log_det(p: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
-    scale = p.abs().log() if isinstance(p, Tensor) else math.log(math.fabs(p))
-    return sum_per_sample((p - 1) * x.log() + scale)
+    if isinstance(p, Tensor):
+        return exactly(lambda x, p: sum_per_sample((p - 1) * x.log() + p.abs().log()), x, p)
+    return sum_per_sample((p - 1) * x.log() + math.log(math.fabs(p)))
 
 
 def power(p: float | Tensor) -> Invertible:
@@ -481,8 +518,8 @@ def power(p: float | Tensor) -> Invertible:
         Any shape and floating-point dtype.
 
     Domain:
-        x > 0, and the range is y > 0. Elsewhere what torch's power returns, which no inverse undoes: NaN unless p is
-        an integer. For a cube root with its sign, `cbrt`.
+        x > 0, and the range is y > 0. At 0, what torch's power returns; below 0, NaN, even where p is an integer: no
+        inverse tells the sign. For a cube root with its sign, `cbrt`.
 
     Cost:
         Its inverse is one power. Lowered, the gradient is read off the output and nothing is kept.

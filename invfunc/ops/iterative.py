@@ -431,7 +431,8 @@ def residual_flow(
     Limits:
         Outside of debug mode nothing proves that f is a contraction. If it is not, an iteration that converges all the
         same may have found another x. In half precision and under autocast, x comes back to about ``eps / (1 - Lip)``.
-        The number of iterations depends on data, so the inverse does not compile with ``fullgraph=True``.
+        The number of iterations depends on data, so the inverse does not compile with ``fullgraph=True``, and its
+        gradient is not one for ``torch.autograd.grad(..., is_grads_batched=True)``: `torch.func.jacrev` is.
 
     Example:
         >>> import torch
@@ -756,6 +757,8 @@ def autoregressive(
 
     Limits:
         A net that is not autoregressive has no such inverse and, lowered, trains wrong: check yours once in debug mode.
+        The inverse looks at data, so that its gradient is not one for ``torch.autograd.grad(...,
+        is_grads_batched=True)``: `torch.func.jacrev` is.
 
     Example:
         >>> import torch

@@ -7,8 +7,8 @@ weight's; `_linear_op` makes an op of the three. `along` lets an op act on anoth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial, reduce
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from ..core.couple import match
 from ..core.op import Invertible, chain, named, pair
+from ..core.precision import at_least, exactly
 from ..debug import require
-from ..errors import DomainError, OptionError, WireError
+from ..errors import DomainError, OptionError
 from ..log_det import log_abs_det
 from ..wires import describe
 from .embedding import embedding
@@ -29,7 +30,7 @@ from .shape import check_nonzero, check_size, no_log_det, per_position, permute_
 
 def _multiply(make: Callable[[Tensor], Tensor], label: str, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     check_size(label, x, -1, weight.shape[1])
-    return exactly(partial(_product, make), x, weight, bias)
+    return exactly(partial(_product, make), x, weight, bias, least=None)
 
 
 def _product(make: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,7 +39,7 @@ def _product(make: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor, bias: 
 
 def _solve(solver: Callable[..., Tensor], label: str, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     check_size(f"the inverse of {label}", y, -1, weight.shape[0])
-    return exactly(partial(_solved, solver, label), y, weight, bias, least=torch.float32)
+    return exactly(partial(_solved, solver, label), y, weight, bias)
 
 
 def _solved(solver: Callable[..., Tensor], label: str, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,8 +58,8 @@ def _pull(
 ) -> Any:
     """Solve, and multiply twice; forward's own product is not needed again."""
     x = _solve(solver, label, weight, bias, y)
-    gx = exactly(partial(_product, partial(_adjoint, make)), gy, weight, None)
-    closed = [(weight, match(part(exactly(_outer, widened(gy, weight), x)), weight))]
+    gx = exactly(partial(_product, partial(_adjoint, make)), gy, weight, None, least=None)
+    closed = [(weight, match(part(exactly(_outer, widened(gy, weight), x, least=None)), weight))]
     return x, gx, closed if bias is None else [*closed, (bias, match(gy, bias))]
 
 
@@ -76,27 +77,13 @@ def widened(gradient: Tensor, weight: Tensor) -> Tensor:
     return gradient.to(torch.promote_types(gradient.dtype, weight.dtype))
 
 
-def exactly(fn: Callable[..., Tensor], x: Tensor, *tensors: Tensor | None, least: torch.dtype | None = None) -> Tensor:
-    """``fn(x, *tensors)`` in the widest of their dtypes, outside of autocast, and back in the dtype of x.
-
-    Rounded to half precision, as autocast would have it, y would not tell x; and when the dtypes of x and y agree, the
-    inverse can tell them. LAPACK knows no half precision: ``least`` is float32 there.
-    """
-    given = [tensor for tensor in (x, *tensors) if tensor is not None]
-    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in given], least or x.dtype)
-    if dtype.is_complex and not x.is_complex():
-        raise WireError("a map with complex weights: the input", expected="a complex tensor", got=str(x.dtype))
-    with _without_autocast(x.device.type):
-        return fn(*(tensor if tensor is None else tensor.to(dtype) for tensor in (x, *tensors))).to(x.dtype)
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if is_on else nullcontext()
-
-
 def _log_det_of(rule: Callable[[Tensor], Tensor], weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return per_position(rule(weight), x, -1)
+    return per_position(rule(widened_for(x, weight)), x, -1)
+
+
+def widened_for(x: Tensor, weight: Tensor) -> Tensor:
+    """A weight in the dtype that its log-determinant is computed in: that of the stream x, and at least float32."""
+    return weight.to(at_least(weight.dtype, x.dtype.to_real()))
 
 
 def _same(matrix: Tensor) -> Tensor:
@@ -357,7 +344,7 @@ def orthogonal(q: Tensor, bias: Tensor | None = None) -> Invertible:
 def _reflect(backwards: bool, vectors: Tensor, x: Tensor) -> Tensor:
     check_size("householder", x, -1, vectors.shape[1])
     require("householder", vectors, _have_lengths, "vectors that are not zero", "give them any direction")
-    return exactly(partial(_reflected, backwards), x, vectors, least=torch.float32)
+    return exactly(partial(_reflected, backwards), x, vectors)
 
 
 def _have_lengths(vectors: Tensor) -> Tensor:
@@ -492,11 +479,11 @@ def triangular(weight: Tensor, bias: Tensor | None = None, *, upper: bool = Fals
 
 
 def _shift(bias: Tensor, x: Tensor) -> Tensor:
-    return (x + bias).to(x.dtype)
+    return exactly(torch.add, x, bias)
 
 
 def _unshift(bias: Tensor, y: Tensor) -> Tensor:
-    return (y - bias).to(y.dtype)
+    return exactly(torch.sub, y, bias)
 
 
 def lu(
@@ -553,13 +540,21 @@ def lu(
 
 def _scale(scale: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     check_size("diagonal", x, -1, len(scale))
-    return (x * scale if bias is None else x * scale + bias).to(x.dtype)
+    return exactly(_scaled, x, scale, bias)
+
+
+def _scaled(x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x * scale if bias is None else x * scale + bias
 
 
 def _unscale(scale: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     check_size("the inverse of diagonal", y, -1, len(scale))
     _check_scale(scale)
-    return ((y if bias is None else y - bias) / scale).to(y.dtype)
+    return exactly(_unscaled, y, scale, bias)
+
+
+def _unscaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return (y if bias is None else y - bias) / scale
 
 
 def _pull_scale(scale: Tensor, bias: Tensor | None, y: Tensor, gy: Tensor) -> Any:

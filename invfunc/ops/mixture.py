@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.couple import sum_per_sample
 from ..core.op import Invertible, chain, named, pair
+from ..core.precision import exactly
 from ..debug import require
 from ..errors import OptionError, WireError
 from ..wires import describe
@@ -88,6 +89,10 @@ def bisected(fn: Callable[[Tensor], Tensor], target: Tensor, low: Tensor, high: 
 def _forward(
     tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, x: Tensor
 ) -> Tensor:
+    return exactly(_value, x, logits, means, log_scales)
+
+
+def _value(x: Tensor, logits: Tensor, means: Tensor | None, log_scales: Tensor | None) -> Tensor:
     mixture = _logistics(logits, means, log_scales)
     _check(mixture, x)
     return _log_odds(mixture, x)
@@ -95,6 +100,12 @@ def _forward(
 
 def _inverse(
     tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, y: Tensor
+) -> Tensor:
+    return exactly(partial(_solution, tolerance), y, logits, means, log_scales)
+
+
+def _solution(
+    tolerance: float | None, y: Tensor, logits: Tensor, means: Tensor | None, log_scales: Tensor | None
 ) -> Tensor:
     mixture = _logistics(logits, means, log_scales)
     _check(mixture, y)
@@ -114,6 +125,10 @@ def _root(tolerance: float, mixture: Logistics, y: Tensor) -> Tensor:
 def _log_det(
     tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, x: Tensor, y: Tensor
 ) -> Tensor:
+    return exactly(_log_slopes, x, logits, means, log_scales)
+
+
+def _log_slopes(x: Tensor, logits: Tensor, means: Tensor | None, log_scales: Tensor | None) -> Tensor:
     return sum_per_sample(_log_slope(_logistics(logits, means, log_scales), x))
 
 
@@ -136,7 +151,8 @@ def mixture_logit(
             default the rounding of the dtype.
 
     Shapes:
-        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it.
+        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it, of any
+        floating-point dtype: computed in the widest of them, and at least in float32.
 
     Domain:
         All numbers, and so is the range: nothing saturates.
@@ -184,7 +200,8 @@ def mixture_cdf(
         tolerance: See `mixture_logit`.
 
     Shapes:
-        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it.
+        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it, of any
+        floating-point dtype: computed in the widest of them, and at least in float32.
 
     Domain:
         All numbers; the range is 0 < y < 1, near whose end the numbers are sparse: see `sigmoid`. In a network,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from .. import _torch
 from ..core.couple import match
 from ..core.op import Invertible, pair
+from ..core.precision import at_least, exactly
 from ..debug import require
 from ..errors import OptionError, WireError
 from ..wires import describe
@@ -30,24 +33,34 @@ def _check_vectors(subject: str, **vectors: Tensor | None) -> None:
 
 def _actnorm(log_scale: Tensor, bias: Tensor, dim: int, x: Tensor) -> Tensor:
     check_size("actnorm", x, dim, len(log_scale))
-    return (x * meeting(log_scale.exp(), x, dim) + meeting(bias, x, dim)).to(x.dtype)
+    return exactly(partial(_scaled, dim), x, log_scale, bias)
+
+
+def _scaled(dim: int, x: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+    return x * meeting(log_scale.exp(), x, dim) + meeting(bias, x, dim)
 
 
 def _undo_actnorm(log_scale: Tensor, bias: Tensor, dim: int, y: Tensor) -> Tensor:
     check_size("the inverse of actnorm", y, dim, len(log_scale))
-    return ((y - meeting(bias, y, dim)) * meeting((-log_scale).exp(), y, dim)).to(y.dtype)
+    return exactly(partial(_unscaled, dim), y, log_scale, bias)
+
+
+def _unscaled(dim: int, y: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+    return (y - meeting(bias, y, dim)) * meeting((-log_scale).exp(), y, dim)
 
 
 def _pull_actnorm(log_scale: Tensor, bias: Tensor, dim: int, y: Tensor, gy: Tensor) -> Any:
     """The derivative of y by the logarithm of the scale is y - b."""
-    scaled = y - meeting(bias, y, dim)
-    x, gx = (scaled * meeting((-log_scale).exp(), y, dim)).to(y.dtype), gy * meeting(log_scale.exp(), y, dim)
-    glog_scale = match(sum_but(gy * scaled, dim), log_scale)
-    return x, gx.to(gy.dtype), [(log_scale, glog_scale), (bias, match(sum_but(gy, dim), bias))]
+    dtype = at_least(y.dtype, log_scale.dtype, bias.dtype)
+    wide, (s, b) = gy.to(dtype), (vector.to(dtype) for vector in (log_scale, bias))
+    scaled = y - meeting(b, y, dim)
+    x, gx = (scaled * meeting((-s).exp(), y, dim)).to(y.dtype), wide * meeting(s.exp(), y, dim)
+    glog_scale, gbias = match(sum_but(wide * scaled, dim), log_scale), match(sum_but(wide, dim), bias)
+    return x, gx.to(gy.dtype), [(log_scale, glog_scale), (bias, gbias)]
 
 
 def _log_det_actnorm(log_scale: Tensor, dim: int, x: Tensor, y: Tensor) -> Tensor:
-    return per_position(log_scale.sum(), x, dim)
+    return per_position(log_scale.to(at_least(log_scale.dtype, x.dtype)).sum(), x, dim)
 
 
 def actnorm(log_scale: Tensor, bias: Tensor, dim: int = 1) -> Invertible:
@@ -62,7 +75,8 @@ def actnorm(log_scale: Tensor, bias: Tensor, dim: int = 1) -> Invertible:
         dim: The dimension of the channels.
 
     Shapes:
-        ``(N, C, ...) -> (N, C, ...)``, floating-point.
+        ``(N, C, ...) -> (N, C, ...)``, floating-point; computed in the widest dtype of x, scale and bias, and at least
+        in float32.
 
     Domain:
         All of it, onto all of it.
@@ -101,13 +115,17 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
 
     .. math:: s_c = -\log(\sigma_c + \epsilon), \qquad b_c = -\mu_c e^{s_c}
 
+    A channel that is constant up to rounding, as every channel of a batch of one vector is, tells no scale: its s is 0,
+    so that actnorm centres it.
+
     Args:
         x: The batch, as it arrives at the op.
         dim: The dimension of the channels.
-        eps: Added to the standard deviation, for channels that are constant.
+        eps: Added to the standard deviation.
 
     Shapes:
-        ``(N, C, ...) -> (C,), (C,)``, floating-point, without gradients: wrap them in parameters.
+        ``(N, C, ...) -> (C,), (C,)``, in the dtype of x, and at least in float32, without gradients: wrap them in
+        parameters.
 
     Raises:
         WireError: When x lacks the dimension, or is empty.
@@ -122,14 +140,30 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
     Source:
         Salimans and Kingma, data-dependent initialisation (2016); Glow (2018).
     """
-    check_tensor("actnorm_init", x, max(2, reach(dim)))
+    check_channels(x, dim)
     if not x.numel():
         raise WireError("actnorm_init: the batch", expected="a value or more in each channel", got=describe(x))
+    return start_of(x, dim, at_least(x.dtype), torch.positive, eps)
+
+
+def check_channels(x: Tensor, dim: int) -> None:
+    """Raise unless x is a batch with channels."""
+    check_tensor("actnorm_init", x, max(2, reach(dim)))
     require("actnorm_init", x, torch.isfinite, "finite numbers")
-    with torch.no_grad():
-        variance, mean = torch.var_mean(x.detach().movedim(dim, 0).flatten(1), 1, correction=0)
-        log_scale = -(variance.sqrt() + eps).log()
-        return log_scale, -mean * log_scale.exp()
+
+
+@torch.no_grad()
+def start_of(
+    x: Tensor, dim: int, dtype: torch.dtype, total: Callable[[Tensor], Tensor], eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`actnorm_init` in a dtype; ``total`` adds a tensor up over the processes that share the batch."""
+    values = x.detach().to(at_least(x.dtype)).movedim(dim, 0).flatten(1)
+    count = total(values.new_full((), values.shape[1]))
+    mean = total(values.sum(1)) / count
+    deviation = (total((values - mean[:, None]).square().sum(1)) / count).sqrt()
+    is_constant = deviation <= 8 * torch.finfo(values.dtype).eps * mean.abs()
+    log_scale = -(deviation + eps).log().masked_fill(is_constant, 0).to(dtype)
+    return log_scale, (-mean * log_scale.to(values.dtype).exp()).to(dtype)
 
 
 # ---- batch norm ------------------------------------------------------------------------------------------------
@@ -147,6 +181,16 @@ class Statistics(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
 
+    @contextmanager
+    def written_in(self, dtype: torch.dtype) -> Iterator[list[Any]]:
+        """The two in the dtype of a kernel that writes them."""
+        own = self.mean, self.variance
+        lent = [vector if vector is None or vector.dtype == dtype else vector.to(dtype) for vector in own]
+        yield lent
+        for vector, written in zip(own, lent, strict=True):
+            if vector is not None and vector.dtype != dtype:
+                vector.copy_(written)
+
 
 class Affine(NamedTuple):
     """What follows the normalisation, for each channel."""
@@ -158,6 +202,12 @@ class Affine(NamedTuple):
         """The gradients of those that there are."""
         pairs = zip(self, gradients, strict=True)
         return [(tensor, match(gradient, tensor)) for tensor, gradient in pairs if tensor is not None]
+
+
+def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
+    """The same in another dtype."""
+    weight, bias = (None if vector is None else vector.to(dtype) for vector in affine)
+    return Affine(weight, bias)
 
 
 def _check_batch(x: Any, statistics: Statistics, affine: Affine) -> None:
@@ -174,14 +224,16 @@ def _normalise(
     _check_batch(x, statistics, affine)
     if x.numel() // x.shape[1] < 2:
         raise WireError("batch_norm: the input", expected="two values or more in each channel", got=describe(x))
-    y, *found = torch.native_batch_norm(x, *affine, statistics.mean, statistics.variance, True, momentum, eps)
+    dtype = at_least(x.dtype)
+    with statistics.written_in(dtype) as (mean, variance):
+        y, *found = torch.native_batch_norm(x, *_cast(affine, dtype), mean, variance, True, momentum, eps)
     wanted = torch.is_grad_enabled() and not _torch.is_tracing()  # a trace is compared with one without gradients
     return y, _of_batch(x, eps) if wanted else (found[0], found[1])
 
 
 def _of_batch(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The statistics as functions of x: those that the kernel returns have no gradient."""
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    values = x.to(at_least(x.dtype))
     dims = [dim for dim in range(x.dim()) if dim != 1]
     mean = values.mean(dims)
     variance = (values - meeting(mean, x)).square().mean(dims)  # torch.var_mean takes twice the time
@@ -191,6 +243,7 @@ def _of_batch(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _denormalise(affine: Affine, kept: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
     mean, inverse_deviation = kept
     check_size("the inverse of batch_norm", y, 1, len(mean))
+    affine = _cast(affine, at_least(y.dtype))
     factor = 1 / inverse_deviation
     if affine.weight is not None:
         _check_weight(affine.weight)
@@ -207,7 +260,7 @@ def _pull_normalise(affine: Affine, eps: float, kept: tuple[Tensor, Tensor], y: 
     """The gradient through the statistics too, by the same kernel as `torch.nn.BatchNorm2d`'s; forward does not run."""
     x = _denormalise(affine, kept, y)
     gx, gweight, gbias = torch.ops.aten.native_batch_norm_backward(
-        gy, x, affine.weight, None, None, *kept, True, eps, [True, True, True]
+        gy, x, _cast(affine, at_least(x.dtype)).weight, None, None, *kept, True, eps, [True, True, True]
     )
     return x, gx, affine.closed(gweight, gbias)
 
@@ -220,7 +273,7 @@ def _log_det_affine(affine: Affine, inverse_deviation: Tensor, x: Tensor) -> Ten
     log_scale = inverse_deviation.log()
     if affine.weight is not None:
         _check_weight(affine.weight)
-        log_scale = log_scale + affine.weight.abs().log()
+        log_scale = log_scale + affine.weight.to(at_least(x.dtype)).abs().log()
     return per_position(log_scale.sum(), x, 1)
 
 
@@ -228,25 +281,27 @@ def _apply(statistics: Statistics, affine: Affine, eps: float, x: Tensor) -> Ten
     """By the running statistics: elementwise."""
     _check_batch(x, statistics, affine)
     _check_variance(statistics.variance)
-    return torch.batch_norm(x, *affine, statistics.mean, statistics.variance, False, 0.0, eps, False)
+    dtype = at_least(x.dtype)
+    running = statistics.mean.to(dtype), statistics.variance.to(dtype)
+    return torch.batch_norm(x, *_cast(affine, dtype), *running, False, 0.0, eps, False)
 
 
 def _check_variance(variance: Tensor) -> None:
     require("batch_norm", variance, torch.ge, "a running_var that is nowhere negative", "", 0)
 
 
-def _fixed(statistics: Statistics, eps: float) -> tuple[Tensor, Tensor]:
+def _fixed(statistics: Statistics, eps: float, like: Tensor) -> tuple[Tensor, Tensor]:
     _check_variance(statistics.variance)
-    mean, variance = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (statistics.mean, statistics.variance))
+    mean, variance = (vector.to(at_least(like.dtype)) for vector in (statistics.mean, statistics.variance))
     return mean, (variance + eps).rsqrt()
 
 
 def _undo_apply(statistics: Statistics, affine: Affine, eps: float, y: Tensor) -> Tensor:
-    return _denormalise(affine, _fixed(statistics, eps), y)
+    return _denormalise(affine, _fixed(statistics, eps, y), y)
 
 
 def _log_det_apply(statistics: Statistics, affine: Affine, eps: float, x: Tensor, y: Tensor) -> Tensor:
-    return _log_det_affine(affine, _fixed(statistics, eps)[1], x)
+    return _log_det_affine(affine, _fixed(statistics, eps, x)[1], x)
 
 
 def batch_norm(
@@ -277,7 +332,8 @@ def batch_norm(
         eps: Added to the variance.
 
     Shapes:
-        ``(N, C, ...) -> (N, C, ...)``, real; in training, with two values or more in each channel.
+        ``(N, C, ...) -> (N, C, ...)``, real; in training, with two values or more in each channel. The vectors may be
+        of any real dtype: all is computed in that of x, and at least in float32.
 
     Domain:
         All of it, onto all of it without training.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..core.combine import swap
 from ..core.couple import Half, additive, couple, match, sum_per_sample
 from ..core.op import Invertible, chain, name_of, named, one_way, pair
+from ..core.precision import at_least
 from ..errors import OptionError, WireError
 from ..wires import describe
 from .embedding import embedding
@@ -27,14 +28,21 @@ def _check_gamma(gamma: float | Tensor) -> None:
         check_nonzero("momentum's gamma", gamma, "a gamma that is nowhere 0", "train its logit: gamma = raw.sigmoid()")
 
 
+def _widened(gamma: float | Tensor, like: Tensor) -> float | Tensor:
+    """1 - gamma would be coarse in half precision."""
+    return gamma.to(at_least(gamma.dtype, like.dtype)) if isinstance(gamma, Tensor) else gamma
+
+
 def _to_blend(gamma: float | Tensor, t: Tensor, v: Tensor) -> Tensor:
     _check_gamma(gamma)
-    return gamma * v + (1 - gamma) * t
+    gamma = _widened(gamma, v)
+    return (gamma * v + (1 - gamma) * t).to(torch.promote_types(v.dtype, t.dtype))
 
 
 def _unblend(gamma: float | Tensor, t: Tensor, y: Tensor) -> Tensor:
     _check_gamma(gamma)
-    return (y - (1 - gamma) * t) / gamma
+    gamma = _widened(gamma, y)
+    return ((y - (1 - gamma) * t) / gamma).to(torch.promote_types(y.dtype, t.dtype))
 
 
 def _pull_blend(gamma: float, t: Tensor, y: Tensor, gy: Tensor) -> Any:
@@ -42,8 +50,8 @@ def _pull_blend(gamma: float, t: Tensor, y: Tensor, gy: Tensor) -> Any:
 
 
 def _blend_log_det(gamma: float | Tensor, v: Tensor, y: Tensor) -> Tensor:
-    gamma = torch.as_tensor(gamma, dtype=v.dtype, device=v.device)
-    return sum_per_sample(gamma.abs().log().expand(v.shape))
+    gamma = torch.as_tensor(gamma, dtype=at_least(v.dtype), device=v.device)
+    return sum_per_sample(gamma.abs().log().expand(v.shape)).to(v.dtype)
 
 
 def blend(gamma: float | Tensor, t: Tensor) -> Invertible:
@@ -281,11 +289,16 @@ class Symmetric:
     def __call__(self, x: Tensor) -> Tensor:
         dims = self.weight.dim() - 2
         check_size("hyperbolic", x, 1 if dims else -1, self.weight.shape[1])
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.weight, self.bias))
+        return -self._apply(x.to(dtype), weight, bias, dims).to(x.dtype)
+
+    def _apply(self, x: Tensor, weight: Any, bias: Tensor | None, dims: int) -> Tensor:
         if not dims:
-            return -F.linear(self.activation(F.linear(x, self.weight, self.bias)), self.weight.mT)
-        padding = [size // 2 for size in self.weight.shape[2:]]
-        hidden = self.activation(_CONV[dims](x, self.weight, self.bias, padding=padding))
-        return -_CONV_TRANSPOSE[dims](hidden, self.weight, padding=padding)
+            return F.linear(self.activation(F.linear(x, weight, bias)), weight.mT)
+        padding = [size // 2 for size in weight.shape[2:]]
+        hidden = self.activation(_CONV[dims](x, weight, bias, padding=padding))
+        return _CONV_TRANSPOSE[dims](hidden, weight, padding=padding)
 
     @property
     def __name__(self) -> str:

@@ -67,7 +67,7 @@ def per_position(log_det: Tensor, x: Tensor, dim: int) -> Tensor:
     """
     check_tensor("the log-determinant", x, 2)
     positions = x.shape[1:].numel() // x.shape[dim] * (1 + x.is_complex())
-    return (log_det * positions).expand(x.shape[:1])
+    return (log_det * positions).to(x.dtype.to_real()).expand(x.shape[:1])
 
 
 def reach(*dims: int) -> int:

@@ -204,7 +204,8 @@ def _quarter_turns(x: Tensor, sign: int) -> Tensor:
 def _weights(x: Tensor) -> Tensor:
     """The square root of 2, but 1 for the constant."""
     first = torch.arange(x.shape[-1], device=x.device) == 0
-    return torch.where(first, 1.0, math.sqrt(2)).to(x.dtype)
+    one = torch.ones((), dtype=x.dtype, device=x.device)  # two numbers would be in the default dtype
+    return torch.where(first, one, math.sqrt(2))
 
 
 def _interleaved(even: Tensor, odd: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Monotone splines on an interval, continued by straight lines: elementwise ops with many parameters.
 
-Parameters are unnormalised: any numbers will do, so that a network can return them.
+Parameters are unnormalised: any numbers will do, so that a network can return them. Under autocast it returns them in
+half precision; knots, slopes and the spline itself are computed in the dtype of x all the same, or in float32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from ..core.couple import broadcasts, sum_per_sample
 from ..core.op import Invertible, pair
+from ..core.precision import exactly
 from ..debug import require
 from ..errors import OptionError, WireError
 from ..wires import describe
@@ -159,6 +161,10 @@ def _edge_slope(shape: Shape, tables: Tables, x: Tensor) -> Tensor:
 
 
 def _rq_forward(shape: Shape, w: Tensor, h: Tensor | None, d: Tensor | None, x: Tensor) -> Tensor:
+    return exactly(partial(_rq_value, shape), x, w, h, d)
+
+
+def _rq_value(shape: Shape, x: Tensor, w: Tensor, h: Tensor | None, d: Tensor | None) -> Tensor:
     tables, inner = _tables(shape, w, h, d), shape.clamp(x)
     shape.check(x, tables)
     p = _piece(tables, _bin(tables.x, inner))
@@ -168,6 +174,10 @@ def _rq_forward(shape: Shape, w: Tensor, h: Tensor | None, d: Tensor | None, x: 
 
 
 def _rq_inverse(shape: Shape, w: Tensor, h: Tensor | None, d: Tensor | None, y: Tensor) -> Tensor:
+    return exactly(partial(_rq_root, shape), y, w, h, d)
+
+
+def _rq_root(shape: Shape, y: Tensor, w: Tensor, h: Tensor | None, d: Tensor | None) -> Tensor:
     tables, inner = _tables(shape, w, h, d), shape.clamp(y)
     shape.check(y, tables)
     p = _piece(tables, _bin(tables.y, inner))
@@ -180,6 +190,10 @@ def _rq_inverse(shape: Shape, w: Tensor, h: Tensor | None, d: Tensor | None, y: 
 
 
 def _rq_log_det(shape: Shape, w: Tensor, h: Tensor | None, d: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    return exactly(partial(_rq_log_slope, shape), x, w, h, d)
+
+
+def _rq_log_slope(shape: Shape, x: Tensor, w: Tensor, h: Tensor | None, d: Tensor | None) -> Tensor:
     tables, inner = _tables(shape, w, h, d), shape.clamp(x)  # beyond the interval the slope is that of its end
     p = _piece(tables, _bin(tables.x, inner))
     t = (inner - p.x) / p.width
@@ -222,7 +236,8 @@ def rational_quadratic_spline(
         minimum: The least part of a width and of a height, and the least slope.
 
     Shapes:
-        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it.
+        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it, of any
+        floating-point dtype: computed in the widest of them, and at least in float32.
 
     Domain:
         All numbers, and so is the range.
@@ -278,16 +293,28 @@ def _interpolated(shape: Shape, origin: Tensor, target: Tensor, x: Tensor) -> Te
 
 
 def _linear_forward(shape: Shape, heights: Tensor, widths: Tensor | None, x: Tensor) -> Tensor:
+    return exactly(partial(_linear_value, shape), x, heights, widths)
+
+
+def _linear_value(shape: Shape, x: Tensor, heights: Tensor, widths: Tensor | None) -> Tensor:
     xs, ys = _linear_tables(shape, heights, widths)
     return _interpolated(shape, xs, ys, x)
 
 
 def _linear_inverse(shape: Shape, heights: Tensor, widths: Tensor | None, y: Tensor) -> Tensor:
+    return exactly(partial(_linear_root, shape), y, heights, widths)
+
+
+def _linear_root(shape: Shape, y: Tensor, heights: Tensor, widths: Tensor | None) -> Tensor:
     xs, ys = _linear_tables(shape, heights, widths)
     return _interpolated(shape, ys, xs, y)
 
 
 def _linear_log_det(shape: Shape, heights: Tensor, widths: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    return exactly(partial(_linear_log_slope, shape), x, heights, widths)
+
+
+def _linear_log_slope(shape: Shape, x: Tensor, heights: Tensor, widths: Tensor | None) -> Tensor:
     xs, ys = _linear_tables(shape, heights, widths)
     index = _bin(xs, x)
     (x0, x1), (y0, y1) = _ends(xs, index), _ends(ys, index)
@@ -318,7 +345,8 @@ def linear_spline(
         minimum: The least part of a width and of a height.
 
     Shapes:
-        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it.
+        x of any shape and floating-point dtype; each parameter ``(*x.shape, K)``, or what broadcasts to it, of any
+        floating-point dtype: computed in the widest of them, and at least in float32.
 
     Domain:
         All numbers, and so is the range.

@@ -1,5 +1,6 @@
 """Data parallelism: every mode of DDP, the order of its buckets, and what a step holds of gradients."""
 
+import copy
 from typing import Any
 
 import torch
@@ -120,3 +121,58 @@ def ddp_holds_one_block_of_gradients(ranks: Ranks) -> float:
     share = transient / sum(p.nbytes for p in net.parameters())
     assert share <= 0.15
     return share
+
+
+@case(2, 4)
+def actnorm_starts_alike_from_the_union(ranks: Ranks) -> None:
+    """The ranks' shares have other sizes and other statistics."""
+    x = torch.randn(4 * ranks.world, 3) * 5 + torch.arange(4.0 * ranks.world)[:, None]
+    sizes = [4 * ranks.world - 3 * (ranks.world - 1)] + [3] * (ranks.world - 1)
+    net = nn.Sequential(nn.Linear(3, 3), inv.nn.Sequential(inv.nn.ActNorm(3), inv.nn.ActNorm(3)))
+    alone = copy.deepcopy(net)
+    start_alone(alone, x)
+    net = DistributedDataParallel(net)
+    net(x.split(sizes)[ranks.rank])
+    agree(weights(net.module), weights(alone))
+    own = torch.cat(weights(net.module[1]))
+    everyone = [torch.zeros_like(own) for _ in range(ranks.world)]
+    dist.all_gather(everyone, own)
+    assert all(torch.equal(rank, everyone[0]) for rank in everyone)
+
+
+def start_alone(net: nn.Module, x: torch.Tensor) -> None:
+    """Start two `ActNorm` behind a layer as one process would, from all of the batch."""
+    with torch.no_grad():
+        for i, norm in enumerate(net[1]):
+            before = net[0](x) if i == 0 else net[1][0].op(net[0](x))
+            for parameter, value in zip((norm.log_scale, norm.bias), inv.ops.actnorm_init(before), strict=True):
+                parameter.copy_(value)
+            norm.initialised = True
+
+
+@case(2)
+def actnorm_of_one_vector_on_each_rank(ranks: Ranks) -> None:
+    net = inv.nn.ActNorm(2)
+    x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    net(ranks.mine(x))
+    assert net.initialised
+    agree([net(x).detach()], [torch.tensor([[-1.0, -1.0], [1.0, 1.0]])], 1e-5)
+
+
+@case(2)
+def actnorm_of_a_group_of_ranks(ranks: Ranks) -> None:
+    groups = [dist.new_group([rank]) for rank in range(ranks.world)]
+    net = inv.nn.ActNorm(1, process_group=groups[ranks.rank])
+    y = net(torch.tensor([[1.0], [3.0]]) * (1 + ranks.rank))
+    agree([y.detach()], [torch.tensor([[-1.0], [1.0]])], 1e-5)
+
+
+@case(2)
+def actnorm_that_only_the_first_rank_has_loaded(ranks: Ranks) -> None:
+    """DDP hands the flag on with the parameters, so that no rank waits for a start that the others have behind them."""
+    net = inv.nn.ActNorm(3)
+    if not ranks.rank:
+        net.load_state_dict({"log_scale": torch.ones(3), "bias": torch.ones(3)})
+    net = DistributedDataParallel(net)
+    net(torch.randn(4, 3)).sum().backward()
+    agree(weights(net), [torch.ones(3), torch.ones(3)])

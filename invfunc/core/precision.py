@@ -1,0 +1,62 @@
+"""Precision: an op computes in the widest dtype of its stream and its parameters, and at least in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import WireError
+
+
+def at_least(dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
+    """The widest of some dtypes and float32.
+
+    Example:
+        >>> at_least(torch.bfloat16), at_least(torch.bfloat16, torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return reduce(torch.promote_types, others, torch.promote_types(dtype, torch.float32))
+
+
+def exactly(
+    fn: Callable[..., Tensor], x: Tensor, *tensors: Tensor | None, least: torch.dtype | None = torch.float32
+) -> Tensor:
+    """``fn(x, *tensors)`` in the widest of their dtypes and ``least``, outside of autocast, and back in the dtype of x.
+
+    Parameters in half precision, as a net under autocast returns them, are widened before anything is computed from
+    them: a sum, a softmax or a reciprocal that was rounded to half precision would be another function. And when the
+    dtypes of x and y agree, the inverse can tell what forward did. A product of matrices may say ``least=None``: its
+    kernel adds in float32 by itself.
+
+    Example:
+        >>> halved = torch.tensor([0.5], dtype=torch.bfloat16)
+        >>> exactly(lambda x, s: x * s.exp(), torch.ones(1), halved)
+        tensor([1.6487])
+    """
+    if all([t is None or t.dtype == x.dtype for t in tensors]) and (least is None or x.dtype in _WIDE):
+        return _outside_of_autocast(fn, x, *tensors)
+    given = [tensor.dtype for tensor in (x, *tensors) if tensor is not None]
+    dtype = reduce(torch.promote_types, given, least or x.dtype)
+    if dtype.is_complex and not x.is_complex():
+        raise WireError("a map with complex weights: the input", expected="a complex tensor", got=str(x.dtype))
+    wide = [None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors)]
+    return _outside_of_autocast(fn, *wide).to(x.dtype)
+
+
+_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def _outside_of_autocast(fn: Callable[..., Tensor], *tensors: Any) -> Tensor:
+    with without_autocast(tensors[0].device.type):
+        return fn(*tensors)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A type of device without autocast; nothing where it is off."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()

@@ -1,0 +1,190 @@
+"""`ActNorm`: a scale and a shift for each channel that start from the first batch, on one process or on many.
+
+NOTE [Start] The first batch sets scale and shift once, for all.
+
+1.  *All ranks start alike.* The statistics are those of the union of the ranks' batches, and what comes of them is sent
+    by the first rank. Every rank has to make the call, as with `torch.nn.SyncBatchNorm`.
+2.  *The flag is a buffer*, so that it goes where parameters go: state dicts, DDP's broadcast, averaged models. A state
+    dict that has no flag, but scale and shift, is an older one: it counts as started unless all of them are 0. One that
+    has neither changes nothing.
+3.  *The flag is read from the device once*; then a Python bool stands for it, which any load makes doubtful again.
+4.  *A first batch with one value in each channel* tells no scale: the module waits for the next one.
+5.  *Below a transform, and in eval, nothing starts*; a call that runs again in backward finds the flag set.
+6.  *Under FSDP2* a call sees gathered parameters, and what it writes into them is lost: a module has to start before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _torch, ops
+from ..core.op import Invertible, Pair
+from ..errors import OptionError
+from ..ops.normalisation import check_channels, start_of
+from .lowered import Layer
+
+
+class ActNorm(Layer):
+    """A scale and a shift for each channel, which start so that the first batch has mean 0 and variance 1.
+
+    The first call in training mode sets them; `initialise` sets them at any time. A channel that is constant in that
+    batch gets scale 1. Where `torch.distributed` is initialised, the batch is that of all ranks together, and all of
+    them have to make the call.
+
+    Args:
+        num_features: The number of channels.
+        dim: Their dimension.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        process_group: The ranks that share a batch; all by default.
+
+    Attributes:
+        initialised: Whether the first batch has been seen; set it to start from 1 and 0 instead. It is the buffer
+            ``started``, so that a state dict tells it. One without the module's keys does not change it.
+
+    Limits:
+        Under FSDP2 a call writes into gathered parameters, which are dropped: call `initialise`, or the model, before
+        ``fully_shard``. `fully_shard_blocks` checks that.
+
+        A first batch with one value in each channel tells no scale: the module waits for the next one. An average of
+        models (EMA) that starts before the first batch averages the 0 that parameters had before it.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> layer = inv.nn.ActNorm(1)
+        >>> layer(torch.tensor([[1.0], [3.0]])).round(decimals=4)
+        tensor([[-1.],
+                [ 1.]], grad_fn=<RoundBackward1>)
+
+    Source:
+        Kingma and Dhariwal, Glow (2018).
+    """
+
+    started: Tensor
+
+    def __init__(
+        self, num_features: int, dim: int = 1, device: Any = None, dtype: Any = None, *, process_group: Any = None
+    ) -> None:
+        super().__init__()
+        self.num_features, self.dim, self.process_group = num_features, dim, process_group
+        self.log_scale = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=device))
+        self._is_started = False  # rule 3 of NOTE [Start]
+
+    @property
+    def initialised(self) -> bool:
+        """Whether scale and shift are set."""
+        if self._is_started or _torch.active() or torch.compiler.is_compiling() or _has_no_data(self.started):
+            return self._is_started
+        self._is_started = bool(self.started)
+        return self._is_started
+
+    @initialised.setter
+    def initialised(self, value: bool) -> None:
+        with torch.no_grad():
+            self.started.fill_(value)
+        self._is_started = value
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Set scale and shift so that this batch gets mean 0 and variance 1.
+
+        Args:
+            x: The batch, as it arrives at the module; that of this rank, where there are several.
+        """
+        check_channels(x, self.dim)
+        found = start_of(x, self.dim, self.log_scale.dtype, partial(_total, self.process_group))
+        for parameter, value in zip((self.log_scale, self.bias), found, strict=True):
+            parameter.copy_(_of_first_rank(self.process_group, value))
+        self.initialised = True
+
+    def make(self) -> Invertible:
+        op = ops.actnorm(self.log_scale, self.bias, self.dim)
+        assert isinstance(op, Pair)
+        return op if self.initialised else replace(op, forward_fn=_Initialising(self, op.forward_fn))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Rule 2 of NOTE [Start]."""
+        flag, parameters = f"{prefix}started", [state_dict.get(f"{prefix}{name}") for name in ("log_scale", "bias")]
+        if flag not in state_dict and all([tensor is not None for tensor in parameters]):
+            has_started = any([bool((tensor != 0).any()) for tensor in parameters])
+            state_dict = {**state_dict, flag: torch.tensor(has_started, device=parameters[0].device)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._is_started = False
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return ", ".join(filter(None, [f"{self.num_features}, dim={self.dim}", super().extra_repr()]))
+
+
+class _Initialising:
+    """The forward function of an `ActNorm` that has not been called yet."""
+
+    def __init__(self, module: ActNorm, fn: Callable[..., Any]) -> None:
+        self.module, self.fn = module, fn
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The op's function."""
+        return (self.fn,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = self.module
+        if module.training and not (module.initialised or _torch.active() or _has_no_data(x)):
+            if torch.compiler.is_exporting():
+                _refuse_first_batch()
+            check_channels(x, module.dim)
+            with _torch.untraced():
+                if _values(module.process_group, x, module.dim) > 1:
+                    module.initialise(x)
+        return self.fn(x)
+
+
+@_torch.called_not_traced
+def _refuse_first_batch() -> None:
+    raise OptionError(
+        "ActNorm: exported in training mode before its first batch, of which an example tells nothing",
+        expected="a scale and a shift that are set",
+        cure="call the module, or its initialise, on a batch first",
+    )
+
+
+def _has_no_data(tensor: Tensor) -> bool:
+    return tensor.is_meta or (not torch.compiler.is_compiling() and _torch.on_fake_tensors())
+
+
+# ---- ranks: rule 1 of NOTE [Start] -----------------------------------------------------------------------------------
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _total(group: Any, tensor: Tensor) -> Tensor:
+    """The sum over the ranks of a group."""
+    if _has_ranks():
+        tensor = tensor.contiguous()
+        torch.distributed.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _of_first_rank(group: Any, tensor: Tensor) -> Tensor:
+    """What the first rank of a group has: a sum may be rounded in another order elsewhere."""
+    if _has_ranks():
+        tensor = tensor.contiguous()
+        first = 0 if group is None else torch.distributed.get_global_rank(group, 0)
+        torch.distributed.broadcast(tensor, first, group=group)
+    return tensor
+
+
+def _values(group: Any, x: Tensor, dim: int) -> float:
+    """How many values there are in each channel, over all ranks."""
+    count = x.numel() // max(x.shape[dim], 1)
+    return _total(group, torch.tensor(float(count), device=x.device)).item() if _has_ranks() else count
