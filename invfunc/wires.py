@@ -62,12 +62,11 @@ def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:
 
 def spread(fn: Callable[..., Any], wire: Wire, label: str | None = None) -> Any:
     """Call a user's function: a tuple wire becomes its positional arguments; ``label`` names it in errors."""
-    if not isinstance(wire, tuple):
-        return fn(wire)
+    parts = wire if isinstance(wire, tuple) else (wire,)
     try:
-        return fn(*wire)
+        return fn(*parts)
     except TypeError as error:
-        _check_arity(fn, wire, label, error)
+        _check_arity(fn, parts, label, error)
         raise
 
 
@@ -78,9 +77,11 @@ def _check_arity(fn: Callable[..., Any], wire: tuple[Wire, ...], label: str | No
         return
     name = label or getattr(fn, "__name__", None) or type(fn).__name__
     raise WireError(
-        f"{name} received {len(wire)} components {describe(wire)}",
+        f"{name} received {f'{len(wire)} components' if len(wire) != 1 else 'one component'} {describe(wire)}",
         expected=f"as many as it takes: {signature or error}",
-        cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all",
+        cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all"
+        if len(wire) != 1
+        else "pass a tuple: its components become positional arguments",
     ) from error
 
 

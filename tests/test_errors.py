@@ -62,6 +62,8 @@ WIRES: dict[str, Call] = {
     "wire becomes positional arguments: concat it first, or let the function take them all": lambda: inv.ops.exp()(
         zeros(2), zeros(2)
     ),
+    "rotate received one component ((2,),), expected as many as it takes: (a, b); pass a tuple: its components become "
+    "positional arguments": lambda: inv.pair(lambda a, b: (b, a), lambda a, b: (b, a), name="rotate")(zeros(2)),
     "additive(t): t is (5, 2), expected (2,) like the input, or what broadcasts to it": lambda: inv.additive(
         zeros(5, 2)
     )(zeros(2)),
