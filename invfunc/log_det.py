@@ -37,7 +37,7 @@ from .core.op import (
 )
 from .debug import checking, require
 from .errors import NotDifferentiableError, NotInvertibleError, OptionError, WireError, place_error
-from .wires import Wire, describe, is_differentiable, leaves, map_wire
+from .wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested
 
 Rule: TypeAlias = Callable[[Wire, Wire], Any]  # (x, y) -> log|det J|: a tensor (batch,), or a number for all
 
@@ -119,6 +119,7 @@ def zeros_for(x: Wire) -> Tensor:
 
 
 def _first_leaf(x: Wire) -> Tensor:
+    refuse_nested("log_det", x)
     found = next(filter(is_differentiable, leaves(x)), None)
     if found is None or not found.dim():
         raise WireError(

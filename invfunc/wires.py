@@ -106,6 +106,26 @@ def is_differentiable(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and ((dtype := leaf.dtype).is_floating_point or dtype.is_complex)
 
 
+def refuse_nested(subject: str, wire: Wire) -> None:
+    """Raise where a leaf is a nested tensor, which torch does not let one compute with there."""
+    if has_nested(wire):
+        raise nested_error(subject)
+
+
+def has_nested(wire: Wire) -> bool:
+    """Whether a leaf is a nested tensor."""
+    return any([isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves(wire)])
+
+
+def nested_error(subject: str) -> WireError:
+    """The error of a nested tensor where it can not be computed with."""
+    return WireError(
+        f"{subject} received a nested tensor",
+        expected="tensors whose elements are of one size",
+        cure="pad it; in ordinary autograd, checkpoint takes nested tensors",
+    )
+
+
 def describe(wire: Wire) -> str:
     """A wire as an error message shows it: shapes for tensors, type names for the rest.
 

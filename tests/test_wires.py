@@ -101,3 +101,68 @@ def test_other_leaves_ride_along(leaf: Any, mode: str) -> None:
     assert found is leaf
     expected = torch.autograd.grad(layer(b).sin().sum(), b)
     assert_close(torch.autograd.grad((y1 - a).sin().sum(), b), expected, 1e-5)
+
+
+# ---- nested tensors --------------------------------------------------------------------------------------------------
+
+
+def ragged(layout: torch.layout) -> Tensor:
+    rows = [torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)]
+    return torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
+
+
+def layers(count: int, width: int = 4) -> nn.ModuleList:
+    return nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(count)).double()
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute", "store"])
+@pytest.mark.parametrize("how", ["halves", "two streams", "a stem"])
+def test_streams_may_be_nested_tensors(how: str, mode: str) -> None:
+    f, g, stem = layers(3, 2 if how == "halves" else 4)
+    trunk = inv.chain(inv.couple(f, g), inv.couple(g, f))
+    if how == "halves":
+        op = inv.chain(inv.split(2, dim=-1), trunk, inv.concat(2, dim=-1))
+    else:
+        op = inv.chain((lambda x: (stem(x), x)) if how == "a stem" else lambda x: (x, 2 * x), trunk, torch.add)
+    x = ragged(torch.jagged)
+    wrt = [x, *f.parameters(), *g.parameters()]
+
+    def gradients(fn: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        found = torch.autograd.grad(fn(x).sin().values().sum(), wrt)
+        return [found[0].values(), *found[1:]]
+
+    assert_close(gradients(inv.checkpoint(op, mode=mode)), gradients(op))
+
+
+REFUSALS: dict[str, Callable[[inv.Invertible, Tensor], Any]] = {
+    "log_det": inv.log_det,
+    "exact": lambda op, x: inv.exact(op)(x),
+    "exact ": lambda op, x: inv.checkpoint(inv.exact(op, "codes"))(x),
+    "check": inv.check,
+    "checkpoint inside of torch.compile": lambda op, x: torch.compile(inv.checkpoint(op), backend="eager")(x),
+}
+
+
+@pytest.mark.parametrize("call", REFUSALS)
+def test_nested_tensors_are_refused_by_name_where_torch_does_not_compute_with_them(call: str) -> None:
+    op = inv.chain(inv.split(2, dim=-1), inv.couple(torch.sin), inv.concat(2, dim=-1))
+    with pytest.raises((WireError, torch._dynamo.exc.InternalTorchDynamoError)) as error:
+        REFUSALS[call](op, ragged(torch.jagged))
+    assert f"{call.strip()} received a nested tensor, expected tensors whose elements are of one size" in str(
+        error.value
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_without_a_shape_are_refused_by_name() -> None:
+    x = ragged(torch.strided)
+    op = inv.chain(lambda x: x, inv.pair(lambda x: 2 * x, lambda y: y / 2))
+    message = (
+        "a nested tensor in the strided layout has no shape, expected nested tensors in the jagged layout; build it "
+        'with layout=torch.jagged, or lower that part in mode "store"'
+    )
+    for mode, path in ("invert", "chain stage 1 (pair): "), ("recompute", ""):
+        with pytest.raises(WireError) as error:
+            inv.checkpoint(op, mode=mode)(x)
+        assert str(error.value) == path + message
+    assert inv.checkpoint(op, mode="store")(x).requires_grad

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..core.op import Invertible, Residue, name_of
-from ..errors import ReplayError, place_error
+from ..errors import ReplayError, WireError, place_error
 from ..wires import Wire
 from .conditions import PINS, Conditions, RandomState, Recorder, accelerators
 from .interface import Options, Path, places_on
@@ -85,7 +85,10 @@ class Frame:
         assert held is not None
         number = len(kinds)
         held[number] = tensor
-        kinds.append((tensor.shape, tensor.dtype))
+        try:
+            kinds.append((tensor.shape, tensor.dtype))
+        except RuntimeError as error:
+            raise without_shape() from error
         return number
 
     def unpack(self, packed: Any) -> Tensor:
@@ -235,7 +238,10 @@ class Like:
 
     def __init__(self, tensor: Tensor) -> None:
         self.kind = (1 if tensor.is_leaf else 2) if tensor.requires_grad else 0  # no gradient; a leaf's; a result's
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        try:
+            self.shape, self.dtype = tensor.shape, tensor.dtype
+        except RuntimeError as error:
+            raise without_shape() from error
         # A kernel may be chosen by the strides, and with it what is saved. A subclass (a DTensor) lays itself out.
         has_strides = tensor.layout is torch.strided and type(tensor) in _PLAIN
         self.stride = tensor.stride() if has_strides else None
@@ -262,6 +268,15 @@ def was_changed(tensor: Tensor) -> ReplayError:
         f"a tensor of shape {tuple(tensor.shape)} that backward needs has been modified by an inplace operation",
         expected="the values that forward read",
         cure="run backward before changing it, or use the out-of-place operation",
+    )
+
+
+def without_shape() -> WireError:
+    """The error of a tensor whose shape torch does not tell: it could not be compared with what is rebuilt."""
+    return WireError(
+        "a nested tensor in the strided layout has no shape",
+        expected="nested tensors in the jagged layout",
+        cure='build it with layout=torch.jagged, or lower that part in mode "store"',
     )
 
 

@@ -16,7 +16,7 @@ from .. import _torch
 from ..core.combine import Parallel, Plumbing
 from ..core.op import ByKind, Chain, Invertible, OneWay, Rearrangement
 from ..errors import place_error
-from ..wires import Wire, map_wire
+from ..wires import Wire, has_nested, map_wire
 from . import compiled, functional
 from .donation import Donation
 from .hooked import Hooked
@@ -52,6 +52,8 @@ def _donate(op: Invertible, x: Wire, run: Run, engine: Engine) -> Wire:
 def engine_for(op: Invertible, x: Wire) -> Engine | None:
     """The engine for the way in which torch is running; None where nothing can have a gradient."""
     if torch.compiler.is_compiling():
+        if has_nested(x):
+            compiled.refuse_nested()
         return compiled.ENGINE if compiled.may_have_gradients(op, x) else None
     if _torch.active():
         return functional.ENGINE if functional.may_have_gradients(op, x) else None
