@@ -386,13 +386,7 @@ class Trunk:
         self.levels.state = len(self.levels.items), y
         donation = self.donation()
         if donation is not None and donation.empty:
-            _torch.at_end_of_backward(self.finish_donation)
-
-    def finish_donation(self) -> None:
-        """Rebuild the input for its owner, where backward had no use for it."""
-        donation = self.donation()
-        if donation is not None and donation.empty:
-            self.bottom()
+            _torch.at_end_of_backward(donation.reminder(self))
 
     def rebuild(self, frame: Frame) -> None:
         """Hand a frame its tensors: go down to its level, under the conditions of forward."""
