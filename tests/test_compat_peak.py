@@ -15,7 +15,10 @@ WIDTH = 16
 
 
 def half() -> nn.Module:
-    return nn.Linear(WIDTH // 2, WIDTH // 2)
+    """A net with small weights: the stacks are not to drift."""
+    layer = nn.Linear(WIDTH // 2, WIDTH // 2)
+    nn.init.uniform_(layer.weight, -0.05, 0.05)
+    return layer
 
 
 class Shift(nn.Module):
@@ -42,7 +45,7 @@ class Scale(nn.Module):
         self.net = half()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 + 0.1 * self.net(x).tanh(), x
+        return 1 + self.net(x).tanh(), self.net(x)
 
 
 class OfInvTorch(invtorch.Module):
@@ -81,6 +84,8 @@ class Backwards(nn.Module):
 
 def safe(layer: Any) -> nn.Module:
     layer.donate = "safe"
+    if hasattr(layer, "kernel_size") or isinstance(layer, inn.Linear):
+        nn.init.orthogonal_(layer.weight)
     return layer
 
 
