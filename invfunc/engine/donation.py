@@ -30,7 +30,7 @@ from .trunk import is_tail, kept_by_tail
 
 
 class Donated(Tensor):
-    """What a donated tensor is while its storage is empty: reading it raises."""
+    """What a donated tensor is while its storage is empty: reading it raises, and only its description is shown."""
 
     @staticmethod
     def __new__(cls, like: Tensor) -> Donated:
@@ -41,6 +41,14 @@ class Donated(Tensor):
         if func in (Tensor.storage, Tensor.untyped_storage):  # whether it is empty may be asked
             return func(torch.empty(0))
         raise _was_read()
+
+    def __repr__(self, **_: Any) -> str:
+        with _torch.without_torch_function():
+            shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
+        return f"<donated tensor of shape {shape}, {dtype}: empty until backward rebuilds it>"
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
