@@ -67,7 +67,7 @@ class DriftError(InvertibleError):
 
 
 class DriftWarning(UserWarning):
-    """What backward rebuilds has drifted from what it was; see ``checkpoint(..., drift=...)``."""
+    """What backward rebuilds has drifted, or is about to; see ``checkpoint(..., drift=..., stream=...)``."""
 
 
 class OptionError(InvertibleError, ValueError):

@@ -61,12 +61,12 @@ class Hooked(Engine):
         x = state.wire
         y = op.forward(x)
         like = map_wire(like_of, x) if isinstance(x, tuple) and not isinstance(y, tuple) else None
-        state.trunk.levels.items.append(Route(op.inverse, like))
+        state.trunk.levels.items.append(Route(op, like))
         return OnTrunk(state.trunk, y)
 
     def route(self, op: Any, state: OnTrunk) -> OnTrunk:
         y = op.forward_fn(state.wire)
-        state.trunk.levels.items.append(Route(op.inverse_fn))
+        state.trunk.levels.items.append(Route(op))
         return OnTrunk(state.trunk, y)
 
     def fork(self, op: Any, state: OnTrunk, step: Callable[[Invertible, OnTrunk], OnTrunk], run: Run) -> OnTrunk:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
+
 from ..core.op import Invertible
 from ..wires import Wire
 from .meter import Drift
@@ -40,6 +42,7 @@ class Options:
     keep: Any = None  # which results are kept for the replay
     context_fn: Any = None  # what surrounds a call and its replay
     debug: bool = False  # whether errors show the operators that ran
+    stream: torch.dtype | None = None
     step: Any = None  # how stages are compiled on their own
 
 
