@@ -177,7 +177,7 @@ INVERSES: dict[str, Call] = {
     "op.inverse_with_residue(r, y)": lambda: residual.inverse(zeros(1)),
     "chain stage 1 (one_way): one_way(sum) has no inverse; give it one with pair(forward, inverse), or invert the rest "
     "without it": lambda: inv.chain(exp, torch.sum).inverse(zeros(1)),
-    "checkpoint: f has no inverse; segments, cuts and donate need an invertible op, or inverse=...": (
+    "checkpoint: f has no inverse; segments, cuts, donate and stream need an invertible op, or inverse=...": (
         lambda: inv.checkpoint(f, donate=True)
     ),
 }
