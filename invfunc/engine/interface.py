@@ -29,6 +29,25 @@ def places_on(path: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What is around a whole op: the end of its path, which errors do not show."""
+
+    op: Invertible
+
+    @property
+    def parts(self) -> tuple[Invertible, ...]:
+        """The op."""
+        return (self.op,)
+
+    def place(self, index: int) -> str:
+        """Nothing."""
+        return ""
+
+    def __repr__(self) -> str:
+        return repr(self.op)
+
+
+@dataclass(frozen=True)
 class Options:
     """How a pipeline is lowered; see `invfunc.checkpoint`."""
 

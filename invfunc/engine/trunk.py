@@ -307,6 +307,12 @@ class Levels:
             y = level.back(y, visit)
         return y
 
+    def place_behind(self, error: Exception) -> None:
+        """Tell an error about the output behind which stage that is."""
+        stage = next((level for level in reversed(self.items) if isinstance(level, Stage)), None)
+        if stage is not None:
+            stage.place(error)
+
     def at(self) -> int:
         """How far the levels have been undone; below all of them where there is no state."""
         return -1 if self.state is None else self.state[0]
@@ -419,7 +425,12 @@ class Trunk:
 
     def start(self, kept: Kept) -> None:
         """Begin at the output."""
-        self.start_at(unflatten(self.spec, list(map(_without_graph, kept.tensors()))))
+        try:
+            ys = kept.tensors("an output")
+        except ReplayError as error:
+            self.levels.place_behind(error)
+            raise
+        self.start_at(unflatten(self.spec, list(map(_without_graph, ys))))
 
     def start_at(self, y: Wire) -> None:
         """Begin at a wire that has the values of the output."""
