@@ -630,7 +630,10 @@ def from_transform(transform: Transform) -> Invertible:
     if isinstance(transform, OpTransform):
         return transform.op
     if not transform.bijective:
-        raise NotInvertibleError(f"from_transform: {transform!r} is not bijective")
+        raise NotInvertibleError(
+            f"from_transform: {transform!r} is not bijective",
+            cure="use it as a plain function, a one_way stage",
+        )
     pure = transform.with_cache(0)
     forward, inverse = partial(_through, pure), partial(_through, pure.inv)
     name = f"from_transform({' '.join(repr(transform).split())})"  # a composition shows itself over several lines

@@ -67,7 +67,8 @@ class Record:
         root, path = self.op, self.path
         while path is not None:
             path, root, _ = path
-        return (list(_places_in(root, about)) if isinstance(about, Tensor) else places) or [shorten(repr(root), 80)]
+        found = list(_places_in(root, about)) if isinstance(about, Tensor) else []
+        return found or places or [shorten(repr(root), 80)]
 
 
 def _places_in(op: Any, tensor: Tensor) -> Iterator[str]:
@@ -81,7 +82,8 @@ def _places_in(op: Any, tensor: Tensor) -> Iterator[str]:
 
 def _finds(functions: Iterable[Any], tensor: Tensor) -> bool:
     parts = Parts(functions)
-    return any(t is tensor for t in (*parts.tensors, *[t for m in parts.modules for t in m.parameters()]))
+    own = [t for m in parts.modules for t in (*m.parameters(), *m.buffers())]
+    return any([t is tensor for t in (*parts.tensors, *own)])
 
 
 class Frame:
