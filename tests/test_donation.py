@@ -464,9 +464,7 @@ def test_no_use_of_a_donated_tensor_ends_in_a_signal() -> None:
     assert len(outcomes) == 2 * len(sources) + 1
 
 
-@pytest.mark.parametrize(
-    "read", [lambda x: x + 1, lambda x: x.shape, torch.Tensor.tolist, lambda x: torch.cat([x])]
-)
+@pytest.mark.parametrize("read", [lambda x: x + 1, lambda x: x.shape, torch.Tensor.tolist, lambda x: torch.cat([x])])
 def test_reading_a_donated_tensor_says_so(read: Callable[[Tensor], Any]) -> None:
     net = Net()
     x = net.made()

@@ -55,7 +55,9 @@ def train(net: nn.Module, x: torch.Tensor) -> tuple[list[float], int]:
 @pytest.mark.parametrize("learnable", [True, False])
 @pytest.mark.parametrize("architecture", [(2, 2), (4, 4), (1, 2, 2)])
 @pytest.mark.parametrize("dim", SIDES)
-def test_iunets_train_as_on_memcnn_with_no_higher_peak(dim: int, architecture: tuple[int, ...], learnable: bool) -> None:
+def test_iunets_train_as_on_memcnn_with_no_higher_peak(
+    dim: int, architecture: tuple[int, ...], learnable: bool
+) -> None:
     x = torch.randn(4, CHANNELS, *[SIDES[dim]] * dim)
     options = dim, architecture
     expected, highest = train(network(theirs, *options, learnable_resampling=learnable), x)
