@@ -107,8 +107,8 @@ def cause_of(levels: Levels, first: int, x: Wire, error: float) -> Cause:
         return Cause(
             "the inverses undo what the functions do now, so that one of these did something else in forward, or lost "
             "values by saturation",
-            "do not change what a function reads before backward, decide what is discrete once (inv.pin), and bound what "
-            f"saturates; {CHECK}",
+            "do not change what a function reads before backward, decide what is discrete once (inv.pin), and bound "
+            f"what saturates; {CHECK}",
         )
     widest = max(trips.trips, key=lambda trip: trip.growth)
     return Cause(f"rounding, which grows most, about {widest.growth:.0e} times, at {widest.place}", f"{CURE}; {CHECK}")
