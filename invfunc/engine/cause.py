@@ -105,7 +105,7 @@ def cause_of(levels: Levels, first: int, x: Wire, error: float) -> Cause:
     back, moved = (trips.all_back(levels, first, out) for out in (y, _nudged(y)))
     if max(relative_error(back, x), relative_error(moved, back)) < error / 30:
         return Cause(
-            "the inverses undo what the functions do now: the output came back changed, from blocks behind it that free "
+            "the inverses undo what the functions do now: the output came back changed, from blocks behind that free "
             "their input, or a function did something else in forward, or lost values by saturation",
             "do not change what a function reads before backward, decide what is discrete once (inv.pin), and bound "
             f"what saturates; {CHECK}",
