@@ -54,7 +54,7 @@ lint: setup
 exact: setup
 	$(BIN)/python -m pytest -m exact tests/test_exact.py
 
-# The tests that ship with MemCNN, against our modules of its names.
+# The tests that ship with MemCNN, and the U-Nets of a package that is built on it, against our modules of its names.
 parity: setup
 	$(BIN)/python tests/parity/run.py
 

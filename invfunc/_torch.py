@@ -914,6 +914,11 @@ at_end_of_backward: Callable[[Callable[[], None]], None] = _private(
     _refuse("torch.autograd.Variable._execution_engine.queue_callback", _DONATION),
 )
 
+# The same. Otherwise the function is called at once.
+when_backward_ends: Callable[[Callable[[], None]], None] = _private(
+    "torch.autograd.Variable._execution_engine.queue_callback", lambda fn: fn()
+)
+
 
 def has_accelerator() -> bool:
     """Whether there can be tensors on another device than the CPU."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from . import _torch
 from .core.op import VJP, Again, Invertible, OneWay, Pair, Residue, name_of, pair
 from .engine import compiled
@@ -16,6 +18,7 @@ from .engine.keep import checked_keep
 from .engine.lower import lower, walk
 from .engine.meter import Drift, checked_drift
 from .engine.mode import checked_mode, current, forced_mode
+from .engine.stream import is_one_way, widen, with_stream
 from .errors import NotInvertibleError, OptionError
 from .functions import CheckpointedFunction, global_name, set_names
 from .wires import Wire
@@ -57,10 +60,18 @@ class Checkpointed(Wrapper):
     options: Options = Options()
 
     def forward(self, x: Wire) -> Wire:
-        return lower(self.op, x, current(self.options))
+        stream = self.options.stream
+        if stream is not None and not is_one_way((self.op.parts or (self.op,))[0]):
+            x = widen(x, stream)
+        return lower(self.streamed, x, current(self.options))
 
     def inverse(self, y: Wire) -> Wire:
         return self.inverted().forward(y)
+
+    @property
+    def streamed(self) -> Invertible:
+        """The op, whose stems return what ``stream`` says."""
+        return self.op if self.options.stream is None else with_stream(self.op, self.options.stream)
 
     def inverted(self) -> Invertible:
         segments = self.options.segments
@@ -95,7 +106,7 @@ class Checkpointed(Wrapper):
 
 @walk.register
 def _(op: Checkpointed, state: State, run: Run) -> State:
-    return walk(op.op, state, run if forced_mode() else in_mode(run, op.options.mode))
+    return walk(op.streamed, state, run if forced_mode() else in_mode(run, op.options.mode))
 
 
 def in_mode(run: Run, mode: str) -> Run:
@@ -239,6 +250,7 @@ def checkpoint(
     keep: Any = None,
     context_fn: Callable[[], tuple[Any, Any]] | None = None,
     debug: bool = False,
+    stream: torch.dtype | None = None,
     plan: Any = None,
 ) -> Any:
     r"""Lower a pipeline, or any plain function, so that its activations are freed and rebuilt in backward.
@@ -269,6 +281,9 @@ def checkpoint(
             compiled graph nothing is kept.
         context_fn: Returns two context managers for every call of a function: one around it, one around its replay.
         debug: Whether an error of a function that is not the same twice tells the first operator that differs.
+        stream: The least dtype of what is rebuilt: the input, and what a `one_way` stage returns to one that is not,
+            are made as wide. With ``torch.float32`` a stem under autocast does not make the stream half precision,
+            which would round at every stage; without it, such a call warns.
         plan: What to do with each op of the chain, from `invfunc.plan`, in place of mode, segments and cuts.
 
     Returns:
@@ -282,12 +297,15 @@ def checkpoint(
 
     Raises:
         ReplayError: In backward, when a function does not do what it did in forward.
-        DriftError: With ``drift="raise"``, in backward; on CUDA up to one step late, since nothing waits for it.
+        DriftError: With ``drift="raise"``, in the backward that drifted; on CUDA at its end.
         DonatedError: When a donated tensor can not be freed, or is read while it is empty.
+        DriftWarning: With ``drift="warn"``, likewise, with the cause: rounding, a wrong inverse, or a function that is
+            not the same twice. To find it, the trunk runs three more times, once for each function and message.
         OptionError: When an option is not one of those above, or a drift is asked for that the dtype can not show.
 
     Limits:
         Rebuilding by inverse rounds: `invfunc.check` measures how far, stage by stage. Keep streams in fp32.
+        With a stream of its own, values are those of the op whose stream is as wide: not those of ``f`` itself.
 
     Example:
         >>> import torch, invfunc as inv
@@ -316,6 +334,7 @@ def checkpoint(
         checked_keep(keep),
         context_fn,
         debug,
+        _checked_stream(stream),
     )
     if given and mode != "invert":
         raise OptionError(f"checkpoint: donate={donate} with mode={mode!r}", expected="mode 'invert': only it rebuilds")
@@ -337,6 +356,12 @@ def _checked_check(determinism_check: str) -> str:
     return determinism_check
 
 
+def _checked_stream(stream: torch.dtype | None) -> torch.dtype | None:
+    if stream is not None and not (isinstance(stream, torch.dtype) and stream.is_floating_point):
+        raise OptionError(f"checkpoint: stream={stream!r}", expected="a floating-point dtype, such as torch.float32")
+    return stream
+
+
 def _checked_cuts(segments: int, cuts: Sequence[int]) -> int | tuple[int, ...]:
     """The number of trunks or, where cuts are given, before which parts they begin."""
     for name, value, kind, text in (
@@ -356,10 +381,10 @@ def _checkpoint(f: Any, inverse: Callable[..., Any] | None, options: Options) ->
     if not callable(f):
         raise OptionError(f"checkpoint: got {type(f).__name__}", expected="an op, a function or a module")
     if inverse is None:
-        if options.segments != 1 or options.donate:
+        if options.segments != 1 or options.donate or options.stream is not None:
             raise NotInvertibleError(
                 f"checkpoint: {name_of(f)} has no inverse",
-                cure="segments, cuts and donate need an invertible op, or inverse=...",
+                cure="segments, cuts, donate and stream need an invertible op, or inverse=...",
             )
         return f if isinstance(f, CheckpointedFunction) else CheckpointedFunction(f, options)
     lowered = Checkpointed(pair(f, inverse), options)

@@ -6,6 +6,8 @@ to do about it. The path is added from the inside out, by every combinator that 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class InvertibleError(RuntimeError):
     """An error of the package, with the path of the op that raised it.
@@ -53,6 +55,8 @@ class NotDifferentiableError(InvertibleError):
 class ReplayError(InvertibleError):
     """A function did not, or could not, do in backward what it did in forward."""
 
+    about: Any = None  # what tells where the error belongs: a tensor that some stage finds, or what is kept beside them
+
 
 class DomainError(InvertibleError, ValueError):
     """A value lies outside the set on which an op is defined or invertible."""
@@ -67,7 +71,7 @@ class DriftError(InvertibleError):
 
 
 class DriftWarning(UserWarning):
-    """What backward rebuilds has drifted from what it was; see ``checkpoint(..., drift=...)``."""
+    """What backward rebuilds has drifted, or is about to; see ``checkpoint(..., drift=..., stream=...)``."""
 
 
 class OptionError(InvertibleError, ValueError):

@@ -37,9 +37,9 @@ from .core.op import (
 )
 from .debug import checking, require
 from .errors import NotDifferentiableError, NotInvertibleError, OptionError, WireError, place_error
-from .wires import Wire, describe, is_differentiable, leaves, map_wire
+from .wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested
 
-Rule: TypeAlias = Callable[[Wire, Wire], Tensor]  # (x, y) -> log|det J|, (batch,)
+Rule: TypeAlias = Callable[[Wire, Wire], Any]  # (x, y) -> log|det J|: a tensor (batch,), or a number for all
 
 
 def with_log_det(op: Invertible, *, exact: str | None = None) -> Invertible:
@@ -119,6 +119,7 @@ def zeros_for(x: Wire) -> Tensor:
 
 
 def _first_leaf(x: Wire) -> Tensor:
+    refuse_nested("log_det", x)
     found = next(filter(is_differentiable, leaves(x)), None)
     if found is None or not found.dim():
         raise WireError(
@@ -166,17 +167,18 @@ def _(op: Chain, exact: str | None) -> Invertible:
 @lifted.register
 def _(op: Parallel, exact: str | None) -> Invertible:
     alone = [chain()] * len(op.parts)
+    wires = f"parallel of {len(alone)} ops", len(alone)
     steps = [
         part
-        for i in range(len(op.parts))
-        for part in _beside(i, Parallel((*alone[:i], _placed(op, i, exact), *alone[i + 1 :])))
+        for i in range(len(alone))
+        for part in _beside(i, wires, Parallel((*alone[:i], _placed(op, i, exact), *alone[i + 1 :])))
     ]
     return _shown_as(op, *steps)
 
 
 @lifted.register
 def _(op: Half, exact: str | None) -> Invertible:
-    return _shown_as(op, *_beside(op.target, replace(op, law=lift_law(op.law, exact))))
+    return _shown_as(op, *_beside(op.target, ("couple", 2), replace(op, law=lift_law(op.law, exact))))
 
 
 @lifted.register
@@ -197,15 +199,17 @@ def _shown_as(op: Invertible, *parts: Invertible) -> Invertible:
     return Chain(parts, (repr(op), repr(op.inverted())))
 
 
-def _beside(index: int, op: Invertible) -> tuple[Invertible, ...]:
-    """An op between two plumbings that bring the total to a component and back."""
-    attach = Plumbing(partial(_attach, index), partial(_detach, index), f"attach({index})", f"detach({index})")
-    return attach, op, invert(attach)
+def _beside(index: int, wires: tuple[str, int], op: Invertible) -> tuple[Invertible, ...]:
+    """An op between two plumbings that bring the total to a component and back; who takes how many components."""
+    attach = partial(_attach, index, *wires), partial(_detach, index)
+    there = Plumbing(*attach, f"attach({index})", f"detach({index})")
+    return there, op, invert(there)
 
 
-def _attach(index: int, wire: Wire) -> Wire:
+def _attach(index: int, owner: str, count: int, wire: Wire) -> Wire:
     check_components("with_log_det", wire, 2)
     xs, total = wire
+    check_components(owner, xs, count)
     return (*xs[:index], (xs[index], total), *xs[index + 1 :])
 
 
@@ -298,7 +302,9 @@ class Counting(Invertible):
 
     def _by_rule(self, x: Wire, y: Wire) -> Tensor:
         found, batch = self.rule(x, y), _first_leaf(x).shape[:1]
-        if found.shape != batch:
+        if isinstance(found, (int, float)):  # the same for every element
+            return zeros_for(x) + found
+        if not isinstance(found, Tensor) or found.shape != batch:
             raise WireError(
                 f"log_det of {self.op!r} returned {describe(found)}",
                 expected=f"{tuple(batch)}, one number for each element of the batch",
@@ -624,7 +630,10 @@ def from_transform(transform: Transform) -> Invertible:
     if isinstance(transform, OpTransform):
         return transform.op
     if not transform.bijective:
-        raise NotInvertibleError(f"from_transform: {transform!r} is not bijective")
+        raise NotInvertibleError(
+            f"from_transform: {transform!r} is not bijective",
+            cure="use it as a plain function, a one_way stage",
+        )
     pure = transform.with_cache(0)
     forward, inverse = partial(_through, pure), partial(_through, pure.inv)
     name = f"from_transform({' '.join(repr(transform).split())})"  # a composition shows itself over several lines

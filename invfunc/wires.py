@@ -62,12 +62,11 @@ def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:
 
 def spread(fn: Callable[..., Any], wire: Wire, label: str | None = None) -> Any:
     """Call a user's function: a tuple wire becomes its positional arguments; ``label`` names it in errors."""
-    if not isinstance(wire, tuple):
-        return fn(wire)
+    parts = wire if isinstance(wire, tuple) else (wire,)
     try:
-        return fn(*wire)
+        return fn(*parts)
     except TypeError as error:
-        _check_arity(fn, wire, label, error)
+        _check_arity(fn, parts, label, error)
         raise
 
 
@@ -78,9 +77,11 @@ def _check_arity(fn: Callable[..., Any], wire: tuple[Wire, ...], label: str | No
         return
     name = label or getattr(fn, "__name__", None) or type(fn).__name__
     raise WireError(
-        f"{name} received {len(wire)} components {describe(wire)}",
+        f"{name} received {f'{len(wire)} components' if len(wire) != 1 else 'one component'} {describe(wire)}",
         expected=f"as many as it takes: {signature or error}",
-        cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all",
+        cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all"
+        if len(wire) != 1
+        else "pass a tuple: its components become positional arguments",
     ) from error
 
 
@@ -103,6 +104,26 @@ def _takes(signature: inspect.Signature, wire: tuple[Wire, ...]) -> bool:
 def is_differentiable(leaf: Any) -> bool:
     """Whether a leaf can have a gradient: a floating-point or complex tensor."""
     return isinstance(leaf, Tensor) and ((dtype := leaf.dtype).is_floating_point or dtype.is_complex)
+
+
+def refuse_nested(subject: str, wire: Wire) -> None:
+    """Raise where a leaf is a nested tensor, which torch does not let one compute with there."""
+    if has_nested(wire):
+        raise nested_error(subject)
+
+
+def has_nested(wire: Wire) -> bool:
+    """Whether a leaf is a nested tensor."""
+    return any([isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves(wire)])
+
+
+def nested_error(subject: str) -> WireError:
+    """The error of a nested tensor where it can not be computed with."""
+    return WireError(
+        f"{subject} received a nested tensor",
+        expected="tensors whose elements are of one size",
+        cure="pad it; in ordinary autograd, checkpoint takes nested tensors",
+    )
 
 
 def describe(wire: Wire) -> str:

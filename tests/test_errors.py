@@ -1,11 +1,14 @@
 """The text of every error: where in the pipeline, what is wrong, what was expected, what came, and what to do."""
 
+import ast
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from catalogue import EXAMPLES
 from torch import Tensor, nn
 
 import invfunc as inv
@@ -62,6 +65,8 @@ WIRES: dict[str, Call] = {
     "wire becomes positional arguments: concat it first, or let the function take them all": lambda: inv.ops.exp()(
         zeros(2), zeros(2)
     ),
+    "rotate received one component ((2,),), expected as many as it takes: (a, b); pass a tuple: its components become "
+    "positional arguments": lambda: inv.pair(lambda a, b: (b, a), lambda a, b: (b, a), name="rotate")(zeros(2)),
     "additive(t): t is (5, 2), expected (2,) like the input, or what broadcasts to it": lambda: inv.additive(
         zeros(5, 2)
     )(zeros(2)),
@@ -175,7 +180,7 @@ INVERSES: dict[str, Call] = {
     "op.inverse_with_residue(r, y)": lambda: residual.inverse(zeros(1)),
     "chain stage 1 (one_way): one_way(sum) has no inverse; give it one with pair(forward, inverse), or invert the rest "
     "without it": lambda: inv.chain(exp, torch.sum).inverse(zeros(1)),
-    "checkpoint: f has no inverse; segments, cuts and donate need an invertible op, or inverse=...": (
+    "checkpoint: f has no inverse; segments, cuts, donate and stream need an invertible op, or inverse=...": (
         lambda: inv.checkpoint(f, donate=True)
     ),
 }
@@ -198,6 +203,43 @@ PATH = "chain stage 0 (parallel): parallel component 1 (chain): chain stage 1 (c
 def test_a_message_begins_with_the_path_of_the_op(op: inv.Invertible) -> None:
     x = None, tuple(part.requires_grad_() for part in (zeros(2, 3), zeros(2, 3)))
     assert message(lambda: op(x), WireError).startswith(PATH + CLAIM)
+
+
+same = inv.pair(lambda *x: x if len(x) != 1 else x[0], lambda *y: y, name="same")
+
+
+def test_every_op_that_refuses_a_wire_says_where_it_stands() -> None:
+    wires = torch.zeros(()), (torch.zeros(2), torch.zeros(3), torch.zeros(4))
+    refused = set()
+    for name, example in EXAMPLES.items():
+        for op in (example.make(), inv.invert(example.make())):
+            for wire in wires:
+                for call in (inv.chain(same, op), inv.checkpoint(inv.chain(same, op))):
+                    try:
+                        call(wire)
+                    except InvertibleError as error:
+                        assert str(error).startswith("chain stage 1 ("), (name, str(error))
+                        refused.add(name)
+                    except Exception:
+                        pass
+    assert len(refused) > len(EXAMPLES) / 2
+
+
+def test_every_error_says_what_was_expected_or_what_to_do() -> None:
+    kinds = {
+        kind.__name__
+        for kind in vars(inv.errors).values()
+        if isinstance(kind, type) and issubclass(kind, InvertibleError)
+    }
+    calls = [
+        node
+        for path in Path(inv.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds
+    ]
+    assert len(calls) > 200
+    bare = [ast.unparse(c) for c in calls if not {k.arg for k in c.keywords} & {"expected", "got", "cure"}]
+    assert not bare
 
 
 def test_the_path_of_an_inverse_counts_the_parts_of_the_op() -> None:

@@ -557,7 +557,8 @@ def pair(
         pullback: ``(y, gy) -> (x, gx)``, or ``(x, gx, [(tensor, gradient), ...])`` with the gradients of the tensors
             that the functions close over. `Invertible.pullback` and `torch.func` transforms call it; ordinary autograd
             goes through forward's own graph. Without it, x is rebuilt and forward runs once more with gradients.
-        log_det: ``(x, y) -> log|det J|``, one number for each element of the batch (dim 0).
+        log_det: ``(x, y) -> log|det J|``, a tensor with one number for each element of the batch (dim 0), or one
+            Python number where it is the same for all.
         residue: ``forward`` returns ``(y, r)`` and ``inverse`` takes ``(r, y)``, ``pullback`` takes ``(r, y, gy)``: r
             is what the function loses. It is kept by the stage and never shown to the next op.
         name: What ``repr`` and error messages show.

@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 from .. import _torch
 from ..core.op import Invertible, Residue, name_of
 from ..errors import ReplayError
-from ..wires import Wire, is_differentiable, leaves, map_wire
+from ..wires import Wire, is_differentiable, leaves, map_wire, nested_error
 from .closures import contents_of, is_object, named_by, with_contents
 from .interface import Engine, Place, Run
 from .strands import State, Strand, begin, close, filled, keep, spec_of, strands, values
@@ -323,6 +323,12 @@ def _refuse_random(name: str) -> None:
         expected="none but those of dropout: a graph can not draw the same again",
         cure="store it with inv.mark(op, 'store'), draw outside of it, or leave it out of torch.compile",
     )
+
+
+@_torch.called_not_traced
+def refuse_nested() -> None:
+    """Raise for a nested tensor: Dynamo does not know how to expand one."""
+    raise nested_error("checkpoint inside of torch.compile")
 
 
 # ---- steps: the functions that are compiled on their own ------------------------------------------------------------

@@ -30,7 +30,7 @@ from .trunk import is_tail, kept_by_tail
 
 
 class Donated(Tensor):
-    """What a donated tensor is while its storage is empty: reading it raises."""
+    """What a donated tensor is while its storage is empty: reading it raises, and only its description is shown."""
 
     @staticmethod
     def __new__(cls, like: Tensor) -> Donated:
@@ -41,6 +41,14 @@ class Donated(Tensor):
         if func in (Tensor.storage, Tensor.untyped_storage):  # whether it is empty may be asked
             return func(torch.empty(0))
         raise _was_read()
+
+    def __repr__(self, **_: Any) -> str:
+        with _torch.without_torch_function():
+            shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
+        return f"<donated tensor of shape {shape}, {dtype}: empty until backward rebuilds it>"
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,6 +78,7 @@ class Donation:
         found = leaves(x)
         self.x = x
         self.trunk: Callable[[], Any] = lambda: None
+        self.waiting: list[Any] = []  # the trunk, from when backward reaches it until the input is back
         self.given: list[Tensor] = []
         self.places: list[int] = []
         self.signs: list[Tensor | None] = []
@@ -104,6 +113,11 @@ class Donation:
         trunk = self.trunk()
         if self.empty and trunk is not None:
             trunk.bottom()
+
+    def reminder(self, trunk: Any) -> Callable[[], None]:
+        """What rebuilds the input for its owner at the end of backward, where that had no use for it."""
+        self.waiting[:] = [trunk]
+        return partial(_rebuild, self.waiting)
 
     def free(self, y: Wire) -> None:
         """Empty the storages, unless somebody holds one after the pipeline has run."""
@@ -145,8 +159,14 @@ class Donation:
             _torch.swap_insides(tensor, hidden)
             tensor.__class__, hidden.__class__ = Tensor, Donated  # pyright: ignore[reportAttributeAccessIssue]
             empty[0] = False
-        self.empty.clear()
-        self.trunk = lambda: None
+        for items in self.given, self.places, self.signs, self.empty, self.waiting:
+            items.clear()
+        self.x, self.trunk = None, lambda: None  # blocks below this one run while its nodes are alive
+
+
+def _rebuild(waiting: list[Any]) -> None:
+    for trunk in list(waiting):
+        trunk.bottom()
 
 
 def _nothing(x: Wire) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..core.op import Again
-from ..errors import ReplayError
+from ..errors import ReplayError, place_error
 from ..wires import Wire, map_wire, spread
 from .conditions import PINS, Pinned
 from .frame import Like, Record, lay_out, shown, was_changed
@@ -99,6 +99,10 @@ class Evaluation(Again):
                     with self.record.around.replay():
                         return call(fn, x)
                 return call(fn, x)
+            except RuntimeError as error:
+                if type(error) is RuntimeError:  # torch's own; a subclass is what it says, such as a lack of memory
+                    raise _raised(error) from error
+                raise
             finally:
                 _torch.pop_hooks()
         finally:
@@ -189,6 +193,17 @@ class Evaluation(Again):
             self.conditions.close()
         if self.was is not None:
             self.record.conditions.snapshot.take_away(self.was)
+
+
+def _raised(error: RuntimeError) -> ReplayError:
+    found = ReplayError(
+        f"the function raised when it ran again: {str(error).partition(chr(10))[0]}",
+        expected="what it did in forward",
+        cure="do not change what a function reads between forward and backward",
+    )
+    for note in getattr(error, "__notes__", ()):  # where it happened, from the inside out
+        place_error(found, note.removeprefix("in "))
+    return found
 
 
 def _call(fn: Callable[[Wire], Any], x: Wire) -> Any:

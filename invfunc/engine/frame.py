@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from textwrap import shorten
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..core.op import Invertible, Residue, name_of
-from ..errors import ReplayError, place_error
+from ..errors import ReplayError, WireError, place_error
 from ..wires import Wire
 from .conditions import PINS, Conditions, RandomState, Recorder, accelerators
 from .interface import Options, Path, places_on
@@ -55,8 +56,34 @@ class Record:
 
     def place(self, error: Exception) -> None:
         """Tell an error where in the pipeline it happened."""
-        for place in reversed(places_on(self.path)):
+        places = places_on(self.path)
+        if isinstance(error, ReplayError) and error.about is not None:
+            places, error.about = self._places_of(error.about, places), None
+        for place in reversed(places):
             place_error(error, place)
+
+    def _places_of(self, about: Any, places: list[str]) -> list[str]:
+        """Where the stage is that finds a tensor, which may be another one; of what is kept beside, the pipeline."""
+        root, path = self.op, self.path
+        while path is not None:
+            path, root, _ = path
+        found = list(_places_in(root, about)) if isinstance(about, Tensor) else []
+        return found or places or [shorten(repr(root), 80)]
+
+
+def _places_in(op: Any, tensor: Tensor) -> Iterator[str]:
+    """Where in an op the functions are that find a tensor."""
+    for index, part in enumerate(getattr(op, "parts", ())):
+        if _finds(part.functions, tensor):
+            place = op.place(index) if hasattr(op, "place") else ""
+            yield from filter(None, [place, *_places_in(part, tensor)])
+            return
+
+
+def _finds(functions: Iterable[Any], tensor: Tensor) -> bool:
+    parts = Parts(functions)
+    own = [t for m in parts.modules for t in (*m.parameters(), *m.buffers())]
+    return any([t is tensor for t in (*parts.tensors, *own)])
 
 
 class Frame:
@@ -80,20 +107,24 @@ class Frame:
         """The hook: a number for a tensor, or the leaf and its version."""
         if tensor.requires_grad and tensor.is_leaf:
             self.record.leaves.append(tensor)
-            return tensor, tensor._version
+            return tensor, tensor._version, tensor.dtype
         held, kinds = self.held, self.record.kinds
         assert held is not None
         number = len(kinds)
         held[number] = tensor
-        kinds.append((tensor.shape, tensor.dtype))
+        try:
+            kinds.append((tensor.shape, tensor.dtype))
+        except RuntimeError as error:
+            raise without_shape() from error
         return number
 
     def unpack(self, packed: Any) -> Tensor:
         """The hook: the tensor again."""
         if type(packed) is tuple:
-            tensor, before = packed
-            if tensor._version != before:
-                error = was_changed(tensor)
+            tensor, before, dtype = packed
+            if tensor._version != before or tensor.dtype is not dtype:
+                how = WRITTEN if tensor.dtype is dtype else f"moved to {shown_dtype(tensor.dtype)}"
+                error = was_changed(tensor, how)
                 self.record.place(error)
                 raise error
             return tensor
@@ -235,7 +266,10 @@ class Like:
 
     def __init__(self, tensor: Tensor) -> None:
         self.kind = (1 if tensor.is_leaf else 2) if tensor.requires_grad else 0  # no gradient; a leaf's; a result's
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        try:
+            self.shape, self.dtype = tensor.shape, tensor.dtype
+        except RuntimeError as error:
+            raise without_shape() from error
         # A kernel may be chosen by the strides, and with it what is saved. A subclass (a DTensor) lays itself out.
         has_strides = tensor.layout is torch.strided and type(tensor) in _PLAIN
         self.stride = tensor.stride() if has_strides else None
@@ -256,12 +290,24 @@ def lay_out(leaf: Tensor, stride: tuple[int, ...]) -> Tensor:
         return out.copy_(once).expand(leaf.shape)
 
 
-def was_changed(tensor: Tensor) -> ReplayError:
-    """The error of a tensor that was written into after forward."""
+WRITTEN = "modified by an inplace operation"
+
+
+def was_changed(tensor: Tensor, how: str = WRITTEN, what: str = "a tensor") -> ReplayError:
+    """The error of a tensor that was written into after forward, or otherwise changed."""
     return ReplayError(
-        f"a tensor of shape {tuple(tensor.shape)} that backward needs has been modified by an inplace operation",
+        f"{what} of shape {tuple(tensor.shape)} that backward needs has been {how}",
         expected="the values that forward read",
         cure="run backward before changing it, or use the out-of-place operation",
+    )
+
+
+def without_shape() -> WireError:
+    """The error of a tensor whose shape torch does not tell: it could not be compared with what is rebuilt."""
+    return WireError(
+        "a nested tensor in the strided layout has no shape",
+        expected="nested tensors in the jagged layout",
+        cure='build it with layout=torch.jagged, or lower that part in mode "store"',
     )
 
 
@@ -277,7 +323,12 @@ def changed_input(fn: Callable[..., Any]) -> ReplayError:
 def shown(kinds: Sequence[Kind | None]) -> str:
     """Shapes and dtypes, as errors show them."""
     given = [kind for kind in kinds if kind is not None]
-    return ", ".join(f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in given) or "nothing"
+    return ", ".join(f"{tuple(shape)} {shown_dtype(dtype)}" for shape, dtype in given) or "nothing"
+
+
+def shown_dtype(dtype: torch.dtype) -> str:
+    """A dtype, as errors show it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def gone() -> None:
@@ -299,11 +350,13 @@ class Kept:
         pack = None if hooks is None else hooks[0]
         self.packed = [pack(t.detach()) if pack is not None and isinstance(t, Tensor) else t for t in tensors]
 
-    def tensors(self) -> list[Any]:
-        """They, unless one has been written in place."""
+    def tensors(self, what: str = "a tensor") -> list[Any]:
+        """They, unless one has been written in place; what they are, for the error."""
         if self.unpack is not None:
             return [self.unpack(packed) if packed is not None else None for packed in self.packed]
         for tensor, before in zip(self.packed, self.versions, strict=True):
             if isinstance(tensor, Tensor) and version(tensor) != before:
-                raise was_changed(tensor)
+                error = was_changed(tensor, what=what)
+                error.about = self
+                raise error
         return list(self.packed)

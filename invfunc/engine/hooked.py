@@ -8,7 +8,7 @@ from typing import Any
 from ..core.op import Invertible
 from ..wires import Wire, leaves, map_wire, unflatten
 from .frame import like_of
-from .interface import Engine, Place, Run
+from .interface import Engine, Place, Run, Whole
 from .region import Region, conditions_of
 from .trunk import Route, Stage, Trunk
 
@@ -61,12 +61,12 @@ class Hooked(Engine):
         x = state.wire
         y = op.forward(x)
         like = map_wire(like_of, x) if isinstance(x, tuple) and not isinstance(y, tuple) else None
-        state.trunk.levels.items.append(Route(op.inverse, like))
+        state.trunk.levels.items.append(Route(op, like))
         return OnTrunk(state.trunk, y)
 
     def route(self, op: Any, state: OnTrunk) -> OnTrunk:
         y = op.forward_fn(state.wire)
-        state.trunk.levels.items.append(Route(op.inverse_fn))
+        state.trunk.levels.items.append(Route(op))
         return OnTrunk(state.trunk, y)
 
     def fork(self, op: Any, state: OnTrunk, step: Callable[[Invertible, OnTrunk], OnTrunk], run: Run) -> OnTrunk:
@@ -76,7 +76,8 @@ class Hooked(Engine):
         return OnTrunk(trunk, tuple([end.wire for end in ends]))
 
     def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
-        region = Region(fn, lambda tensors: (unflatten(x_spec, tensors),), run.path, self.conditions, run.options)
+        path = (None, Whole(op), 0) if run.path is None else run.path
+        region = Region(fn, lambda tensors: (unflatten(x_spec, tensors),), path, self.conditions, run.options)
         x_spec = map_wire(_nothing, x)
         return region.run((x,), leaves(x), op.functions)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
+
 from ..core.op import Invertible
 from ..wires import Wire
 from .meter import Drift
@@ -27,6 +29,25 @@ def places_on(path: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """What is around a whole op: the end of its path, which errors do not show."""
+
+    op: Invertible
+
+    @property
+    def parts(self) -> tuple[Invertible, ...]:
+        """The op."""
+        return (self.op,)
+
+    def place(self, index: int) -> str:
+        """Nothing."""
+        return ""
+
+    def __repr__(self) -> str:
+        return repr(self.op)
+
+
+@dataclass(frozen=True)
 class Options:
     """How a pipeline is lowered; see `invfunc.checkpoint`."""
 
@@ -40,6 +61,7 @@ class Options:
     keep: Any = None  # which results are kept for the replay
     context_fn: Any = None  # what surrounds a call and its replay
     debug: bool = False  # whether errors show the operators that ran
+    stream: torch.dtype | None = None
     step: Any = None  # how stages are compiled on their own
 
 

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from .. import _torch
 from ..core.combine import Parallel, Plumbing
 from ..core.op import ByKind, Chain, Invertible, OneWay, Rearrangement
 from ..errors import place_error
-from ..wires import Wire, map_wire
+from ..wires import Wire, has_nested, map_wire
 from . import compiled, functional
 from .donation import Donation
 from .hooked import Hooked
 from .interface import Engine, Options, Run, State
+from .stream import is_stem, warn_if_narrow
 
 
 def lower(op: Invertible, x: Wire, options: Options) -> Wire:
@@ -35,7 +37,10 @@ def lower(op: Invertible, x: Wire, options: Options) -> Wire:
         return op.forward(x)
     run = Run(engine, options)
     donates = options.donate and not torch.compiler.is_compiling()
-    y = _donate(op, x, run, engine) if donates else engine.close(walk(op, engine.begin(x, run, at_start), run))
+    if donates:
+        y = _donate(op, x, run, engine)
+    else:
+        y = engine.close(walk(op, engine.begin(x, run, partial(at_start, op)), run))
     engine.finish()
     return y
 
@@ -44,7 +49,7 @@ def _donate(op: Invertible, x: Wire, run: Run, engine: Engine) -> Wire:
     """Run an op, and free its input until backward has rebuilt it; see NOTE [Donation]."""
     donation = Donation(x, run.options.donate)
     assert isinstance(engine, Hooked)  # a donation is refused below transforms
-    y = engine.close(walk(op, engine.begin_donated(donation, x, run, at_start), run))
+    y = engine.close(walk(op, engine.begin_donated(donation, x, run, partial(at_start, op)), run))
     donation.free(y)
     return y
 
@@ -52,6 +57,8 @@ def _donate(op: Invertible, x: Wire, run: Run, engine: Engine) -> Wire:
 def engine_for(op: Invertible, x: Wire) -> Engine | None:
     """The engine for the way in which torch is running; None where nothing can have a gradient."""
     if torch.compiler.is_compiling():
+        if has_nested(x):
+            compiled.refuse_nested()
         return compiled.ENGINE if compiled.may_have_gradients(op, x) else None
     if _torch.active():
         return functional.ENGINE if functional.may_have_gradients(op, x) else None
@@ -104,11 +111,14 @@ def _(op: Chain, state: State, run: Run) -> State:
     index, cuts, inner = 0, (), run
     if options.segments != 1:
         cuts, inner = cut_points(op, options.segments), run.under(replace(options, segments=1))
+    warns = options.mode == "invert" and isinstance(run.engine, Hooked) and _torch.is_any_autocast_enabled()
     try:
         for index, part in enumerate(op.parts):
             if index in cuts:
                 state = cut(state, inner, partial(_at_cut, op, index))
             state = walk(part, state, inner.at(op, index))
+            if warns and is_stem(op, index):
+                warn_if_narrow(op, index, inner.engine.wire(state))
     except Exception as error:
         place_error(error, op.place(index))
         raise
@@ -147,9 +157,9 @@ def cut(state: State, run: Run, place: Callable[[], str]) -> State:
     return run.engine.begin(run.engine.close(state), run, place)
 
 
-def at_start() -> str:
-    """Where the first trunk of a pipeline begins."""
-    return "the input of the pipeline"
+def at_start(op: Any) -> str:
+    """Where the first trunk of a pipeline begins; which pipeline, by how it begins."""
+    return f"the input of {shorten(repr(op), 80)}"
 
 
 def _at_cut(op: Chain, index: int) -> str:
@@ -227,7 +237,7 @@ _UNIT: ContextVar[Unit | None] = ContextVar("unit", default=None)
 def call_unit(call: Callable[[Wire], Wire], state: State, run: Run) -> State:
     """Call a module in the middle of a walk; its hooks see the wire."""
     if not isinstance(run.engine, Hooked):
-        return run.engine.begin(call(run.engine.close(state)), run, at_start)
+        return run.engine.begin(call(run.engine.close(state)), run, partial(at_start, call))
     unit = Unit(state, run)
     token = _UNIT.set(unit)
     try:

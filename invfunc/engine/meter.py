@@ -13,18 +13,20 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
 4.  *When.* In the ordinary backward of an ordinary forward. Under a transform, in a gradient that is differentiated
     again, and while compiling, there is no meter.
 5.  *CUDA.* Reading a number from the device would wait for it. The samples travel to the host on their own, and are
-    judged when a later trunk passes by: a warning, or an error, comes up to one step late.
+    judged when the backward has ended that rebuilt them: then it waits, once.
+6.  *Why.* Before it speaks it asks for the cause (NOTE [Cause]), once for each function and message. On CUDA what was
+    rebuilt is gone by then, so that the first message has no cause, and the next backward waits in order to find it.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,18 @@ CURE = (
     "store more on the way (checkpoint(..., cuts=...)), keep the stream exactly (inv.exact), or let the error grow "
     "less: a wider stream dtype, normalised branches, bounded scales (inv.ops.tanh_scale)"
 )
+CHECK = "inv.check(op, x) measures every stage"
+
+
+class Cause(NamedTuple):
+    """Why a wire is not rebuilt as it was, and what to do about it."""
+
+    text: str
+    cure: str
+
+
+Why: TypeAlias = Callable[[float], Cause]
+_NOT_YET = Cause("", f"the next backward looks for the cause; {CHECK}")
 
 
 def checked_drift(drift: Drift) -> Drift:
@@ -137,46 +151,77 @@ class Probe:
     places: Places
     samples: list[Sample]
 
-    def compare(self, rebuilt: Sequence[Tensor | None]) -> None:
-        """Compare what was rebuilt with the samples; later, where reading it would wait for the device."""
+    def compare(self, rebuilt: Sequence[Tensor | None], functions: Iterable[Any], why: Why) -> None:
+        """Compare what was rebuilt with the samples; at the end of backward, where reading it waits for the device.
+
+        Args:
+            rebuilt: The tensors of the wire.
+            functions: Those of the stage that it goes into.
+            why: Finds the cause of an error.
+        """
         was, now = [], []
         for sample, tensor, indices in zip(self.samples, rebuilt, self.places.indices, strict=True):
             if tensor is not None:
                 was.append(sample)
                 now.append(_sample(tensor, indices))
+        found = _known_causes(functions)
         if Tensor in map(type, was):
-            _travel(self, was, now)
-        else:
-            self.judge(was, now)
+            sent = _sent()
+            if not found:
+                _torch.when_backward_ends(partial(self._judge_later, sent, was, now, found))
+                return
+            sent.synchronize()
+        self.judge(was, now, found, why)
 
-    def judge(self, was: Sequence[Sample], now: Sequence[Sample]) -> None:
+    def _judge_later(self, sent: Any, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause]) -> None:
+        sent.synchronize()
+        self.judge(was, now, found, lambda _: _NOT_YET)
+
+    def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause], why: Why) -> None:
         """Warn or raise if samples are further apart than they may be."""
         error = relative_error_of_numbers(_numbers(now), _numbers(was))
-        if error > self.places.tolerance:
-            self._speak(error)
-
-    def _speak(self, error: float) -> None:
-        found = self._error(error)
-        if self.drift == "raise":
-            raise found
-        warnings.warn(DriftWarning(str(found)), stacklevel=2)
-
-    def _error(self, error: float) -> DriftError:
+        if error <= self.places.tolerance:
+            return
         # One digit: no more is known, and Python shows a warning of the same text once.
         size = f"off by about {error:.0e} of its size" if error < math.inf else "not finite where it was"
-        return DriftError(
-            f"{self.place()}, rebuilt in backward, is {size}",
-            expected=f"at most {self.places.tolerance:.0e} ({str(self.places.dtype)[6:]})",
-            cure=CURE,
-        )
+        subject = f"{self.place()}, rebuilt in backward, is {size}"
+        if found.get(subject, _NOT_YET) is _NOT_YET:
+            found[subject] = _cause(why, error)
+        self._speak(subject, found[subject])
+
+    def _speak(self, subject: str, cause: Cause) -> None:
+        expected = f"at most {self.places.tolerance:.0e} ({str(self.places.dtype)[6:]})"
+        error = DriftError(": ".join(filter(None, [subject, cause.text])), expected=expected, cure=cause.cure)
+        if self.drift == "raise":
+            raise error
+        warnings.warn(DriftWarning(str(error)), stacklevel=2)
+
+
+def _cause(why: Why, error: float) -> Cause:
+    """The cause, if it can be found: a function may fail on what was rebuilt, or it is not finite."""
+    try:
+        return why(error) if error < math.inf else Cause("", f"{CURE}; {CHECK}")
+    except Exception:
+        return Cause("", f"{CURE}; {CHECK}")
+
+
+_CAUSES: WeakKeyDictionary[Any, dict[str, Cause]] = WeakKeyDictionary()
+
+
+def _known_causes(functions: Iterable[Any]) -> dict[str, Cause]:
+    """The causes that were found for the first of these functions that one can remember, by what was said of it."""
+    for function in functions:
+        try:
+            return _CAUSES.setdefault(function, {})
+        except TypeError:  # a builtin
+            continue
+    return {}
 
 
 def probe(tensors: Sequence[Tensor], drift: Drift, place: Callable[[], str]) -> Probe | None:
     """A probe of the tensors of a wire; None where there is no meter (rule 4 of NOTE [Drift])."""
     if torch.compiler.is_compiling() or _torch.active() or not all(map(_can_be_sampled, tensors)):
         return None
-    if _TRAVELLING:
-        settle()
     places = _places(drift, *[(t.numel(), t.dtype, t.device) for t in tensors])
     return Probe(place, drift, places, list(map(_sample, tensors, places.indices)))
 
@@ -184,30 +229,12 @@ def probe(tensors: Sequence[Tensor], drift: Drift, place: Callable[[], str]) -> 
 # ---- CUDA: rule 5 of NOTE [Drift] ------------------------------------------------------------------------------------
 
 
-_TRAVELLING: deque[tuple[Any, Probe, list[Sample], list[Sample]]] = deque()
-
-
-def _travel(probe: Probe, was: list[Sample], now: list[Sample]) -> None:
-    """Judge samples when they have arrived."""
+def _sent() -> Any:
+    """What to wait for until the samples have arrived."""
     event = torch.cuda.Event()
     event.record()
-    _TRAVELLING.append((event, probe, was, now))
-    settle()
+    return event
 
 
 def _to_host(samples: Tensor) -> Tensor:
     return torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True).copy_(samples, non_blocking=True)
-
-
-def settle() -> None:
-    """Judge the samples that have arrived."""
-    while _TRAVELLING:
-        try:
-            arrived = _TRAVELLING.popleft()
-        except IndexError:  # another thread was faster
-            return
-        event, probe, was, now = arrived
-        if not event.query():
-            _TRAVELLING.appendleft(arrived)
-            return
-        probe.judge(was, now)

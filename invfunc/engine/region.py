@@ -68,7 +68,7 @@ class Region:
 
     def _rebuild(self) -> None:
         assert self.kept is not None
-        x = tuple(self.kept.tensors())
+        x = tuple(self.kept.tensors("an input"))
         evaluate_again(self.record, lambda again: again.hand_over(self._again, x, self.record.like))
 
     def _again(self, tensors: tuple[Any, ...]) -> Any:

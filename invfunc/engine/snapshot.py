@@ -617,12 +617,14 @@ class Snapshot:
         names = [n for table in self.tables for n, value in table.items() if value is tensor]
         owners = [m for m in self.parts.modules if any(t is tensor for t in m._parameters.values())]
         subject = f"{names} of a module" if names else f"a tensor of shape {tuple(tensor.shape)} of its closure"
-        return ReplayError(
+        error = ReplayError(
             f"{subject} changed between forward and backward",
             expected="the tensors that forward read",
             got=f"some that were {how}" + (f" (in {type(owners[0]).__name__})" if owners else ""),
             cure="run backward before changing them, or clone them in forward",
         )
+        error.about = tensor
+        return error
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from .. import _torch
 from ..core.op import Invertible, Residue
 from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire, unflatten
+from .cause import Visit, cause_of
 from .conditions import Conditions, RandomState
 from .evaluation import Evaluation, Stop, evaluate_again, in_backward
 from .frame import Frame, Kept, Like, Record, gone, lay_out, like_of, shown
@@ -114,6 +116,14 @@ class Stage(Record):
     """A level that is the call of an op."""
 
     __slots__ = ()
+
+    def forth(self, x: Wire, visit: Visit) -> Wire:
+        """``x -> y``, once more: for those who ask why x is not what it was."""
+        return visit(self, x)
+
+    def back(self, y: Wire, visit: Visit) -> Wire:
+        """``y -> x``, likewise."""
+        return visit(self, y)
 
     def undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
         """``y -> x``; if it is asked for, its frame gets the tensors that it has saved.
@@ -205,14 +215,22 @@ def _apart(leaf: Any, like: Like | None) -> Any:
 class Route:
     """A level that only moves what there is."""
 
-    __slots__ = ("back", "like")
+    __slots__ = ("like", "op")
 
-    def __init__(self, back: Callable[[Wire], Wire], like: Wire = None) -> None:
-        self.back, self.like = back, like
+    def __init__(self, op: Invertible, like: Wire = None) -> None:
+        self.op, self.like = op, like
+
+    def forth(self, x: Wire, visit: Visit) -> Wire:
+        """As of a stage."""
+        return self.op.forward(x)
+
+    def back(self, y: Wire, visit: Visit) -> Wire:
+        """As of a stage."""
+        return self.op.inverse(y)
 
     def undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
         """``y -> x``; what lay in memory of its own does so again, and is let go by itself."""
-        x = self.back(y)
+        x = self.op.inverse(y)
         return x if self.like is None else map_wire(_apart, x, self.like)
 
     def has_saved(self) -> bool:
@@ -230,6 +248,15 @@ class Fork:
 
     def __init__(self, components: Sequence[Levels]) -> None:
         self.components = components
+
+    def forth(self, x: Wire, visit: Visit) -> Wire:
+        """As of a stage, for each component."""
+        return tuple([levels.forth(part, visit) for levels, part in zip(self.components, x, strict=True)])
+
+    def back(self, y: Wire, visit: Visit) -> Wire:
+        """As of a stage; what was visited last is visited first."""
+        parts = zip(reversed(self.components), reversed(y), strict=True)
+        return tuple([levels.back(part, visit) for levels, part in parts][::-1])
 
     def undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
         """``y -> x``: every component goes down to where its trunk begins."""
@@ -268,6 +295,24 @@ class Levels:
                 yield from level.conditions.snapshot.tensors_in_sight()
                 return
 
+    def forth(self, x: Wire, visit: Visit, first: int = 0) -> Wire:
+        """``x -> y`` from a level on, once more; every call of an op is visited."""
+        for level in self.items[first:]:
+            x = level.forth(x, visit)
+        return x
+
+    def back(self, y: Wire, visit: Visit, first: int = 0) -> Wire:
+        """``y -> x`` down to a level, likewise."""
+        for level in reversed(self.items[first:]):
+            y = level.back(y, visit)
+        return y
+
+    def place_behind(self, error: Exception) -> None:
+        """Tell an error about the output behind which stage that is."""
+        stage = next((level for level in reversed(self.items) if isinstance(level, Stage)), None)
+        if stage is not None:
+            stage.place(error)
+
     def at(self) -> int:
         """How far the levels have been undone; below all of them where there is no state."""
         return -1 if self.state is None else self.state[0]
@@ -301,7 +346,8 @@ class Levels:
             except Stop:
                 return
             if at == self.probed and self.probe is not None and self.is_measured:
-                self.probe.compare([leaf for leaf in leaves(wire) if is_differentiable(leaf)])
+                rebuilt = [leaf for leaf in leaves(wire) if is_differentiable(leaf)]
+                self.probe.compare(rebuilt, levels[at].op.functions, partial(cause_of, self, at, wire))
         if not at and self.restore is not None:
             self.restore(wire)
         self.state = at, wire
@@ -379,20 +425,19 @@ class Trunk:
 
     def start(self, kept: Kept) -> None:
         """Begin at the output."""
-        self.start_at(unflatten(self.spec, list(map(_without_graph, kept.tensors()))))
+        try:
+            ys = kept.tensors("an output")
+        except ReplayError as error:
+            self.levels.place_behind(error)
+            raise
+        self.start_at(unflatten(self.spec, list(map(_without_graph, ys))))
 
     def start_at(self, y: Wire) -> None:
         """Begin at a wire that has the values of the output."""
         self.levels.state = len(self.levels.items), y
         donation = self.donation()
         if donation is not None and donation.empty:
-            _torch.at_end_of_backward(self.finish_donation)
-
-    def finish_donation(self) -> None:
-        """Rebuild the input for its owner, where backward had no use for it."""
-        donation = self.donation()
-        if donation is not None and donation.empty:
-            self.bottom()
+            _torch.at_end_of_backward(donation.reminder(self))
 
     def rebuild(self, frame: Frame) -> None:
         """Hand a frame its tensors: go down to its level, under the conditions of forward."""

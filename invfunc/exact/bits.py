@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..wires import refuse_nested
+
 Difference: TypeAlias = tuple[torch.dtype, Tensor, Tensor, Tensor]  # dtype, int8 codes, places, patterns there
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -20,6 +22,7 @@ def bits_of(x: Tensor) -> Tensor:
         >>> bits_of(torch.tensor([0.0, -0.0, 1.0], dtype=torch.float16))
         tensor([     0, -32768,  15360], dtype=torch.int16)
     """
+    refuse_nested("exact", x)
     real = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     return real.view(_INTEGERS[real.element_size()])
 

@@ -47,7 +47,7 @@ from ..engine.conditions import RandomState, accelerators
 from ..engine.interface import Run, State
 from ..engine.lower import walk
 from ..errors import DomainError, NotInvertibleError, OptionError, ReplayError, WireError
-from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
+from ..wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested, spread
 from .bits import bit_hash, corrected, difference
 
 Path: TypeAlias = tuple[str, ...]
@@ -408,6 +408,7 @@ class Grid:
 
     def enter(self, x: Wire) -> Wire:
         """A wire of the net's dtype on the grid."""
+        refuse_nested("exact", x)
         return map_wire(lambda leaf: _noted(("its input",), self.nearest(leaf)), x)
 
     def leave(self, y: Wire) -> Wire:

@@ -21,7 +21,7 @@ from ..engine.meter import CURE, TOLERANCES, resolvable
 from ..errors import OptionError
 from ..nn.module import op_of
 from ..plan.executor import has_inverse
-from ..wires import Wire, describe, is_differentiable, map_wire
+from ..wires import Wire, describe, is_differentiable, map_wire, refuse_nested
 from .diagnosis import (
     Gradient,
     Outcome,
@@ -395,6 +395,7 @@ def check(
 
     Raises:
         DomainError: When an input holds NaN or infinity.
+        WireError: When it is a nested tensor.
         OptionError: When the tolerance is below the rounding of the dtype.
 
     Limits:
@@ -413,6 +414,7 @@ def check(
         Behrmann et al., Understanding and Mitigating Exploding Inverses in Invertible Neural Networks (2021).
     """
     x = _copied(inputs[0] if len(inputs) == 1 else inputs)
+    refuse_nested("check", x)
     lowered, plain = _both(op)
     dtype = dtype_of(x)
     require_finite("check", x)

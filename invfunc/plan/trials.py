@@ -153,7 +153,7 @@ class Trial:
         anchor, self.gxs = torch.zeros((), requires_grad=True), list[Any]()
         self.inputs, self.carried = [anchor, *parameters], carried
         run = Run(Hooked(()), Options(drift="off"))
-        state = run.engine.begin(_rooted(anchor, x, self.gxs), run, at_start)
+        state = run.engine.begin(_rooted(anchor, x, self.gxs), run, partial(at_start, through))
         del x
         state = through(state, run)
         self.y, self.trunk = state.wire, state.trunk

@@ -1,6 +1,7 @@
-"""Run the tests that ship inside the wheel of MemCNN 1.5.2 against `invfunc.compat.memcnn`: ``make parity``.
+"""Run MemCNN's own tests, and a package that is built on it, against `invfunc.compat.memcnn`: ``make parity``.
 
-The wheel goes, without its dependencies, into an environment of its own, which sees this one's torch and pytest.
+The tests ship inside the wheel of MemCNN 1.5.2. The wheels go, without their dependencies, into an environment of their
+own, which sees this one's torch and pytest.
 """
 
 from __future__ import annotations
@@ -14,30 +15,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "build" / "parity"
-WHEEL = "memcnn==1.5.2"
+WHEELS = "memcnn==1.5.2", "iunets==0.1"
+NETWORKS = Path(__file__).parent / "networks.py"
 TESTS = ("revop", "couplings", "is_invertible_module", "multi", "split_dim", "models")
 
 
 def prepare() -> Path:
-    """The environment's Python, with the wheel installed."""
+    """The environment's Python, with the wheels installed."""
     python = HOME / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not (HOME / "ready").exists():
+    ready = HOME / "ready"
+    if not ready.exists() or ready.read_text() != str(WHEELS):
         venv.create(HOME, clear=True)
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, WHEEL], check=True)
-        (HOME / "ready").touch()
+        subprocess.run([*pip, *WHEELS], check=True)
+        ready.write_text(str(WHEELS))
     return python
 
 
 def main() -> int:
-    """Run the tests; pytest's exit status."""
+    """Run the tests; the worse of pytest's exit statuses."""
     python = prepare()
     seen = [str(ROOT), str(Path(__file__).parent), *site.getsitepackages()]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(seen)}
-    options = ["-p", "substitute", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HOME)]
-    tests = [f"memcnn.models.tests.test_{name}" for name in TESTS]
-    command = [str(python), "-m", "pytest", *options, "-q", "-rx", *sys.argv[1:], "--pyargs", *tests]
-    return subprocess.run(command, env=environment, cwd=HOME).returncode
+    options = ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HOME), "-q", "-rx", *sys.argv[1:]]
+    shipped = ["-p", "substitute", "--pyargs", *[f"memcnn.models.tests.test_{name}" for name in TESTS]]
+    statuses = [
+        subprocess.run([str(python), "-m", "pytest", *options, *tests], env=environment, cwd=HOME).returncode
+        for tests in (shipped, [str(NETWORKS)])
+    ]
+    return max(statuses)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Why what backward rebuilt is not what it was: rounding, a wrong inverse, or a function that is not the same twice.
+
+NOTE [Cause] Asked for when the drift meter is about to speak, and not before: the stages above what was rebuilt run
+again from there, each twice forward and twice back, and nothing of the size of an activation is kept but a few.
+
+1.  A stage that gives two values for one input is *not the same twice*.
+2.  A stage whose inverse does not give its input back is *wrong*, unless rounding explains it: as far as the inverse
+    moves when the last bit of the output does.
+3.  Where the whole way, forward and back, gives the input back far better than backward did, and moves far less when
+    the last bits of the output do, *a function was another one in forward*, or what it lost is gone.
+4.  Else it is *rounding*, and the stage is named where the error of the output grows most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..core.compare import relative_error
+from ..core.op import Residue
+from ..wires import Wire, is_differentiable, leaves, unflatten
+from .evaluation import evaluate_quietly
+from .frame import Record
+from .interface import places_on
+from .meter import CHECK, CURE, Cause
+
+Visit = Callable[[Record, Wire], Wire]
+
+
+class Levels(Protocol):
+    """The levels of a trunk, as they are run through here."""
+
+    def forth(self, x: Wire, visit: Visit, first: int = 0) -> Wire:
+        """``x -> y`` from a level on; every call of an op is visited."""
+        ...
+
+    def back(self, y: Wire, visit: Visit, first: int = 0) -> Wire:
+        """``y -> x`` down to a level."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trip:
+    """One stage, forward and back."""
+
+    place: str
+    twice: float  # how far apart the two values for one input are
+    error: float  # how far its input is from what its inverse gives back
+    growth: float  # how far that moves for an error of the output, as a multiple of it
+
+
+class Trips:
+    """A run through levels; see NOTE [Cause]."""
+
+    def __init__(self) -> None:
+        self.trips: list[Trip] = []
+        self.residues: list[Residue] = []
+        self._left: list[Residue] = []
+
+    def forth(self, stage: Record, x: Wire) -> Wire:
+        """``x -> y`` of a stage, which is measured."""
+        op = stage.op
+        assert op is not None
+        y, residue = evaluate_quietly(stage, op.forward_with_residue, x)
+        again, _ = evaluate_quietly(stage, op.forward_with_residue, x)
+        back, moved = (evaluate_quietly(stage, op.inverse_with_residue, residue, out) for out in (y, _nudged(y)))
+        place = ": ".join(places_on(stage.path)) or repr(op)
+        growth = relative_error(moved, back) / _rounding(y)
+        self.trips.append(Trip(place, relative_error(again, y), relative_error(back, x), growth))
+        self.residues.append(residue)
+        return y
+
+    def back(self, stage: Record, y: Wire) -> Wire:
+        """``y -> x`` of a stage."""
+        op = stage.op
+        assert op is not None
+        return evaluate_quietly(stage, op.inverse_with_residue, self._left.pop(), y)
+
+    def all_back(self, levels: Levels, first: int, y: Wire) -> Wire:
+        """``y -> x`` of all levels."""
+        self._left = list(self.residues)
+        return levels.back(y, self.back, first)
+
+
+def cause_of(levels: Levels, first: int, x: Wire, error: float) -> Cause:
+    """Why backward has rebuilt the input of a level with an error: what it has rebuilt is x."""
+    trips, rounding = Trips(), _rounding(x)
+    y = levels.forth(x, trips.forth, first)
+    for trip in trips.trips:
+        if trip.twice > 100 * rounding:
+            return Cause(
+                f"{trip.place} gave two values for one input",
+                "a function must do in backward what it did in forward: draw its random numbers from torch, and let it "
+                f"keep nothing between calls; {CHECK}",
+            )
+    worst = max(trips.trips, key=lambda trip: trip.error)
+    if worst.error > max(1000 * rounding * max(worst.growth, 1), 1e-3 * error):
+        return Cause(
+            f"the inverse of {worst.place} does not give its input back, off by about {worst.error:.0e}",
+            f"mend the inverse; {CHECK}",
+        )
+    back, moved = (trips.all_back(levels, first, out) for out in (y, _nudged(y)))
+    if max(relative_error(back, x), relative_error(moved, back)) < error / 30:
+        return Cause(
+            "the inverses undo what the functions do now: the output came back changed, from blocks behind that free "
+            "their input, or a function did something else in forward, or lost values by saturation",
+            "do not change what a function reads before backward, decide what is discrete once (inv.pin), and bound "
+            f"what saturates; {CHECK}",
+        )
+    widest = max(trips.trips, key=lambda trip: trip.growth)
+    return Cause(f"rounding, which grows most, about {widest.growth:.0e} times, at {widest.place}", f"{CURE}; {CHECK}")
+
+
+def _rounding(x: Wire) -> float:
+    """The relative rounding of the coarsest dtype on a wire."""
+    return max((torch.finfo(leaf.dtype).eps for leaf in leaves(x) if is_differentiable(leaf)), default=0.0)
+
+
+def _nudged(y: Wire) -> Wire:
+    """A wire, each number of which has moved by its rounding, up or down as the golden ratio has it."""
+    return unflatten(y, [_nudge(leaf, 0.37 * place) for place, leaf in enumerate(leaves(y))])
+
+
+def _nudge(leaf: Any, phase: float) -> Any:
+    if not is_differentiable(leaf):
+        return leaf
+    places = torch.arange(leaf.numel(), device=leaf.device, dtype=torch.float64)
+    up = (places * 0.6180339887498949 + phase).frac().view(leaf.shape) < 0.5
+    return torch.where(up, leaf * (1 + torch.finfo(leaf.dtype).eps), leaf * (1 - torch.finfo(leaf.dtype).eps))
