@@ -210,6 +210,16 @@ def beside(size: int) -> inv.Invertible:
     return inv.parallel(scale_by(weight(size)), inv.chain())
 
 
+def timed(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A field that depends on the time."""
+    return lambda t, x: net(x) * (1 + t)
+
+
+def increment(start: float, end: float) -> Tensor:
+    """Of a path that is no Brownian one, but the same at every call."""
+    return torch.tensor(math.sin(9 * end) - math.sin(9 * start), dtype=torch.float64)
+
+
 class Block(nn.Module):
     """A residual block."""
 
@@ -502,7 +512,22 @@ EXAMPLES: dict[str, Example] = {
     "reversible_residual, couple": Example(
         lambda: inv.ops.reversible_residual((Block(4), Block(4)), "couple"), wide_pairs(*ON_PAIRS)
     ),
+    "reversible_heun": Example(lambda: inv.ops.reversible_heun(timed(mlp(4)), [0, 0.1, 0.4]), wide_pairs(*ON_PAIRS)),
+    "reversible_heun, noise": Example(
+        lambda: inv.ops.reversible_heun(timed(mlp(4)), [0, 0.1, 0.4], diffusion=timed(mlp(4)), noise=increment),
+        wide_pairs(*ON_PAIRS),
+    ),
+    "asynchronous_leapfrog": Example(
+        lambda: inv.ops.asynchronous_leapfrog(timed(mlp(4)), [0, 0.1, 0.4], damping=0.9), wide_pairs(*ON_PAIRS)
+    ),
+    "reversible_solver": Example(
+        lambda: inv.ops.reversible_solver(timed(mlp(4)), [0, 0.1, 0.4], coupling=0.9), wide_pairs(*ON_PAIRS)
+    ),
+    "reversible_solver, coupling 1": Example(
+        lambda: inv.ops.reversible_solver(timed(mlp(4)), [1, 0.8], method="heun", coupling=1.0), wide_pairs(*ON_PAIRS)
+    ),
     "enter_streams": Example(inv.ops.enter_streams, wide(*ON_PAIRS)),
+    "enter_streams, function": Example(lambda: inv.ops.enter_streams(mlp(4)), wide(*ON_PAIRS)),
     "enter_streams, momentum": Example(lambda: inv.ops.enter_streams("momentum"), wide(*ON_PAIRS)),
     "leave_streams": Example(inv.ops.leave_streams, wide_pairs(*ON_PAIRS)),
     # ---- iterative ----

@@ -73,6 +73,7 @@ from .shape import (
     roll,
     transpose,
 )
+from .solvers import asynchronous_leapfrog, reversible_heun, reversible_solver
 from .spectral import dct, fft, rfft
 from .splines import linear_spline, rational_quadratic_spline
 from .streams import couple_streams, given, masked_couple, per_element, recursive_couple, spline_couple, split_mask
@@ -84,6 +85,7 @@ __all__ = [
     "along",
     "as_transform",
     "asinh",
+    "asynchronous_leapfrog",
     "atanh",
     "autoregressive",
     "batch_norm",
@@ -141,7 +143,9 @@ __all__ = [
     "reshape",
     "residual_branch",
     "residual_flow",
+    "reversible_heun",
     "reversible_residual",
+    "reversible_solver",
     "rfft",
     "roll",
     "roulette_log_det",
