@@ -15,6 +15,7 @@ What flow libraries call by other names; `inv` is the package, the rest is here:
 - `conv1x1`: FrEIA ``Fixed1x1Conv``, nflows ``OneByOneConvolution``, normflows ``Invertible1x1Conv``.
 - `permute_channels`: FrEIA ``PermuteRandom``, nflows ``RandomPermutation``, zuko ``PermutationTransform``.
 - `pixel_unshuffle`, `haar`: FrEIA ``IRevNetDownsampling``, ``HaarDownsampling``, nflows ``SqueezeTransform``.
+- `dequantize`: nflows preprocessing, Flow++'s variational dequantization.
 - `inv.split` and `inv.parallel`: nflows ``MultiscaleCompositeTransform``, FrEIA and normflows ``Split``.
 
 zuko's transforms are those of `torch.distributions`, with more of them: `from_transform` takes each as it is,
@@ -24,6 +25,7 @@ and `as_transform` gives one back.
 from ..core.couple import exp_scale, sigmoid_scale, tanh_scale
 from ..log_det import as_transform, from_transform
 from .conv import conv1d, conv1x1, conv2d, conv3d, mix_channels
+from .dequantize import dequantize
 from .elementwise import (
     abs,
     asinh,
@@ -98,6 +100,7 @@ __all__ = [
     "conv3d",
     "couple_streams",
     "dct",
+    "dequantize",
     "diagonal",
     "enter_streams",
     "exact_log_det",

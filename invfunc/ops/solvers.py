@@ -263,15 +263,19 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
 # ---- any explicit method ---------------------------------------------------------------------------------------------
 
 
+def _combined(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    first, *others = [weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight]
+    return sum(others, first)
+
+
 def _runge_kutta(
     stages: tuple[tuple[float, ...], ...], weights: tuple[float, ...], field: Any, time: float, x: Tensor, step: float
 ) -> Tensor:
     """An explicit Runge-Kutta method by the rows of its tableau."""
     slopes = [field(time, x)]
     for row in stages:
-        moved = x + step * sum(a * k for a, k in zip(row, slopes, strict=True) if a)
-        slopes.append(field(time + step * sum(row), moved))
-    return step * sum(b * k for b, k in zip(weights, slopes, strict=True) if b)
+        slopes.append(field(time + step * sum(row), x + step * _combined(row, slopes)))
+    return step * _combined(weights, slopes)
 
 
 _METHODS: dict[str, Step] = {
