@@ -230,7 +230,8 @@ def variational(size: int) -> Any:
     net = mlp(2 * size - size // 2, size)
     couple = inv.couple(inv.ops.tanh_scale(lambda x, c: net(torch.cat([x, c], -1)), dim=-1), law=inv.affine)
     op = inv.chain(inv.ops.logit(), inv.split(2, -1), couple, inv.swap(), inv.concat(2, -1))
-    return inv.flow(inv.ops.given(op), torch.distributions.Normal(torch.zeros(size, dtype=torch.float64), 1.0))
+    base = torch.distributions.Normal(torch.zeros(size, dtype=torch.float64), 1.0, validate_args=False)
+    return inv.flow(inv.ops.given(op), base)
 
 
 class Block(nn.Module):
