@@ -15,7 +15,7 @@ What flow libraries call by other names; `inv` is the package, the rest is here:
 - `conv1x1`: FrEIA ``Fixed1x1Conv``, nflows ``OneByOneConvolution``, normflows ``Invertible1x1Conv``.
 - `permute_channels`: FrEIA ``PermuteRandom``, nflows ``RandomPermutation``, zuko ``PermutationTransform``.
 - `pixel_unshuffle`, `haar`: FrEIA ``IRevNetDownsampling``, ``HaarDownsampling``, nflows ``SqueezeTransform``.
-- `dequantize`: nflows preprocessing, Flow++'s variational dequantization.
+- `dequantize`: the preprocessing of images in nflows' examples; the variational one of Flow++.
 - `inv.split` and `inv.parallel`: nflows ``MultiscaleCompositeTransform``, FrEIA and normflows ``Split``.
 
 zuko's transforms are those of `torch.distributions`, with more of them: `from_transform` takes each as it is,
