@@ -168,6 +168,19 @@ def test_the_gradient_under_torch_func_is_the_same(name: str) -> None:
     assert_close(found, torch.func.grad(lambda x: op(x).sin().sum())(x), 1e-11)
 
 
+@pytest.mark.compile
+# Dynamo instantiates a Function to trace it, and warns of that itself
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+@pytest.mark.parametrize("name", ["reversible heun", "alf", "heun"])
+def test_the_gradient_in_a_compiled_graph_is_the_same(name: str) -> None:
+    f, x = FieldNet(), torch.randn(3, 4, requires_grad=True)
+    torch._dynamo.reset()
+    op = inv.checkpoint(SOLVERS[name][0](f, torch.linspace(0, 1, 4)))
+    compiled = torch.compile(lambda x: op(x).sin().sum(), backend="aot_eager", fullgraph=True)
+    wrt = [x, *f.parameters()]
+    assert_close(torch.autograd.grad(compiled(x), wrt), torch.autograd.grad(op(x).sin().sum(), wrt), 1e-11)
+
+
 EVALUATIONS = {"reversible heun": 11, "alf": 10, "euler": 20, "midpoint": 40, "rk4": 80}
 
 

@@ -12,7 +12,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from ..core.couple import Half, additive, affine
@@ -32,7 +31,7 @@ class Field:
     fn: Callable[..., Any]
 
     def __call__(self, time: float, x: Tensor) -> Tensor:
-        found = self.fn(torch.full((), time, dtype=x.dtype.to_real(), device=x.device), x)
+        found = self.fn((x.real if x.is_complex() else x).new_full((), time), x)
         if not isinstance(found, Tensor) or found.shape != x.shape:
             raise WireError(f"{name_of(self.fn)} returned {describe(found)}", expected=f"{describe(x)} like its input")
         return found
