@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz torch-oldest lint exact parity bench bench-quick docs package clean
+.PHONY: setup demo test fuzz torch-oldest lint exact parity flow-peers bench bench-quick docs package clean
 
 setup: $(STAMP)
 
@@ -57,6 +57,10 @@ exact: setup
 # The tests that ship with MemCNN, and the U-Nets of a package that is built on it, against our modules of its names.
 parity: setup
 	$(BIN)/python tests/parity/run.py
+
+# Our flows against those of zuko and normflows with the same parameters. `make test` skips these where they are absent.
+flow-peers: setup build/peers
+	PYTHONPATH=build/peers $(BIN)/python -m pytest tests/peers
 
 # Every engine that frees activations, in one table and three plots, and how our cost grows: in benchmarks/results.
 PEERS := build/peers

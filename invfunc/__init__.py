@@ -10,7 +10,8 @@ from .engine.conditions import pin
 from .engine.keep import keep
 from .engine.mode import mode
 from .exact.transform import exact
-from .log_det import flow, log_det, with_log_det
+from .flows import flow
+from .log_det import log_det, with_log_det
 from .look import check, draw, measure
 from .plan import plan
 

@@ -1,4 +1,4 @@
-"""Log-determinants: a walk that turns an op on x into one on ``(x, total)``, and what flows are built from.
+"""Log-determinants: a walk that turns an op on x into one on ``(x, total)``, which `flow` is built upon.
 
 The total is one number for each element of the batch (dim 0). Forward adds log|det J| of each primitive to it, inverse
 subtracts it, so that an op with its log-determinant is an invertible op again: it composes, inverts and lowers like any
@@ -7,7 +7,7 @@ other, and what it adds to memory is one vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -383,122 +383,6 @@ def _square(op: Invertible, jacobian: Tensor) -> Tensor:
     )
 
 
-# ---- flows -------------------------------------------------------------------------------------------------------
-
-Base: TypeAlias = Any  # a Distribution, or a tuple of bases for a tuple wire
-
-
-@dataclass(frozen=True, repr=False)
-class Flow:
-    """A density over x: that of ``z = op(x)`` under a base distribution; built by `flow`."""
-
-    op: Invertible
-    base: Base
-    counting: Invertible  # the op with its log-determinant
-
-    def __repr__(self) -> str:
-        return f"flow({self.op!r}, {self.base!r})"
-
-    def log_prob(self, x: Wire, condition: Wire = None) -> Tensor:
-        """``log p(x)``, of shape (N,)."""
-        z, total = self.counting(_join(x, condition), zeros_for(x))
-        return total + _base_log_prob(self.base, _part(z, condition))
-
-    def sample(self, shape: int | Sequence[int], condition: Wire = None) -> Wire:
-        """Samples without gradients; see `flow` for the shape."""
-        with torch.no_grad():
-            return self._from(_drawn(self.base, "sample", shape), condition)
-
-    def rsample(self, shape: int | Sequence[int], condition: Wire = None) -> Wire:
-        """Samples as functions of the parameters of op and base."""
-        return self._from(_drawn(self.base, "rsample", shape), condition)
-
-    def _from(self, z: Wire, condition: Wire) -> Wire:
-        return _part(self.op.inverse(_join(z, condition)), condition)
-
-    def rsample_with_log_prob(self, shape: int | Sequence[int], condition: Wire = None) -> tuple[Wire, Tensor]:
-        """Samples and their log-densities, from one evaluation of the inverse."""
-        z = _drawn(self.base, "rsample", shape)
-        x, negative = self.counting.inverse((_join(z, condition), -_base_log_prob(self.base, z)))
-        return _part(x, condition), -negative
-
-
-def _join(x: Wire, condition: Wire) -> Wire:
-    return x if condition is None else (x, condition)
-
-
-def _part(wire: Wire, condition: Wire) -> Wire:
-    return wire if condition is None else wire[0]
-
-
-def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
-    r"""A normalizing flow: the density of x when ``op`` sends data x to latents z of a known density.
-
-    .. math:: \log p(x) = \log p_{base}(f(x)) + \log|\det J_f(x)|
-
-    Args:
-        op: f, from data to latents; ``checkpoint(f)`` trains at constant activation memory.
-        base: A ``torch.distributions.Distribution`` over z, or a tuple of them for a tuple wire. Its ``log_prob`` is
-            summed over every dim but the batch: ``Normal(0, 1)`` serves latents of any shape.
-        exact: See `with_log_det`.
-
-    Returns:
-        A value with ``log_prob(x)``, ``sample(shape)``, ``rsample(shape)`` and ``rsample_with_log_prob(shape)``. The
-        shape goes to the base, and dim 0 of what it returns is the batch: ``sample(5)`` where the base has the shape of
-        one z, ``sample((5, 3, 8, 8))`` where it is ``Normal(0, 1)``. Each takes a ``condition`` for an op on
-        ``(x, condition)`` that passes it through, such as ``inv.ops.given(op)``.
-
-    Shapes:
-        ``log_prob``: ``(N, ...) -> (N,)``. ``sample`` and ``rsample``: the shape of x, as above.
-
-    Cost:
-        ``log_prob`` evaluates op once, ``sample`` and ``rsample`` its inverse.
-
-    Limits:
-        One dim is batch. For sample shapes of several dims, and base distributions with a batch of their own, put
-        ``as_transform(invert(op))`` into a ``torch.distributions.TransformedDistribution``.
-
-    Raises:
-        NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
-        WireError: When the base swallows the batch.
-
-    Example:
-        >>> import invfunc as inv
-        >>> log_normal = inv.flow(inv.ops.log(), torch.distributions.Normal(0.0, 1.0))
-        >>> log_normal.log_prob(torch.tensor([[1.0], [2.0]]))
-        tensor([-0.9189, -1.8523])
-        >>> log_normal.sample((4, 1)).shape
-        torch.Size([4, 1])
-
-    Source:
-        Tabak and Turner (2013); Rezende and Mohamed (2015).
-    """
-    return Flow(op, base, with_log_det(op, exact=exact))
-
-
-def _base_log_prob(base: Base, z: Wire) -> Tensor:
-    if isinstance(base, tuple):
-        if not (isinstance(z, tuple) and len(z) == len(base)):
-            raise WireError(f"{len(base)} base distributions got latents {describe(z)}", expected="as many latents")
-        return torch.stack([_base_log_prob(*both) for both in zip(base, z, strict=True)]).sum(0)
-    if not isinstance(z, Tensor):
-        raise WireError(f"the base got latents {describe(z)}", expected="one tensor", cure="pass a tuple of bases")
-    found = base.log_prob(z)
-    if found.shape[:1] != z.shape[:1]:
-        raise WireError(
-            f"the base's log_prob of {describe(z)} has shape {describe(found)}",
-            expected=f"({z.shape[0]}, ...): the batch first",
-            cure="let the event of the base be one sample",
-        )
-    return sum_per_sample(found)
-
-
-def _drawn(base: Base, how: str, shape: int | Sequence[int]) -> Wire:
-    if isinstance(base, tuple):
-        return tuple(_drawn(part, how, shape) for part in base)
-    return getattr(base, how)(Size([shape] if isinstance(shape, int) else shape))
-
-
 # ---- to and from torch.distributions -----------------------------------------------------------------------------
 
 
@@ -510,6 +394,7 @@ class OpTransform(Transform):
     def __init__(self, op: Invertible, event_dim: int, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.op, self.counting, self.cached = op, with_log_det(op), cache_size
+        self.latest: tuple[Tensor, Tensor, Tensor] | None = None  # with a cache: x, y and the log-determinant
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
 
     def with_cache(self, cache_size: int = 1) -> Transform:
@@ -522,15 +407,29 @@ class OpTransform(Transform):
     __hash__ = None  # type: ignore[assignment]
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._unbatched(x, self.op.forward(self._batched(x)))
+        if not self.cached:
+            return self._unbatched(x, self.op.forward(self._batched(x)))
+        y, total = self._counted(self.counting, x)
+        self.latest = x, y, total
+        return y
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._unbatched(y, self.op.inverse(self._batched(y)))
+        if not self.cached:
+            return self._unbatched(y, self.op.inverse(self._batched(y)))
+        x, total = self._counted(invert(self.counting), y)
+        self.latest = x, y, -total
+        return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log|det J|``, of the shape of x without its event."""
+        if self.latest is not None and self.latest[0] is x and self.latest[1] is y:
+            return self.latest[2]
+        return self._counted(self.counting, x)[1]
+
+    def _counted(self, counting: Invertible, x: Tensor) -> tuple[Tensor, Tensor]:
         batched = self._batched(x)
-        return self.counting(batched, zeros_for(batched))[1].view(self._batch(x))
+        y, total = counting(batched, zeros_for(batched))
+        return self._unbatched(x, y), total.view(self._batch(x))
 
     def _batch(self, x: Tensor) -> Size:
         return x.shape[: x.dim() - self.domain.event_dim]
@@ -568,7 +467,8 @@ def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
         ``(*batch, *event) -> (*batch, *event)``; ``log_abs_det_jacobian`` has the shape ``batch``.
 
     Cost:
-        That of the op, and one more evaluation for each log-determinant.
+        That of the op, and one more evaluation for each log-determinant; none of it twice with a cache,
+        ``as_transform(op).with_cache()``, which keeps the latest x, y and log-determinant, with their graph.
 
     Limits:
         Domain and codomain are declared real; the op itself says what it takes under ``inv.debug(True)``.

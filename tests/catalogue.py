@@ -210,6 +210,30 @@ def beside(size: int) -> inv.Invertible:
     return inv.parallel(scale_by(weight(size)), inv.chain())
 
 
+def timed(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """A field that depends on the time."""
+    return lambda t, x: net(x) * (1 + t)
+
+
+def increment(start: float, end: float) -> Tensor:
+    """Of a path that is no Brownian one, but the same at every call."""
+    return torch.tensor(math.sin(9 * end) - math.sin(9 * start), dtype=torch.float64)
+
+
+def levels(*shapes: tuple[int, ...]) -> Callable[[], list[Any]]:
+    """Whole numbers from 0 to 16."""
+    return lambda: [torch.randint(17, shape).double() for shape in shapes]
+
+
+def variational(size: int) -> Any:
+    """Noise between 0 and 1 as a flow that reads a context."""
+    net = mlp(2 * size - size // 2, size)
+    couple = inv.couple(inv.ops.tanh_scale(lambda x, c: net(torch.cat([x, c], -1)), dim=-1), law=inv.affine)
+    op = inv.chain(inv.ops.logit(), inv.split(2, -1), couple, inv.swap(), inv.concat(2, -1))
+    base = torch.distributions.Normal(torch.zeros(size, dtype=torch.float64), 1.0, validate_args=False)
+    return inv.flow(inv.ops.given(op), base)
+
+
 class Block(nn.Module):
     """A residual block."""
 
@@ -292,6 +316,12 @@ BUFFERS = dict.fromkeys(TRANSFORMS, "torch.func can not write running statistics
 STATISTICS = {
     "log_det_is_jacobian": "it is that with the statistics held fixed",
     "checkpoint_vmap": "torch.vmap can not write running statistics",
+}
+
+NOISY = {
+    "retraction": "it rounds",
+    "pullback_is_vjp": "what it makes depends on a draw",
+    **RANDOM,
 }
 
 EXAMPLES: dict[str, Example] = {
@@ -502,7 +532,26 @@ EXAMPLES: dict[str, Example] = {
     "reversible_residual, couple": Example(
         lambda: inv.ops.reversible_residual((Block(4), Block(4)), "couple"), wide_pairs(*ON_PAIRS)
     ),
+    "dequantize": Example(lambda: inv.ops.dequantize(17), levels(*ON_LAST), NOISY),
+    "dequantize, variational": Example(
+        lambda: inv.ops.dequantize(17, variational(4)), levels((3, 4), (2, 4), (1, 4)), NOISY
+    ),
+    "reversible_heun": Example(lambda: inv.ops.reversible_heun(timed(mlp(4)), [0, 0.1, 0.4]), wide_pairs(*ON_PAIRS)),
+    "reversible_heun, noise": Example(
+        lambda: inv.ops.reversible_heun(timed(mlp(4)), [0, 0.1, 0.4], diffusion=timed(mlp(4)), noise=increment),
+        wide_pairs(*ON_PAIRS),
+    ),
+    "asynchronous_leapfrog": Example(
+        lambda: inv.ops.asynchronous_leapfrog(timed(mlp(4)), [0, 0.1, 0.4], damping=0.9), wide_pairs(*ON_PAIRS)
+    ),
+    "reversible_solver": Example(
+        lambda: inv.ops.reversible_solver(timed(mlp(4)), [0, 0.1, 0.4], coupling=0.9), wide_pairs(*ON_PAIRS)
+    ),
+    "reversible_solver, coupling 1": Example(
+        lambda: inv.ops.reversible_solver(timed(mlp(4)), [1, 0.8], method="heun", coupling=1.0), wide_pairs(*ON_PAIRS)
+    ),
     "enter_streams": Example(inv.ops.enter_streams, wide(*ON_PAIRS)),
+    "enter_streams, function": Example(lambda: inv.ops.enter_streams(mlp(4)), wide(*ON_PAIRS)),
     "enter_streams, momentum": Example(lambda: inv.ops.enter_streams("momentum"), wide(*ON_PAIRS)),
     "leave_streams": Example(inv.ops.leave_streams, wide_pairs(*ON_PAIRS)),
     # ---- iterative ----

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import table
+from benchmarks import flows, table
 from benchmarks.engines import BLOCKWISE, INVFUNC, PLAIN, Engine
 from benchmarks.networks import SMALL
 
@@ -59,3 +60,15 @@ def test_what_is_written(rows, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("*.png")} == {
         f"smallest-{what}.png" for what in ("memory", "time", "error")
     }
+
+
+def test_a_flow_of_digits_learns_the_same_lowered_and_plain():
+    pytest.importorskip("sklearn", reason="comes with the demo extra")
+    torch.set_default_dtype(torch.float32)
+    (plain, samples), (lowered, same) = (
+        flows.row(flows.FLOWS[f"invfunc, {name}"], 15) for name in ("plain", "lowered")
+    )
+    assert lowered[1:3] == pytest.approx(plain[1:3], abs=1e-4)
+    assert lowered[2] < lowered[1] - 0.5
+    assert lowered[3] < 0.5 * plain[3]
+    assert samples.shape == same.shape == (40, 8, 8) and samples.min() >= 0 and samples.max() <= 16

@@ -143,3 +143,9 @@ def test_written_pages_load_nothing_from_elsewhere() -> None:
     for path in (ROOT / "docs").rglob("*.*"):
         if path.suffix in (".md", ".css"):
             assert not re.search(r"""(src|href)=["']?https?:|@import|url\(""", path.read_text()), path
+
+
+def test_written_pages_name_ops_that_exist() -> None:
+    for path in (ROOT / "docs").rglob("*.md"):
+        for name in re.findall(r"`ops\.(\w+)", path.read_text()):
+            assert name in ops.__all__, (path, name)

@@ -34,6 +34,7 @@ EMBEDDINGS: dict[str, tuple[Callable[[], inv.Invertible], Callable[[], Any]]] = 
     "pad_to_multiple": (lambda: ops.pad_to_multiple([4], sizes=[3]), lambda: torch.randn(3, 4)),
     "rfft": (lambda: ops.rfft(size=6), lambda: torch.randn(3, 4, dtype=torch.complex128)),
     "enter_streams": (ops.enter_streams, lambda: (torch.randn(3, 4), torch.randn(3, 4))),
+    "enter_streams, function": (lambda: ops.enter_streams(torch.sin), lambda: (torch.randn(3, 4), torch.randn(3, 4))),
     "enter_streams, momentum": (lambda: ops.enter_streams("momentum"), lambda: (torch.randn(3, 4), torch.randn(3, 4))),
 }
 

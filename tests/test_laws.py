@@ -104,6 +104,7 @@ KEEPS = {
     "momentum, 0": 1 / 2,
     "batch_norm, training": 1 / 64,
     "couple, batch norm": 1 / 64,
+    "dequantize, variational": 1,
 }
 ONE_WAY = {"one_way", "checkpoint, one_way"}
 

@@ -155,6 +155,12 @@ class ExactHalf(Exact, Half):
         self.check_given(t, x1)
         return self.in_place((self.law.op(t).forward(x1), x2))
 
+    def inverse(self, y: Wire) -> Wire:
+        y1, x2 = self.target_first(map_wire(dense, y))
+        t = spread(self.fn, x2)
+        self.check_given(t, y1)
+        return self.in_place((self.law.op(t).inverse(y1), x2))
+
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return super().forward_with_residue(map_wire(dense, x))  # one copy, whose gradients add up as those of x do
 
@@ -402,8 +408,7 @@ class Grid:
         if not is_differentiable(t):
             return t
         wide = t.to(self.carrier, copy=True)
-        shift = 0.75 * self.bound  # beside it, the carrier's numbers are those of the grid; far from it, fewer
-        wide.detach().add_(shift).sub_(shift)
+        wide.detach().mul_(2.0**self.k).round_().mul_(2.0**-self.k).add_(0.0)  # rule 7, by the last
         return wide
 
     def enter(self, x: Wire) -> Wire:
@@ -597,7 +602,7 @@ def exact(
     k: int | None = None,
     pack: bool = False,
 ) -> Invertible:
-    r"""An op whose inverse is exact to the last bit, so that lowered gradients are those of plain autograd.
+    r"""An op that a lowered backward undoes to the last bit, so that its gradients are those of plain autograd.
 
     .. math:: checkpoint(exact(f)) = exact(f) \quad \text{in every bit of value and gradient}
 
@@ -612,6 +617,11 @@ def exact(
 
     Returns:
         An op of the same shapes and dtypes. With codes, ``exact(chain(f, g)) = chain(exact(f), exact(g))``.
+
+        What its ``inverse`` gives: on a grid, the stream is undone exactly, and what enters and leaves is rounded: x to
+        the grid, the output to x's dtype. So ``op.inverse(op(x))`` is x on the grid where x has the carrier's dtype,
+        and as near as the rounded output tells in a narrower one. With codes ``inverse_with_residue`` is exact; the
+        output alone does not have what rounding lost, and ``inverse`` is that of op.
 
     Cost:
         Grid: a trunk of its own, inside of which nothing is kept; its stream is as wide as the carrier. Codes: one byte
@@ -633,7 +643,7 @@ def exact(
     Example:
         >>> import torch, invfunc as inv
         >>> net = inv.exact(inv.chain(*[inv.couple(torch.sin, torch.cos)] * 8))
-        >>> x = torch.tensor([0.1]), torch.tensor([0.2])
+        >>> x = torch.tensor([0.125], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
         >>> all(torch.equal(a, b) for a, b in zip(net.inverse(net(x)), x))
         True
         >>> inv.exact(inv.couple(torch.nn.Linear(2, 2)), "codes")

@@ -15,6 +15,7 @@ What flow libraries call by other names; `inv` is the package, the rest is here:
 - `conv1x1`: FrEIA ``Fixed1x1Conv``, nflows ``OneByOneConvolution``, normflows ``Invertible1x1Conv``.
 - `permute_channels`: FrEIA ``PermuteRandom``, nflows ``RandomPermutation``, zuko ``PermutationTransform``.
 - `pixel_unshuffle`, `haar`: FrEIA ``IRevNetDownsampling``, ``HaarDownsampling``, nflows ``SqueezeTransform``.
+- `dequantize`: the preprocessing of images in nflows' examples; the variational one of Flow++.
 - `inv.split` and `inv.parallel`: nflows ``MultiscaleCompositeTransform``, FrEIA and normflows ``Split``.
 
 zuko's transforms are those of `torch.distributions`, with more of them: `from_transform` takes each as it is,
@@ -24,6 +25,7 @@ and `as_transform` gives one back.
 from ..core.couple import exp_scale, sigmoid_scale, tanh_scale
 from ..log_det import as_transform, from_transform
 from .conv import conv1d, conv1x1, conv2d, conv3d, mix_channels
+from .dequantize import dequantize
 from .elementwise import (
     abs,
     asinh,
@@ -73,6 +75,7 @@ from .shape import (
     roll,
     transpose,
 )
+from .solvers import asynchronous_leapfrog, reversible_heun, reversible_solver
 from .spectral import dct, fft, rfft
 from .splines import linear_spline, rational_quadratic_spline
 from .streams import couple_streams, given, masked_couple, per_element, recursive_couple, spline_couple, split_mask
@@ -84,6 +87,7 @@ __all__ = [
     "along",
     "as_transform",
     "asinh",
+    "asynchronous_leapfrog",
     "atanh",
     "autoregressive",
     "batch_norm",
@@ -96,6 +100,7 @@ __all__ = [
     "conv3d",
     "couple_streams",
     "dct",
+    "dequantize",
     "diagonal",
     "enter_streams",
     "exact_log_det",
@@ -141,7 +146,9 @@ __all__ = [
     "reshape",
     "residual_branch",
     "residual_flow",
+    "reversible_heun",
     "reversible_residual",
+    "reversible_solver",
     "rfft",
     "roll",
     "roulette_log_det",

@@ -514,6 +514,10 @@ def _pull_at_rest(y: Any, gy: Any) -> Any:
     return y[0], gy[0]
 
 
+def _beside(fn: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    return fn(x), x
+
+
 def _first(x: Tensor, other: Tensor) -> Tensor:
     return x
 
@@ -522,13 +526,14 @@ def _second(other: Tensor, x: Tensor) -> Tensor:
     return x
 
 
-def enter_streams(scheme: str = "midpoint") -> Invertible:
+def enter_streams(scheme: str | Callable[[Tensor], Tensor] = "midpoint") -> Invertible:
     r"""One tensor into the two streams of `reversible_residual`: ``(x, 0)`` for ``momentum``, else ``(x, x)``.
 
-    .. math:: x \mapsto (x, 0) \quad \text{or} \quad (x, x)
+    .. math:: x \mapsto (x, 0) \quad \text{or} \quad (x, x) \quad \text{or} \quad (f(x), x)
 
     Args:
-        scheme: As in `reversible_residual`.
+        scheme: As in `reversible_residual`; or a function f that makes the first stream, such as the velocity with
+            which `asynchronous_leapfrog` starts.
 
     Shapes:
         ``(N, ...) -> ((N, ...), (N, ...))``; floating dtypes.
@@ -540,7 +545,7 @@ def enter_streams(scheme: str = "midpoint") -> Invertible:
         Nothing is kept. Lowered, the inverse is a stage that is stored, since it does not tell the other stream.
 
     Limits:
-        Its inverse returns the first stream, and is a left inverse: ``inverse(forward(x)) = x``, but not conversely.
+        Its inverse returns the stream that is x. It is a left inverse: ``inverse(forward(x)) = x``, not conversely.
         There is no log-determinant, since the dimensions differ.
 
     Raises:
@@ -554,6 +559,8 @@ def enter_streams(scheme: str = "midpoint") -> Invertible:
     Source:
         Gomez et al., RevNet (2017), for equal streams; Sander et al. (2021), for those at rest.
     """
+    if callable(scheme):
+        return embedding(partial(_beside, scheme), _second, name=f"enter_streams({name_of(scheme)})")
     if _known("enter_streams", scheme) == "momentum":
         return embedding(_at_rest, _first, pullback=_pull_at_rest, name="enter_streams('momentum')")
     return embedding(_duplicate, _first, pullback=_pull_duplicate, name=f"enter_streams({scheme!r})")

@@ -1,0 +1,284 @@
+"""Normalizing flows: an op and a base distribution as a density, with samples, contexts and latents of several parts.
+
+NOTE [Batch] A flow is asked about any number of samples, of any number of contexts, and its op knows one batch, dim 0.
+
+1.  *Event.* What one sample is, the base says: its event, or all of its shape where it has no event. In x the event is
+    the last dims that hold as many numbers. A base of single numbers says nothing: then dim 0 alone is batch.
+2.  *Batch.* All dims before the event; with contexts, broadcast with dim 0 of the context, as torch.distributions do
+    with a batch of parameters: samples times contexts.
+3.  *Flat.* The op is called once, on the batch as one dim, and what it returns has the batch as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Size, Tensor
+
+from .core.op import Invertible, name_of
+from .errors import WireError
+from .log_det import with_log_det, zeros_for
+from .ops.streams import Given
+from .wires import Wire, describe, is_differentiable, leaves, map_wire
+
+Base: TypeAlias = Any  # a Distribution, a function that returns one, or a tuple of bases for a tuple wire
+Shape: TypeAlias = int | Sequence[int]
+
+
+@dataclass(frozen=True, repr=False)
+class Flow:
+    """A density over x: that of ``z = op(x)`` under a base distribution; built by `flow`."""
+
+    op: Invertible
+    base: Base
+    counting: Invertible  # the op with its log-determinant
+
+    def __repr__(self) -> str:
+        return f"flow({self.op!r}, {_shown(self.base)})"
+
+    def log_prob(self, x: Wire, context: Wire = None) -> Tensor:
+        """``log p(x)``, of the shape of the batch."""
+        base, total = _made(self.base, context), zeros_for(x)
+        dims = _batch_dims(base, x)
+        batch = _with_contexts(leaves(x)[0].shape[:dims], context)
+        z, total = self.counting(self._join(_flat(x, batch, dims), context, batch), total.new_zeros(batch.numel()))
+        return total.view(batch) + _base_log_prob(base, self._part(z, context), batch)
+
+    def sample(self, shape: Shape = (), context: Wire = None) -> Wire:
+        """Samples without gradients; see `flow` for the shape."""
+        with torch.no_grad():
+            return self._from("sample", shape, context)
+
+    def rsample(self, shape: Shape = (), context: Wire = None) -> Wire:
+        """Samples as functions of the parameters of op and base."""
+        return self._from("rsample", shape, context)
+
+    def _from(self, how: str, shape: Shape, context: Wire) -> Wire:
+        z, batch, _ = self._drawn(how, shape, context)
+        return _unflat(self._part(self.op.inverse(self._join(z, context, batch)), context), batch)
+
+    def rsample_and_log_prob(self, shape: Shape = (), context: Wire = None) -> tuple[Wire, Tensor]:
+        """Samples and their log-densities, from the latents that they were made of: one evaluation of the inverse."""
+        z, batch, base = self._drawn("rsample", shape, context)
+        negative = -_base_log_prob(base, z, batch).reshape(-1)
+        x, negative = self.counting.inverse((self._join(z, context, batch), negative))
+        return _unflat(self._part(x, context), batch), -negative.view(batch)
+
+    def _drawn(self, how: str, shape: Shape, context: Wire) -> tuple[Wire, Size, Base]:
+        """Latents with a flat batch, and the batch."""
+        base = _made(self.base, context)
+        z = _draw(base, how, Size([shape] if isinstance(shape, int) else shape), _contexts(context))
+        dims = leaves(z)[0].dim() - len(_event(base)) if _event(base) else min(1, leaves(z)[0].dim())
+        batch = leaves(z)[0].shape[:dims]
+        if _with_contexts(batch, context) != batch:
+            raise _mismatch(batch, context)
+        return _flat(z, batch, dims), batch, base
+
+    @cached_property
+    def _reads_context(self) -> bool:
+        return any(isinstance(fn, Given) for fn in self.op.functions)
+
+    def _joins(self, context: Wire) -> bool:
+        """Whether a context goes to the op, beside x: where its couplings take it, or nothing else does."""
+        if context is None and self._reads_context:
+            raise WireError(
+                f"{self!r} got no context",
+                expected="one, since functions of its couplings take it",
+                cure="pass context=, a tensor or a tuple whose dim 0 counts contexts",
+            )
+        return context is not None and (self._reads_context or not _reads(self.base))
+
+    def _join(self, x: Wire, context: Wire, batch: Size) -> Wire:
+        return (x, _flat(context, batch, 1)) if self._joins(context) else x
+
+    def _part(self, wire: Wire, context: Wire) -> Wire:
+        return wire[0] if self._joins(context) else wire
+
+
+def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
+    r"""A normalizing flow: the density of x when ``op`` sends data x to latents z of a known density.
+
+    .. math:: \log p(x \mid c) = \log p_{base}(f_c(x) \mid c) + \log|\det J_{f_c}(x)|
+
+    Args:
+        op: f, from data to latents; ``checkpoint(f)`` trains at constant activation memory. `inv.ops.given` makes one
+            that reads a context.
+        base: A ``torch.distributions.Distribution`` over z, whose shape is one sample: ``Normal(zeros(4), 1)``,
+            or the event of ``Independent(...)``. Or a single number's, ``Normal(0, 1)``, which serves latents of any
+            shape. Or a function or module that returns one, in each call, from the context if there is one: so a
+            base has parameters, such as ``lambda: Normal(mean, log_scale.exp())``. A tuple of these for a tuple wire.
+        exact: See `with_log_det`.
+
+    Returns:
+        A value with ``log_prob(x)``, ``sample(shape)``, ``rsample(shape)`` and ``rsample_and_log_prob(shape)``, each
+        with a ``context``: a tensor, or a tuple of tensors and anything else, whose dim 0 counts contexts.
+
+    Shapes:
+        ``log_prob``: ``(*batch, *event) -> batch``; with C contexts the batch is broadcast with ``(C,)``, so that x of
+        ``(S, C, *event)`` or ``(S, 1, *event)`` gives ``(S, C)``. ``sample``: ``(*shape, *event)``, with contexts
+        ``(*shape, C, *event)``. Where the base is one of single numbers, dim 0 of x is its batch, and a shape is all of
+        it: ``sample((5, 3, 8, 8))``.
+
+    Cost:
+        ``log_prob`` evaluates op once, the others its inverse once; ``rsample_and_log_prob`` needs nothing else.
+        Contexts are repeated for each sample.
+
+    Raises:
+        NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
+        WireError: When op or base read a context and none is given, when contexts do not fit the samples, or when the
+            base swallows the batch.
+
+    Example:
+        >>> import invfunc as inv
+        >>> log_normal = inv.flow(inv.ops.log(), torch.distributions.Normal(torch.zeros(1), 1.0))
+        >>> log_normal.log_prob(torch.tensor([[1.0], [2.0]]))
+        tensor([-0.9189, -1.8523])
+        >>> log_normal.sample((4, 5)).shape
+        torch.Size([4, 5, 1])
+        >>> net = torch.nn.Linear(3, 2)
+        >>> shift = inv.chain(inv.split(2), inv.couple(lambda x, c: net(torch.cat([x, c], 1))), inv.concat(2))
+        >>> posterior = inv.flow(inv.ops.given(shift), torch.distributions.Normal(torch.zeros(4), 1.0))
+        >>> x = posterior.sample((7,), context=torch.ones(5, 1))
+        >>> x.shape, posterior.log_prob(x, context=torch.ones(5, 1)).shape
+        (torch.Size([7, 5, 4]), torch.Size([7, 5]))
+
+    Source:
+        Tabak and Turner (2013); Rezende and Mohamed (2015).
+    """
+    return Flow(op, base, with_log_det(op, exact=exact))
+
+
+# ---- the base --------------------------------------------------------------------------------------------------------
+
+
+def _is_distribution(base: Base) -> bool:
+    return hasattr(base, "log_prob")
+
+
+def _reads(base: Base) -> bool:
+    """Whether a part of the base is a function that takes a context."""
+    if isinstance(base, tuple):
+        return any(map(_reads, base))
+    return not _is_distribution(base) and _takes(base, None)
+
+
+def _takes(fn: Callable[..., Any], *args: Any) -> bool:
+    try:
+        inspect.signature(getattr(fn, "forward", fn)).bind(*args)
+    except TypeError:
+        return False
+    return True
+
+
+def _made(base: Base, context: Wire) -> Base:
+    """The distributions of a base, of this call."""
+    if isinstance(base, tuple):
+        return tuple([_made(part, context) for part in base])
+    if _is_distribution(base):
+        return base
+    given = () if context is None or not _takes(base, context) else (context,)
+    if not _takes(base, *given):
+        raise WireError(f"the base {name_of(base)} got no context", expected="one, its argument", cure="pass context=")
+    return base(*given)
+
+
+def _shown(base: Base) -> str:
+    return name_of(base) if callable(base) else repr(base)
+
+
+def _event(base: Base) -> Size:
+    """The shape of one sample, of the first component; empty where the base does not say."""
+    first = base[0] if isinstance(base, tuple) else base
+    if isinstance(first, tuple):
+        return _event(first)
+    return getattr(first, "event_shape", None) or getattr(first, "batch_shape", Size())
+
+
+def _numbers(base: Base) -> int:
+    """How many numbers one sample has; 0 where the base does not say."""
+    if isinstance(base, tuple):
+        found = [_numbers(part) for part in base]
+        return sum(found) if all(found) else 0
+    return _event(base).numel() if _event(base) else 0
+
+
+def _base_log_prob(base: Base, z: Wire, batch: Size) -> Tensor:
+    if isinstance(base, tuple):
+        if not (isinstance(z, tuple) and len(z) == len(base)):
+            raise WireError(f"{len(base)} base distributions got latents {describe(z)}", expected="as many latents")
+        return torch.stack([_base_log_prob(*both, batch) for both in zip(base, z, strict=True)]).sum(0)
+    if not isinstance(z, Tensor):
+        raise WireError(f"the base got latents {describe(z)}", expected="one tensor", cure="pass a tuple of bases")
+    found = base.log_prob(z.view(*batch, *z.shape[1:]))
+    if found.shape[: len(batch)] != batch:
+        raise WireError(
+            f"the base's log_prob of {describe(z)} has shape {describe(found)}",
+            expected=f"({', '.join(map(str, batch))}, ...): the batch first",
+            cure="let the event of the base be one sample",
+        )
+    return found.flatten(len(batch)).sum(-1) if found.dim() > len(batch) else found
+
+
+def _draw(base: Base, how: str, shape: Size, contexts: Size) -> Wire:
+    if isinstance(base, tuple):
+        return tuple([_draw(part, how, shape, contexts) for part in base])
+    is_one_for_all = _event(base) and not (base.event_shape and base.batch_shape)
+    return getattr(base, how)(shape + contexts if is_one_for_all else shape)
+
+
+# ---- the batch (NOTE [Batch]) ----------------------------------------------------------------------------------------
+
+
+def _batch_dims(base: Base, x: Wire) -> int:
+    """How many dims of x are batch (rule 1)."""
+    own, numbers = [leaf for leaf in leaves(x) if is_differentiable(leaf)], _numbers(base)
+    likely = max(own[0].dim() - len(_event(base)), 0)
+    for dims in (likely, *range(1, own[0].dim() + 1), 0) if numbers else ():
+        if sum(prod(leaf.shape[dims:]) for leaf in own) == numbers:
+            return dims
+    return 1
+
+
+def _contexts(context: Wire) -> Size:
+    """``(C,)`` for C contexts; empty where there are none."""
+    counts = {leaf.shape[0] for leaf in leaves(context) if isinstance(leaf, Tensor) and leaf.dim()}
+    return torch.broadcast_shapes(*[(count,) for count in counts]) if counts else Size()
+
+
+def _with_contexts(batch: Size, context: Wire) -> Size:
+    """Rule 2."""
+    try:
+        return torch.broadcast_shapes(batch, _contexts(context))
+    except RuntimeError:
+        raise _mismatch(batch, context) from None
+
+
+def _mismatch(batch: Size, context: Wire) -> WireError:
+    return WireError(
+        f"a flow got samples {tuple(batch)} and a context of {describe(context)}",
+        expected="as many contexts as the last dim of the samples, or one",
+        cure="one context for each: (C,) samples; several samples for each: (S, C), or (S, 1)",
+    )
+
+
+def _flat(wire: Wire, batch: Size, dims: int) -> Wire:
+    """Rule 3: a wire whose first dims are the batch, or broadcast to it, with the batch as one."""
+    return map_wire(partial(_flat_leaf, batch, dims), wire)
+
+
+def _flat_leaf(batch: Size, dims: int, leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.dim() or (dims == 1 and leaf.shape[:1] == batch):
+        return leaf
+    return leaf.expand(*batch, *leaf.shape[dims:]).reshape(batch.numel(), *leaf.shape[dims:])
+
+
+def _unflat(wire: Wire, batch: Size) -> Wire:
+    if len(batch) == 1:
+        return wire
+    return map_wire(lambda leaf: leaf.view(*batch, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf, wire)

@@ -1,0 +1,122 @@
+"""Whole numbers made continuous, so that a density can be that of images: noise is added, and the inverse rounds down.
+
+It is no bijection: its log-determinant is a term of a lower bound, and what it makes depends on a draw.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import mark
+from ..core.couple import sum_per_sample
+from ..core.op import Invertible, named, pair
+from ..debug import require
+from ..errors import OptionError, WireError
+from ..wires import describe
+
+
+class Noise(Protocol):
+    """A density between 0 and 1 that reads a context, such as a flow."""
+
+    def rsample(self, shape: Any = (), context: Any = None) -> Any: ...  # noqa: D102 - of `flow`
+
+    def log_prob(self, x: Any, context: Any = None) -> Tensor: ...  # noqa: D102
+
+
+def _margin(levels: int, x: Tensor) -> float:
+    """How far noise stays from 0 and 1, so that no sum is rounded to the next whole number."""
+    margin = 2 * levels * torch.finfo(x.dtype).eps if x.is_floating_point() else 1
+    if margin < 1 / 16:
+        return margin
+    raise WireError(
+        f"dequantize received {describe(x)} of {x.dtype}",
+        expected=f"floating-point numbers that tell {levels} levels and noise apart",
+        cure="pass images.float(), and keep autocast behind it",
+    )
+
+
+def _is_level(x: Tensor, levels: int) -> Tensor:
+    return (x == x.floor()) & (x >= 0) & (x < levels)
+
+
+def _add_noise(levels: int, noise: Noise | None, x: Tensor) -> Tensor:
+    margin = _margin(levels, x)
+    require("dequantize", x, _is_level, f"whole numbers from 0 to {levels - 1}", "round them, or divide", levels)
+    drawn = torch.rand_like(x) if noise is None else noise.rsample(context=x / levels)
+    return (x + margin + (1 - 2 * margin) * drawn) / levels
+
+
+def _round_down(levels: int, y: Tensor) -> Tensor:
+    return (levels * y).floor()
+
+
+def _bound(levels: int, noise: Noise | None, x: Tensor, y: Tensor) -> Tensor:
+    """``-log q(u | x)`` of the noise in y, and the scale."""
+    margin = _margin(levels, x)
+    scale = x[0].numel() * (math.log(1 - 2 * margin) - math.log(levels))
+    if noise is None:
+        return sum_per_sample(torch.zeros_like(x)) + scale
+    edge = torch.finfo(x.dtype).eps
+    drawn = ((levels * y - x - margin) / (1 - 2 * margin)).clamp(edge, 1 - edge)
+    return scale - noise.log_prob(drawn, context=x / levels)
+
+
+def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
+    r"""Whole numbers made continuous by noise, for densities of images; the inverse rounds down.
+
+    .. math:: y = (x + u) / K, \quad u \sim q(u \mid x), \qquad x = \lfloor K y \rfloor, \qquad
+        \log P(x) \ge E_q [\log p(y) - \log q(u \mid x)] - D \log K
+
+    Args:
+        levels: K; x has whole numbers from 0 to K - 1.
+        noise: q, a density between 0 and 1: a `flow` that reads ``x / levels`` as its context, trained with the rest,
+            for variational dequantization. Uniform noise without it.
+
+    Shapes:
+        ``(N, ...)``, unchanged, D numbers in each sample; float32 or float64.
+
+    Domain:
+        Whole numbers from 0 to K - 1; the range is what lies between 0 and 1.
+
+    Cost:
+        A draw of the noise, and for a flow one evaluation more for its density. Lowered: x is kept, which is the data,
+        and backward draws the same noise again.
+
+    Log-determinant:
+        :math:`-\log q(u \mid x) - D \log K`: what makes `flow` a bound on the probability of x. It is one draw's
+        estimate, the exponential of which has that probability as its mean, but for the margin below.
+
+    Raises:
+        OptionError: When there are fewer than two levels.
+        WireError: When the dtype can not tell levels and noise apart, as half precision.
+        DomainError: Under ``inv.debug(True)``, when x has other numbers.
+
+    Limits:
+        Noise stays :math:`2 K \epsilon` away from 0 and 1, 6e-5 for 256 levels in float32, so that rounding never
+        reaches another level; the bound counts it.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> op = dequantize(17)
+        >>> x = torch.tensor([[0.0, 3.0, 16.0]])
+        >>> torch.equal(op.inverse(op(x)), x)
+        True
+        >>> uniform = inv.flow(op, torch.distributions.Uniform(torch.zeros(3), 1.0))
+        >>> bits = -uniform.log_prob(x) / (3 * torch.tensor(2.0).log())
+        >>> bits
+        tensor([4.0875])
+
+    Source:
+        Theis et al., A note on the evaluation of generative models (2016), uniform; Ho et al., Flow++ (2019),
+        variational.
+    """
+    if levels < 2:
+        raise OptionError(f"dequantize: levels is {levels}", expected="2 or more")
+    to, fro = partial(_add_noise, levels, noise), partial(_round_down, levels)
+    label = f"dequantize({levels}{'' if noise is None else f', {noise!r}'})"
+    return named(mark(pair(to, fro, log_det=partial(_bound, levels, noise), name=label), "recompute"), label)
