@@ -17,12 +17,12 @@ What flow libraries call by other names; `inv` is the package, the rest is here:
 - `pixel_unshuffle`, `haar`: FrEIA ``IRevNetDownsampling``, ``HaarDownsampling``, nflows ``SqueezeTransform``.
 - `inv.split` and `inv.parallel`: nflows ``MultiscaleCompositeTransform``, FrEIA and normflows ``Split``.
 
-zuko's transforms are those of `torch.distributions`, with more of them: `from_transform` takes each as it is,
-and `as_transform` gives one back.
+A layer or a network of theirs that exists, trained or not, is wrapped as it is by `from_transform`, which takes
+compositions apart; `as_transform` makes a ``torch.distributions`` transform of an op.
 """
 
 from ..core.couple import exp_scale, sigmoid_scale, tanh_scale
-from ..log_det import as_transform, from_transform
+from ..log_det import log_det_pair
 from .conv import conv1d, conv1x1, conv2d, conv3d, mix_channels
 from .elementwise import (
     abs,
@@ -78,6 +78,7 @@ from .shape import (
 from .spectral import dct, fft, rfft
 from .splines import linear_spline, rational_quadratic_spline
 from .streams import couple_streams, given, masked_couple, per_element, recursive_couple, spline_couple, split_mask
+from .transforms import as_transform, from_transform
 
 __all__ = [
     "abs",
@@ -120,6 +121,7 @@ __all__ = [
     "linear",
     "linear_spline",
     "log",
+    "log_det_pair",
     "logit",
     "lu",
     "masked_couple",
