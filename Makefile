@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m invfunc
+	$(BIN)/python -m invfunc demo
 
 test: setup
 	$(BIN)/python -m pytest -n auto

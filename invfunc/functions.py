@@ -15,7 +15,7 @@ from torch import Size, Tensor
 
 from . import _torch
 from .core.context import copy_state, has_state
-from .core.op import OneWay, name_of
+from .core.op import OneWay, missing_attribute, name_of
 from .engine.interface import Options, Run
 from .engine.lower import engine_for, runs_plainly
 from .engine.mode import current
@@ -35,6 +35,11 @@ class CheckpointedFunction:
         self.options = options
         self.op = OneWay(OnTree(fn))
         set_names(self, fn)
+
+    def __getattr__(self, name: str) -> Any:
+        """What modules have and functions have not: the error says where to find it."""
+        face = "it is a function; module.forward = inv.checkpoint(module.forward) leaves the module one"
+        raise missing_attribute(self, name, face)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""

@@ -166,6 +166,11 @@ class Invertible(abc.ABC):
 
         return draw(self)._repr_html_()
 
+    def __getattr__(self, name: str) -> Any:
+        """What modules have and values have not: the error says where to find it."""
+        face = "an op is a value and no module; inv.nn.Lowered(op) is one, with the parameters of its functions"
+        raise missing_attribute(self, name, face)
+
     def __invert__(self) -> Invertible:
         """``~op`` is ``invert(op)``."""
         return self.inverted()
@@ -177,6 +182,12 @@ class Invertible(abc.ABC):
     def __rrshift__(self, other: Callable[..., Any]) -> Invertible:
         """``fn >> op`` is ``chain(fn, op)`` for a plain callable ``fn``."""
         return chain(other, self)
+
+
+def missing_attribute(value: object, name: str, face: str) -> AttributeError:
+    """What ``value.name`` raises; ``face`` tells where there is what a module has."""
+    belongs = not name.startswith("_") and hasattr(torch.nn.Module, name)
+    return AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}" + f": {face}" * belongs)
 
 
 def _pack(xs: tuple[Wire, ...]) -> Wire:
