@@ -101,7 +101,7 @@ def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
         WireError: When op changes the shape of an event.
 
     Example:
-        >>> import invfunc as inv
+        >>> import torch, invfunc as inv
         >>> base = torch.distributions.Normal(torch.zeros(2), 1.0)
         >>> log_normal = torch.distributions.TransformedDistribution(base, as_transform(inv.ops.exp(), event_dim=0))
         >>> log_normal.log_prob(torch.ones(3, 2)).shape
