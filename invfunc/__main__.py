@@ -16,6 +16,7 @@ PROGRAM = "python -m invfunc"
 
 COMMANDS = {
     "check": "measure whether an op can be trusted to be rebuilt",
+    "plan": "the fastest way to train a model within a budget",
     "draw": "a picture of a pipeline, and what it keeps",
     "demo": "train a reversible network on real images at flat memory",
 }

@@ -328,7 +328,7 @@ def checkpoint(
                 "checkpoint: plan=... comes with other options",
                 expected="f, plan, and neither inverse, mode, segments, cuts nor donate",
             )
-        return Checkpointed(plan.applied_to(f), options)
+        return plan.lowered(f, options)
     if f is None:
         return partial(_checkpoint, inverse=inverse, options=options)
     return _checkpoint(f, inverse, options)

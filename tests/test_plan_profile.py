@@ -79,9 +79,9 @@ def test_fixed_strategies_keep_to_what_is_predicted(profiled, schedule):
 def test_halves_of_a_coupling_are_planned_each_on_its_own():
     wide = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Linear(256, 8))
     f = inv.chain(inv.split(2), *[inv.couple(nn.Linear(8, 8), wide) for _ in range(6)], inv.concat(2))
-    costs, x = profile(f, (64, 16)), torch.randn(64, 16)
+    costs, x = profile(f, (2048, 16)), torch.randn(2048, 16)
     assert [op.name for op in costs.ops[:4]] == ["couple: f=Linear", "couple: g=Sequential"] * 2
-    assert sorted(costs.ops[1].shares_output) == [0, 64 * 8 * x.element_size()]
+    assert sorted(costs.ops[1].shares_output) == [0, 2048 * 8 * x.element_size()]
     halfway = inv.plan(costs, budget=predict(costs, store_all(13)).peak_bytes // 2)
     ways = {row.op: {r.mode for r in rows(halfway) if r.op == row.op} for row in rows(halfway)}
     assert ways["couple: f=Linear"] == {"store"}
@@ -117,15 +117,19 @@ class Counted(nn.Linear):
 
 
 def test_ops_of_one_kind_are_run_once():
-    profiler = Profiler(patience=(math.inf, math.inf))  # no round is left out
+    profiler = Profiler(clock=given_seconds, patience=(math.inf, math.inf))  # no round is left out
 
     def calls(depth):
-        f = inv.chain(inv.split(2), *[inv.couple(Counted(4, 4), Counted(4, 4)) for _ in range(depth)], inv.concat(2))
+        f = inv.chain(
+            inv.split(2), *[inv.couple(Counted(64, 64), Counted(64, 64)) for _ in range(depth)], inv.concat(2)
+        )
         before = Counted.calls
-        profiler.costs(f, (8, 8))
+        profiler.costs(f, (512, 128))
         return Counted.calls - before
 
-    assert calls(24) - calls(6) == 5 * 2 * 18  # in five rounds, forward alone, on the way to the last op
+    assert (
+        calls(24) - calls(6) == 15 * 2 * 18
+    )  # in fifteen rounds, for the seconds given are no machine's; on the way to the last op
 
 
 def test_rounds_end_where_they_would_take_too_long():
@@ -135,11 +139,25 @@ def test_rounds_end_where_they_would_take_too_long():
         rounds.append(args)
         return given_seconds(*args)
 
-    f = inv.chain(nn.Linear(8, 8))
+    f = inv.chain(nn.Linear(64, 64))
     for patience, expected in [((0.0, 0.0), 1), ((math.inf, 0.0), 5)]:
         rounds.clear()
-        Profiler(clock=clock, patience=patience).costs(f, (4, 8))
+        Profiler(clock=clock, patience=patience).costs(f, (4096, 64))
         assert len(rounds) == expected
+
+
+@pytest.mark.parametrize(("disturbed", "rounds", "believed"), [(0, 5, False), (8, 8, False), (math.inf, 15, True)])
+def test_what_contradicts_flops_and_bytes_is_timed_again_before_it_is_believed(disturbed, rounds, believed):
+    seen = []
+
+    def clock(*args):
+        seen.append(args)
+        y, found = given_seconds(*args)
+        return y, found | {"again": found["again"] * (100 if len(seen) < disturbed else 1)}
+
+    f = inv.chain(nn.Linear(64, 64))
+    (op,) = Profiler(clock=clock, patience=(math.inf, 0.0)).costs(f, (4096, 64)).ops
+    assert (len(seen), op.region > 1, op.off > 1) == (rounds, believed, believed)
 
 
 LAYOUTS = {

@@ -67,7 +67,9 @@ def _shape(text: str) -> list[int]:
 
 
 def random_inputs(shapes: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
-    """Normal numbers, the same in each call."""
+    """Normal numbers, the same in each call; zeros where they count something, such as tokens."""
+    if not dtype.is_floating_point:
+        return [torch.zeros(shape, dtype=dtype) for shape in shapes]
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from ..core.op import Invertible
 from ..wires import Wire, leaves
 from .inputs import as_input
-from .trials import Through, Trial, by_inverse, by_tape, forward_of, no_op
+from .trials import Through, Trial, by_inverse, by_tape, closed_over, no_op, with_graph
+from .work import Seconds
 
-Seconds = dict[str, float]
 # Times an op, on an input, as one that has an inverse or has none, and as a region: its output, and what trials take.
 Clock = Callable[[Invertible, Wire, bool, Through], tuple[Wire, Seconds]]
 
@@ -26,8 +26,8 @@ def timed(op: Invertible, x: Wire, invertible: bool, again: Through) -> tuple[Wi
     ``again`` is the op as a region, the same one in every round: what it learns of its functions, it learns once.
     """
     found: Seconds = {}
-    y, recording = _clocked(found, "forward", x, lambda: forward_of(op, x))
-    y, parameters = as_input(y), recording.parameters
+    y, roots = _clocked(found, "forward", x, lambda: with_graph(op, x))
+    y, parameters = as_input(y), closed_over(y, roots)
 
     def run(name: str, through: Through, at: Wire, carried: bool = False) -> None:
         _clocked(found, name, x, lambda: Trial(through, at, parameters, carried).backward())
@@ -41,25 +41,19 @@ def timed(op: Invertible, x: Wire, invertible: bool, again: Through) -> tuple[Wi
     return y, found
 
 
-def costs_in(found: Seconds) -> Seconds:
-    """The seconds of `OpCosts`: what a trial takes beyond one of no op."""
-    forward, step = found["forward"], found["step"]
-    inverse = found["undone"] - found["idle, carried"] - forward if "undone" in found else math.inf
-    beyond = {
-        "forward": forward,
-        "backward": step - found["idle"] - forward,
-        "inverse": inverse,
-        "region": found["again"] - step - forward,
-    }
-    return {name: max(value, 0.0) for name, value in beyond.items()}
+def beyond_idle(found: Seconds) -> Seconds:
+    """The seconds of each way that an op has: what its trial takes beyond one of no op."""
+    ways = {"forward": found["forward"], "step": found["step"] - found["idle"], "again": found["again"] - found["idle"]}
+    return ways | ({"undone": found["undone"] - found["idle, carried"]} if "undone" in found else {})
 
 
-def least_seconds(run: Callable[[], Any], repeats: int, x: Wire) -> float:
-    """The least of some repeats."""
-    found: Seconds = {}
-    for i in range(repeats):
-        _clocked(found, f"{i}", x, run)
-    return min(found.values())
+def least_seconds(runs: Sequence[Callable[[], Any]], repeats: int, x: Wire) -> list[float]:
+    """The least of some repeats of each, in turns."""
+    rounds: list[Seconds] = [{} for _ in range(repeats)]
+    for found in rounds:
+        for i, run in enumerate(runs):
+            _clocked(found, f"{i}", x, run)
+    return [min(found[f"{i}"] for found in rounds) for i in range(len(runs))]
 
 
 def _clocked(found: Seconds, name: str, x: Wire, run: Callable[[], Any]) -> Any:
@@ -75,6 +69,17 @@ def _cpu_clock() -> Callable[[], float]:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()
     return lambda: clock() - begin
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """On the CPU, run ops on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _cuda_clock() -> Callable[[], float]:

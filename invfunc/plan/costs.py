@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,18 @@ def parse_bytes(size: int | float | str, subject: str = "budget") -> int:
     return int(size)
 
 
-def show_bytes(size: float) -> str:
-    """Bytes as a reader wants them.
+def show_bytes(size: float, to_whole: Callable[[float], int] = round) -> str:
+    """Bytes as a reader wants them, rounded; by `math.ceil`, where they are to be enough.
 
     Example:
-        >>> show_bytes(6.5 * 2**20), show_bytes(12)
-        ('6.5 MiB', '12 B')
+        >>> show_bytes(6.5 * 2**20), show_bytes(12), show_bytes(2001), show_bytes(2001, math.ceil)
+        ('6.5 MiB', '12 B', '1.95 KiB', '1.96 KiB')
     """
     exponent = min(max(int(math.log(max(size, 1), 1024)), 0), 4)
     value = size / 1024**exponent
-    return f"{value:.{3 if value < 1000 else 4}g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
+    places = 2 - min(int(math.log10(max(value, 1))), 2)
+    value = to_whole(value * 10**places) / 10**places
+    return f"{value:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class OpCosts:
         name: How the op is shown.
         forward: Seconds of a forward without a tape.
         backward: Seconds that a step with a tape takes beyond that.
-        inverse: Seconds of the fused inverse and backward; infinite where there is no inverse.
+        inverse: Seconds of the fused inverse and backward, which does all that backward does; infinite where there is
+            no inverse.
         exact: Whether the inverse gives the same bits: it moves elements and does not compute, or is `invfunc.exact`.
         bytes: Bytes of y.
         gradient: Bytes of the gradient of y.
@@ -74,9 +77,17 @@ class OpCosts:
         peak_taped: The most in a taped forward, beyond x.
         peak_backward: The most in its backward, tape and gradient of y included, beyond x.
         peak_inverse: The most in a fused inverse, y and its gradient included, beyond the residue.
-        region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again.
+        region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again;
+            infinite where none can begin.
+        alone: Whether it can not be in a region with other ops.
         parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour, and in
             long chains both halves of a coupling are one.
+        off: How many times longer than flops and bytes say a way of it took; 1.0 where they agree to a factor of 3.
+        doubt: Seconds between what was timed and what is said here, in the way in which they differ most.
+
+    Raises:
+        OptionError: When seconds are negative, or an inverse takes less than the backward in it: no plan could keep
+            what such costs promise.
 
     Example:
         >>> OpCosts("op", forward=1.0, backward=2.0, bytes=100, tape=800).inverse
@@ -103,7 +114,21 @@ class OpCosts:
     peak_backward: int = 0
     peak_inverse: int = 0
     region: float = 0.0
+    alone: bool = False
     parts: int = 1
+    off: float = 1.0
+    doubt: float = 0.0
+
+    def __post_init__(self) -> None:
+        least = {"forward": 0.0, "backward": 0.0, "region": 0.0, "inverse": self.backward}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise OptionError(f"op {self.name!r}: {name} is {getattr(self, name)} s", expected=f"{bound} or more")
+
+    def in_units(self, unit: float) -> OpCosts:
+        """The same with whole numbers of a unit in the place of seconds."""
+        names = ("forward", "backward", "inverse", "region")
+        return replace(self, **{name: _whole(getattr(self, name), unit) for name in names})
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,7 @@ class Costs:
         key: Which chain and which input shapes these are the costs of.
         errors: ``(i, k, error)``: undoing ops i+1..k from an exact output gives gradients with this relative error.
         scaled: How many times smaller the batch was on which the seconds were taken; they are scaled by it.
+        unit: The seconds are whole multiples of it, or it is 0.0. Sums of them are exact then, so that like ops tie.
 
     Example:
         >>> ops = tuple(OpCosts(f"op {i}", forward=1.0, backward=2.0, bytes=100, tape=800) for i in range(4))
@@ -130,6 +156,11 @@ class Costs:
     key: tuple[str, ...] = ()
     errors: tuple[tuple[int, int, float], ...] | None = None
     scaled: float = 1.0
+    unit: float = 0.0
+
+    def in_units(self) -> Costs:
+        """The costs with whole numbers in the place of seconds, if they have a unit."""
+        return replace(self, unit=0.0, ops=tuple(op.in_units(self.unit) for op in self.ops)) if self.unit else self
 
     @property
     def seconds(self) -> float:
@@ -173,6 +204,10 @@ class Costs:
     def load(cls, path: str | Path) -> Costs:
         """The costs that `save` has written."""
         return cls.from_json(Path(path).read_text())
+
+
+def _whole(seconds: float, unit: float) -> float:
+    return seconds if math.isinf(seconds) else float(round(seconds / unit))
 
 
 def _frozen(value: Any) -> Any:

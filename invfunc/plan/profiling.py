@@ -10,10 +10,18 @@ NOTE [Profile]
     counts, less what a trial of no op takes. Rounds end early where they would take longer than some plain steps: the
     least of several matters where an op is short. Where an op does not fit, a part of the batch is timed and scaled.
 3.  *Kinds.* Ops of the same structure, on inputs of the same layout, are run and measured once; and what flows between
-    them is made once. How what comes back to an op lies in memory is a part of its kind where bytes are counted.
+    them is made once. How what comes back to an op lies in memory is a part of its kind where bytes are counted. Where
+    time is, the same shapes are enough, and a coupling's halves are of one kind if their functions are.
 4.  *Views.* An op whose output lies in its input's storages costs nothing to keep: it belongs to the op before it.
 5.  *Errors* come from sweeps: from an exact value and an exact gradient at an anchor, fused inverses go down the chain,
     and each gradient on the way is compared with the exact one. Products of gains would be off by orders of magnitude.
+6.  *Noise.* On a busy machine the least of some rounds is still off, and differences of such times are worse: a plan
+    could promise to be faster than plain training. So times are checked against what is the same in every profile, the
+    flops and bytes of each way. Where they tell the same as the counts, the counts say how long each way takes, in the
+    machine's own measure; what contradicts them by more than a factor of 3 is timed again, and then believed. So two
+    profiles of one chain agree, and `OpCosts.doubt` says how far they are from what was timed. On the CPU, ops run on
+    one thread meanwhile, and what counts is the processor's time: what other processes take does not, and threads that
+    wait for each other take any time.
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -29,17 +37,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes, storage_id, storage_of
+from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes, storage_id, storage_of, trees
 from ..core.couple import Half
-from ..core.op import Invertible, OneWay, lift, name_of
+from ..core.op import Chain, Invertible, OneWay, name_of
 from ..wires import Wire, is_differentiable, leaves
-from .clock import Clock, Seconds, costs_in, timed
+from .clock import Clock, beyond_idle, one_thread, timed
 from .costs import Costs, OpCosts, parse_bytes
 from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
 from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
+from .model import Blocks, Shown, planned_as, show
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
 from .trials import APART, Loss, Through, by_recompute, untouched
+from .work import ACCELERATOR, CPU, Counts, Factors, Rates, Reading, Seconds, costs_in, read, unit_of, whole
+
+AGAIN = 3  # times as many rounds where seconds contradict what is counted
 
 
 def mean_square(y: Wire) -> Tensor:
@@ -60,12 +72,13 @@ def profile(
 
     Args:
         f: A chain of ops. Nested chains flatten; `parallel` and named blocks are taken whole, and couplings half by
-            half, but in chains of more than 160 halves and other ops.
+            half, but in chains of more than 160 halves and other ops. Or a model, as for `invfunc.plan`.
         x: An input: tensors, fake tensors, or a shape like ``(32, 64)`` (a wire of shapes for a tuple wire).
         loss: What turns the output into a number; it counts for the memory between forward and backward.
         errors: Whether to measure the gradient error of runs of inverses too, which takes several steps more and
             keeps every value and gradient of the chain meanwhile.
-        repeats: How often each kind of op is timed, at most; the least counts.
+        repeats: How often each kind of op is timed, the least counts; up to three times as often where what was timed
+            contradicts flops and bytes.
         memory: What timing may take, in bytes or as ``"2GiB"``; what is free now, if not given. Where an op takes more,
             a part of the batch is timed, and `Costs.scaled` says how small a part.
 
@@ -74,8 +87,8 @@ def profile(
 
     Cost:
         Each kind of op runs forward, forward and backward, again from its input, and back by its inverse: about
-        ``4 * kinds / ops`` plain steps a round, and rounds are left out that would take more than 4 in all and more
-        than half a second. Bytes are found without allocating, in the time that Python takes to go through each kind
+        ``4 * kinds / ops`` plain steps a round, and rounds are left out that would take more than 8 in all and more
+        than a second. Bytes are found without allocating, in the time that Python takes to go through each kind
         some five times (0.1 s each).
 
     Raises:
@@ -90,7 +103,10 @@ def profile(
         >>> [op.bytes == 16 * 8 * torch.finfo(torch.get_default_dtype()).bits // 8 for op in costs.ops]
         [True, True]
     """
-    return Profiler(loss, errors, repeats, memory).costs(lift(f), x)
+    return Profiler(loss, errors, repeats, memory, known=_KNOWN).costs(planned_as(f), x)
+
+
+_KNOWN: dict[Any, Factors] = {}  # of every kind of op that was profiled in this process
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,7 @@ class Profiler:
         clock: What times one op. Where plans have to be the same everywhere, another one gives seconds that are known.
         patience: How long the rounds may take: in plain steps, and in seconds where those are shorter.
         fine: Of chains of more ops, whose plans take longest to find, couplings are taken whole.
+        known: What earlier profiles have found out about kinds of ops, which stands until it is contradicted.
     """
 
     loss: Loss = mean_square
@@ -112,13 +129,50 @@ class Profiler:
     repeats: int = 5
     memory: int | str | None = None
     clock: Clock = timed
-    patience: tuple[float, float] = (4.0, 0.5)
+    patience: tuple[float, float] = (8.0, 1.0)
     fine: int = 160
+    known: dict[Any, Factors] = field(default_factory=dict)
 
-    def costs(self, op: Invertible, x: Any) -> Costs:
+    def costs(self, op: Invertible | Blocks, x: Any) -> Costs:
         """What each op of a chain costs, on such an input."""
+        if isinstance(op, Blocks):
+            return self._between_ends(op, x)
         with untouched(op):
             return self._costs(op, x)
+
+    def _between_ends(self, blocks: Blocks, x: Any) -> Costs:
+        """What each block of a model costs, and its two ends: NOTE [Blocks]."""
+        shown, given, loss_bytes = self._shown(blocks, x)
+        calls = [replace(call, rest=_realised(call.rest), named=_realised(call.named)) for call in shown.calls]
+        inner = replace(self, errors=False).costs(Chain(tuple(map(OneWay, calls))), shown.entry)
+        rates = _rates(shown.entry)
+        scale = sum(op.forward for op in inner.ops) / shown.forward.seconds(rates)
+        unit = inner.unit
+        before, behind = (
+            replace(
+                end.costs,
+                forward=whole(scale * end.forward.seconds(rates), unit),
+                backward=whole(scale * end.backward.seconds(rates), unit),
+            )
+            for end in (shown.before, shown.behind)
+        )
+        ops = (before, *(replace(op, alone=True) for op in inner.ops), behind)
+        key = " > ".join(blocks.names), shape_key(given)
+        return Costs(ops, nbytes(given), loss_bytes, key, None, inner.scaled, unit)
+
+    def _shown(self, blocks: Blocks, x: Any) -> tuple[Shown, Wire, int]:
+        """What goes through a model, on fake tensors if it does not look at values; its input, and the loss's bytes."""
+        model = OneWay(blocks.model)
+        with untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            given = faked(x, mode)
+            try:
+                shown = show(blocks, given)
+                return shown, given, _loss_bytes(self.loss, shown.y)
+            except LOOKS_AT_VALUES:
+                pass
+        with untouched(model):
+            shown = show(blocks, realised(x, given))
+            return shown, given, _loss_bytes(self.loss, shown.y)
 
     def _costs(self, op: Invertible, x: Any) -> Costs:
         ops = flat_ops(op)
@@ -126,15 +180,18 @@ class Profiler:
         whole = [1] * len(ops) if fine else [len(halves(stage)) for stage in flat_stages(op)]
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = faked(x, mode)
-        with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
-            units, inputs = _units(ops, whole, fake)
-            loss_bytes = _loss_bytes(self.loss, inputs[-1])
-        chain = [unit for unit, _ in units]
-        found = _all_bytes(chain, inputs, mode)
+        with untouched(op):  # before anything real comes to what was made of fake tensors
+            with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
+                units, inputs = _units(ops, whole, fake)
+                loss_bytes = _loss_bytes(self.loss, inputs[-1])
+            chain = [unit for unit, _ in units]
+            sizes = _all_bytes(chain, inputs, mode)
+        found = [size.costs for size in sizes]
         memory = free_bytes(fake) if self.memory is None else parse_bytes(self.memory, "profile: memory")
         given = realised(x, fake, _part(found, inputs, memory))
         scale = rows(fake) / rows(given)
-        seconds = self._seconds(chain, inputs, given, found)
+        with one_thread():
+            seconds, unit = self._seconds(chain, inputs, given, sizes)
         titles = iter([title for stage in flat_stages(op) for title in _titles(stage, fine)])
         costs = [
             replace(
@@ -143,31 +200,39 @@ class Profiler:
                 parts=count,
                 exact=is_exact(unit),
                 **{k: scale * v for k, v in times.items()},
+                off=reading.off,
+                doubt=scale * reading.doubt,
             )
-            for (unit, count), bytes_, times in zip(units, found, seconds, strict=True)
+            for (unit, count), bytes_, (reading, times) in zip(units, found, seconds, strict=True)
         ]
         measured = sweep(chain, given, self.loss) if self.errors else None
-        return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale)
+        return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale, scale * unit)
 
     def _seconds(
-        self, ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, found: Sequence[OpCosts]
-    ) -> list[Seconds]:
-        """The seconds of each op: rule 2 of NOTE [Profile]."""
-        kinds = [_kind(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
+        self, ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, sizes: Sequence[Sizes]
+    ) -> tuple[list[tuple[Reading, Seconds]], float]:
+        """What was read of each op, and its seconds, in whole numbers of a unit: rules 2 and 6 of NOTE [Profile]."""
+        kinds = [_kind_in_time(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
         ways: dict[Any, tuple[bool, Through]] = {}
-        for op, kind, sizes in zip(ops, kinds, found, strict=True):
-            ways.setdefault(kind, (math.isfinite(sizes.inverse), by_recompute(op)))
+        counts: dict[Any, Counts] = {}
+        for op, kind, size in zip(ops, kinds, sizes, strict=True):
+            ways.setdefault(kind, (math.isfinite(size.costs.inverse), by_recompute(op)))
+            counts.setdefault(kind, size.counts)
+        look = partial(read, counts=counts, kinds=kinds, rates=_rates(given), known=self.known)
         begin, least = time.perf_counter(), self._round(ops, kinds, ways, given)
-        for done in range(1, self.repeats):
-            costs = [costs_in(least[kind]) for kind in kinds]
-            plain, spent = sum(c["forward"] + c["backward"] for c in costs), time.perf_counter() - begin
-            if spent * (done + 1) / done > max(self.patience[0] * plain, self.patience[1]):
-                break
-            other = self._round(ops, kinds, ways, given)
-            least = {
-                kind: {name: min(value, other[kind][name]) for name, value in least[kind].items()} for kind in least
-            }
-        return [costs_in(least[kind]) for kind in kinds]
+        found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), 1
+        while self._goes_on(done, time.perf_counter() - begin, [found[kind] for kind in kinds]):
+            least = _least(least, self._round(ops, kinds, ways, given))
+            found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), done + 1
+        self.known.update({kind: reading.factors for kind, reading in found.items()})
+        unit = unit_of(sum(found[kind].seconds["step"] for kind in kinds))
+        return [(found[kind], costs_in(found[kind].seconds, unit)) for kind in kinds], unit
+
+    def _goes_on(self, done: int, spent: float, found: Sequence[Reading]) -> bool:
+        """Whether there is another round: more of them where what was timed is not what was expected."""
+        enough = self.repeats if all(reading.is_expected for reading in found) else AGAIN * self.repeats
+        patience = max(self.patience[0] * sum(reading.seconds["step"] for reading in found), self.patience[1])
+        return done < enough and spent * (done + 1) / done <= patience
 
     def _round(
         self, ops: Sequence[Invertible], kinds: Sequence[Any], ways: dict[Any, tuple[bool, Through]], x: Wire
@@ -185,6 +250,18 @@ class Profiler:
         return found
 
 
+def _least(a: dict[Any, Seconds], b: dict[Any, Seconds]) -> dict[Any, Seconds]:
+    return {kind: {name: min(value, b[kind][name]) for name, value in seconds.items()} for kind, seconds in a.items()}
+
+
+def _rates(x: Wire) -> Rates:
+    return CPU if all(t.device.type == "cpu" for t in leaves(x) if isinstance(t, Tensor)) else ACCELERATOR
+
+
+def _realised(tree: Any) -> Any:
+    return trees.tree_map_only(Tensor, partial(realised, None), tree)
+
+
 def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
     """The costs of ops as they are grouped already, with bytes and without seconds."""
     with untouched(*ops), FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -193,7 +270,8 @@ def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
             inputs.append(_output(op, inputs[-1])[0])
         loss_bytes = _loss_bytes(mean_square, inputs[-1])
     with untouched(*ops):
-        return Costs(tuple(_all_bytes(ops, inputs, mode)), nbytes(inputs[0]), loss_bytes)
+        sizes = _all_bytes(ops, inputs, mode)
+    return Costs(tuple(size.costs for size in sizes), nbytes(inputs[0]), loss_bytes)
 
 
 def key_of(op: Invertible, x: Wire) -> tuple[str, ...]:
@@ -250,17 +328,17 @@ def _makes_storage(x: Wire, y: Wire) -> bool:
     return not after <= before
 
 
-def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTensorMode) -> list[OpCosts]:
+def _all_bytes(ops: Sequence[Invertible], inputs: Sequence[Wire], mode: FakeTensorMode) -> list[Sizes]:
     """The bytes of each op, from the last to the first: how what comes back lies in memory is up to the op after."""
     known: dict[Any, Sizes] = {}
-    found: list[OpCosts] = []
+    found: list[Sizes] = []
     layouts = APART
     for op, like in zip(reversed(ops), reversed(inputs[:-1]), strict=True):
         kind = _kind(op, like), layouts
         if kind not in known:
             known[kind] = Subject(op, like, mode, layouts).measured()
-        costs, layouts = known[kind]
-        found.append(costs)
+        found.append(known[kind])
+        layouts = known[kind].sends
     return found[::-1]
 
 
@@ -288,6 +366,15 @@ def _loss_bytes(loss: Loss, y: Wire) -> int:
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
+
+
+def _kind_in_time(op: Invertible, x: Wire) -> Any:
+    """What tells apart ops that take different times: which half of a coupling one is does not, nor does a layout."""
+    if isinstance(op, Half):
+        op, x = replace(op, target=0, label=""), op.in_place(x)
+    return _structure(op), tuple(
+        (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else repr(t) for t in leaves(x)
+    )
 
 
 def _kind(op: Invertible, x: Wire) -> Any:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def text(plan: Plan) -> str:
     """The verdict first, then the table, the curve, what binds, and how fixed strategies do."""
-    lines = [_verdict(plan), *_table(plan), _curve(plan), _binds(plan), _compared(plan), _truth(plan), _timing(plan)]
-    return "\n".join(filter(None, lines))
+    lines = [_verdict(plan), *_table(plan), _curve(plan), _binds(plan), _compared(plan), _truth(plan)]
+    return "\n".join(filter(None, [*lines, _sure(plan), _timing(plan)]))
 
 
 def _verdict(plan: Plan) -> str:
@@ -138,7 +138,8 @@ def _shown(row: Row) -> tuple[str, ...]:
 def _curve(plan: Plan) -> str:
     points = plan.curve
     chosen = [points[round(i * (len(points) - 1) / 6)] for i in range(7)] if len(points) > 7 else list(points)
-    return "curve    " + " | ".join(f"{show_bytes(p.peak_bytes)} {p.time:.2f}x" for p in dict.fromkeys(chosen))
+    shown = (f"{show_bytes(p.peak_bytes, math.ceil)} {p.time:.2f}x" for p in dict.fromkeys(chosen))
+    return "curve    " + " | ".join(shown)
 
 
 def _binds(plan: Plan) -> str:
@@ -172,6 +173,17 @@ def inversion_pays_below(costs: Costs, max_error: float | None = None) -> float 
         if dearer:
             return dearer[-1] + table.unit
     return None
+
+
+def _sure(plan: Plan) -> str:
+    """How far the promise is from what was timed, op by op; nothing where nothing was timed."""
+    ops, again = plan.costs.ops, [row.index for row in rows(plan) if row.mode != "store"]
+    if not any(op.doubt for op in ops):
+        return ""
+    doubt = sum(ops[i].doubt for i in again) / plan.costs.seconds
+    contradicted = [f"{name} ({off:.2g} times)" for name, off in {op.name: op.off for op in ops if op.off != 1}.items()]
+    but = f", but for {', '.join(contradicted)}" if contradicted else ""
+    return f"sure     give or take {doubt:.2f}x; what was timed is what flops and bytes say, within a factor of 3{but}"
 
 
 def _timing(plan: Plan) -> str:

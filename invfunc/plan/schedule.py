@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -88,7 +89,8 @@ def predict(costs: Costs, schedule: Schedule) -> Prediction:
     """Time, peak and error of a schedule."""
     ledger = Ledger(costs)
     need = _needs(ledger, schedule, 0, ledger.length, HELD).on(ledger.sizes[ledger.length])
-    return Prediction(_seconds(costs, schedule), need.bytes, error_of(costs, schedule), need.op, need.moment)
+    seconds = costs.seconds + extra_seconds(costs, schedule)
+    return Prediction(seconds, need.bytes, error_of(costs, schedule), need.op, need.moment)
 
 
 def _needs(ledger: Ledger, schedule: Schedule, i: int, j: int, r: int) -> Need:
@@ -148,16 +150,15 @@ def notes_inside(ledger: Ledger, region: Recompute) -> int:
     return total
 
 
-def _seconds(costs: Costs, schedule: Schedule) -> float:
+def extra_seconds(costs: Costs, schedule: Schedule) -> float:
+    """What a schedule takes beyond plain training: a sum of what can not be negative (`OpCosts`)."""
     total = 0.0
     for node in schedule:
         ops = costs.ops[node.first : node.stop]
-        if isinstance(node, Store):
-            total += ops[0].forward + ops[0].backward
-        elif isinstance(node, Invert):
-            total += sum(op.forward + op.inverse for op in ops)
-        else:
-            total += ops[0].region + sum(op.forward for op in ops) + _seconds(costs, node.inner)
+        if isinstance(node, Invert):
+            total += sum(op.inverse - op.backward for op in ops)
+        elif isinstance(node, Recompute):
+            total += ops[0].region + sum(op.forward for op in ops) + extra_seconds(costs, node.inner)
     return total
 
 
@@ -168,6 +169,14 @@ def runs(schedule: Schedule) -> Iterator[Invert]:
             yield node
         elif isinstance(node, Recompute):
             yield from runs(node.inner)
+
+
+def regions(schedule: Schedule) -> Iterator[Recompute]:
+    """The regions in a schedule, nested ones included."""
+    for node in schedule:
+        if isinstance(node, Recompute):
+            yield node
+            yield from regions(node.inner)
 
 
 def error_of(costs: Costs, schedule: Schedule) -> float | None:
@@ -198,7 +207,12 @@ def recompute_every(costs: Costs, size: int) -> Schedule:
     """Checkpointing with one stored input for each ``size`` ops."""
     count = len(costs.ops)
     spans = [range(i, min(i + size, count)) for i in range(0, count, size)]
-    return tuple(Recompute(span[0], tuple(map(Store, span))) for span in spans)
+    able = [math.isfinite(costs.ops[span[0]].region) for span in spans]
+    return tuple(
+        node
+        for span, can in zip(spans, able, strict=True)
+        for node in ((Recompute(span[0], tuple(map(Store, span))),) if can else map(Store, span))
+    )
 
 
 def invert_all(costs: Costs) -> Schedule:
@@ -217,6 +231,8 @@ def invert_all(costs: Costs) -> Schedule:
 def fixed_schedules(costs: Costs) -> dict[str, Schedule]:
     """What people do without a plan."""
     count = len(costs.ops)
+    if any(op.alone for op in costs.ops):
+        return {"store all": store_all(count), "recompute every 1": recompute_every(costs, 1)}
     found = {"store all": store_all(count), "invert all": invert_all(costs)}
     return found | {f"recompute every {k}": recompute_every(costs, k) for k in (1, 3, 5) if k < max(count, 2)}
 
@@ -232,6 +248,13 @@ def check(costs: Costs, schedule: Schedule) -> None:
         for i in range(run.first, run.stop):
             if costs.ops[i].inverse == float("inf"):
                 raise OptionError(f"a schedule inverts op {i} ({costs.ops[i].name})", expected="an op with an inverse")
+    for region in regions(schedule):
+        ops = costs.ops[region.first : region.stop]
+        if ops[0].region == float("inf") or (len(ops) > 1 and any(op.alone for op in ops)):
+            raise OptionError(
+                f"a schedule recomputes ops {region.first} to {region.stop - 1}",
+                expected=f"regions that do without {ops[0].name!r}, or of one op",
+            )
 
 
 def _check_span(schedule: Sequence[Node], first: int, stop: int) -> None:

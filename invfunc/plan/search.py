@@ -155,7 +155,7 @@ def _below_least(costs: Costs, budget: int, max_error: float | None, schedule: S
     found = predict(costs, schedule)
     op, limited = costs.ops[found.binds], "" if max_error is None else f" with gradient errors of {max_error:.2g}"
     return OptionError(
-        f"budget {show_bytes(budget)} is below the least possible {show_bytes(found.peak_bytes)}{limited}"
+        f"budget {show_bytes(budget)} is below the least possible {show_bytes(found.peak_bytes, math.ceil)}{limited}"
         f" (op {found.binds} {op.name!r}: {found.moment})",
         cure=f"{found.peak_bytes} bytes cost {found.seconds / costs.seconds:.3g}x the time",
     )

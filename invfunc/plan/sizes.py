@@ -17,8 +17,9 @@ from ..look.memory import StorageLedger
 from ..wires import Wire, is_differentiable, leaves
 from .costs import OpCosts
 from .executor import has_inverse
-from .inputs import copied, nbytes, realised, storages
-from .trials import Layout, Layouts, Trial, by_inverse, by_tape, forward_of, layout_of
+from .inputs import as_input, copied, nbytes, realised, storages
+from .trials import Layout, Layouts, Trial, by_inverse, by_tape, forward_of, layout_of, no_op
+from .work import LEVEL, REGION, Counts, Work
 
 
 class Books(StorageLedger):
@@ -27,13 +28,18 @@ class Books(StorageLedger):
     def __init__(self) -> None:
         super().__init__()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # real tensors, and the fake ones that stand for them
+        self.calls = self.traffic = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # fake tensors ask for each other's device all the time
             return fake_device(*args) or func(*args)
         if fake_mode() is not None and any(map(_is_real, trees.tree_leaves((args, kwargs)))):
             args, kwargs = trees.tree_map_only(Tensor, self._faked, (args, kwargs))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if not getattr(func, "is_view", False):
+            self.calls += 1
+            self.traffic += sum(map(_size, trees.tree_leaves((args, kwargs, out))))
+        return out
 
     def _faked(self, tensor: Tensor) -> Tensor:
         if not _is_real(tensor):
@@ -48,6 +54,11 @@ class Books(StorageLedger):
         """The peak since it was last taken."""
         peak, self.peak = max(self.peak, self.balance), self.balance
         return peak
+
+    def take_work(self) -> Work:
+        """The work since it was last taken."""
+        work, self.calls, self.flops, self.traffic = Work(self.calls, self.flops, self.traffic), 0, 0, 0
+        return work
 
     def run_back(self, trial: Trial) -> Back:
         """What happens while a trial runs back."""
@@ -73,11 +84,16 @@ def _is_real(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor)
 
 
+def _size(leaf: Any) -> int:
+    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
+
+
 class Sizes(NamedTuple):
-    """What an op takes, and how what it sends back lies in memory."""
+    """What an op takes, how what it sends back lies in memory, and the work of each way."""
 
     costs: OpCosts
     sends: Layouts
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -91,9 +107,11 @@ class Subject:
 
     def measured(self) -> Sizes:
         """Its bytes, way by way."""
-        found, parameters = self._try(_bytes_forward)
+        found, parameters, forward = self._try(_bytes_forward)
         found = replace(found, parameters=sum(p.numel() * p.element_size() for p in parameters))
         stored = self._try(_bytes_by_tape, found, parameters, self.layouts)
+        step = stored.counts["step"].beyond(self._try(_work_of_no_op, self.layouts, False))
+        stored = stored._replace(counts={"forward": forward, "step": step, "again": step.plus(forward).plus(REGION)})
         if not has_inverse(self.op):
             return stored
         try:
@@ -101,7 +119,8 @@ class Subject:
         except NotInvertibleError:  # its structure does not tell
             return stored
         larger = max(stored.sends.gradients, rebuilt.sends.gradients, key=_bytes_in)
-        return Sizes(rebuilt.costs, Layouts(larger, rebuilt.sends.values))
+        undone = rebuilt.counts["undone"].beyond(self._try(_work_of_no_op, self.layouts, True)).plus(LEVEL)
+        return Sizes(rebuilt.costs, Layouts(larger, rebuilt.sends.values), {**stored.counts, "undone": undone})
 
     def _rebuilt(self, found: OpCosts, parameters: list[Tensor]) -> Sizes:
         """On a trunk: y comes as the inverse of the op after makes it, or as a tail has kept it; the worse counts."""
@@ -109,7 +128,7 @@ class Subject:
         if self.layouts.values in (None, lies):
             return kept
         made, _ = self._try(_bytes_by_inverse, found, parameters, self.layouts)
-        return Sizes(_worse(made.costs, kept.costs), made.sends)
+        return made._replace(costs=_worse(made.costs, kept.costs))
 
     def _try(self, way: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -128,9 +147,10 @@ def _worse(a: OpCosts, b: OpCosts) -> OpCosts:
     return replace(a, **{name: max(getattr(a, name), getattr(b, name)) for name in names})
 
 
-def _bytes_forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor]]:
+def _bytes_forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor], Work]:
     with Books() as books:
         y, recording = forward_of(op, x)
+        work = books.take_work()
         peak, size = books.take_peak(), nbytes(y)
         given = set(map(storage_id, storages(x)))
         shared = tuple([storage.nbytes() if storage_id(storage) in given else 0 for storage in storages(y)])
@@ -139,7 +159,17 @@ def _bytes_forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor]]:
         noted = books.balance
     sizes = {"bytes": size, "gradient": gradient, "shares_output": shared, "recording": noted}
     saves = bool(recording.region.record.kinds)
-    return OpCosts(op.name, 0.0, 0.0, saves=saves, peak_forward=peak, **sizes), recording.parameters
+    return OpCosts(op.name, 0.0, 0.0, saves=saves, peak_forward=peak, **sizes), recording.parameters, work
+
+
+def _work_of_no_op(op: Invertible, x: Wire, layouts: Layouts, carried: bool) -> Work:
+    """What a trial takes where the op's output is passed through no op."""
+    with Books() as books:
+        with torch.no_grad():
+            y = as_input(op.forward(x))
+        books.take_work()
+        books.run_back(Trial(no_op, y, (), carried, layouts))
+        return books.take_work()
 
 
 def _bytes_by_tape(op: Invertible, x: Wire, found: OpCosts, parameters: list[Tensor], layouts: Layouts) -> Sizes:
@@ -147,6 +177,7 @@ def _bytes_by_tape(op: Invertible, x: Wire, found: OpCosts, parameters: list[Ten
         xs = copied(x)
         inputs, base = _watched(xs), nbytes(xs)
         books.take_peak()
+        books.take_work()
         trial = Trial(by_tape(op), xs, parameters, layouts=layouts)
         forward = books.take_peak() - base
         outputs = _watched(trial.y)
@@ -156,7 +187,7 @@ def _bytes_by_tape(op: Invertible, x: Wire, found: OpCosts, parameters: list[Ten
         back = books.run_back(trial).on(sum(held_in))
     found = replace(found, tape=tape, holds_input=held_in, holds_output=held_out, peak_taped=forward)
     found = replace(found, gradient=max(found.gradient, back.given))
-    return Sizes(replace(found, peak_backward=back.peak), back.sends)
+    return Sizes(replace(found, peak_backward=back.peak), back.sends, {"step": books.take_work()})
 
 
 def _bytes_by_inverse(
@@ -167,6 +198,7 @@ def _bytes_by_inverse(
         xs = copied(x)
         base = nbytes(xs)
         books.take_peak()
+        books.take_work()
         trial = Trial(by_inverse(op), xs, parameters, carried=True, layouts=layouts)
         forward = books.take_peak() - base
         xs = None
@@ -174,7 +206,7 @@ def _bytes_by_inverse(
         trial.y = None
         back = books.run_back(trial).on(residue)
     found = replace(found, residue=residue, peak_forward=max(found.peak_forward, forward))
-    return Sizes(replace(found, peak_inverse=back.peak), back.sends), lies
+    return Sizes(replace(found, peak_inverse=back.peak), back.sends, {"undone": books.take_work()}), lies
 
 
 def _watched(x: Wire) -> list[Callable[[], Any]]:

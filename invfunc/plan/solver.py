@@ -73,6 +73,8 @@ class Table:
     """
 
     def __init__(self, costs: Costs, budget: float, units: int, max_error: float | None = None) -> None:
+        self.second = costs.unit or 1.0
+        costs = costs.in_units()
         self.costs, self.ledger, self.budget, self.max_error = costs, Ledger(costs), budget, max_error
         self.L, self.unit = self.ledger.length, unit_for(self.ledger, budget, units)
         self.M = int(budget / self.unit + 1e-9)
@@ -92,7 +94,7 @@ class Table:
     def time(self, budget: float) -> float:
         """The least seconds of a step in ``budget`` bytes."""
         m = self._left(budget)
-        return float(self.V[HELD, self.L, 0, m]) if m >= 0 else math.inf
+        return self.second * float(self.V[HELD, self.L, 0, m]) if m >= 0 else math.inf
 
     def schedule(self, budget: float) -> Schedule:
         """The schedule that takes them."""
@@ -141,7 +143,12 @@ class Table:
     def _pass_seconds(self) -> Tensor:
         ops, L = self.costs.ops, self.L
         rows = [_filled(accumulate((op.forward for op in ops[i:]), initial=ops[i].region), L + 1)[1:] for i in range(L)]
-        return torch.tensor(rows, dtype=TIME)
+        found = torch.tensor(rows, dtype=TIME)
+        for i in (i for i, op in enumerate(ops) if op.alone):
+            found[i, 1:] = math.inf  # a region that begins with it, and those that it ends or lies in
+            for first in range(i):
+                found[first, i - first :] = math.inf
+        return found
 
     def _rest(self, i: int, j: int) -> Tensor:
         """``[r, 0, k - i - 1]``: the time of what follows each beginning of a stretch."""

@@ -249,9 +249,20 @@ def forward_of(op: Invertible, x: Wire) -> tuple[Wire, Forward]:
     region = Region(op.forward, lambda tensors: tensors, None, conditions_of(op.functions), Options())
     with torch.enable_grad():
         y = region.run((map_wire(_as_result, roots),), [], op.functions)
+    return map_wire(_detached, y), Forward(closed_over(y, roots), region)
+
+
+def with_graph(op: Invertible, x: Wire) -> tuple[Wire, Wire]:
+    """An op's output with its graph, as plain autograd makes it, and the roots of that."""
+    roots = map_wire(_as_root, x)
+    with torch.enable_grad():
+        return op.forward(roots), roots
+
+
+def closed_over(y: Wire, roots: Wire) -> list[Tensor]:
+    """The leaves that an output depends on beside its roots."""
     ends = [leaf for leaf in leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    parameters = graph_leaves(ends, {id(leaf) for leaf in leaves(roots)})
-    return map_wire(_detached, y), Forward(parameters, region)
+    return graph_leaves(ends, {id(leaf) for leaf in leaves(roots)})
 
 
 def _as_result(leaf: Any) -> Any:
@@ -269,12 +280,19 @@ def parameters_of(op: Invertible, x: Wire) -> list[Tensor]:
 
 @contextmanager
 def untouched(*ops: Invertible) -> Iterator[None]:
-    """Leave no trace: buffers, such as running statistics, and the random numbers to come are as before."""
+    """Leave no trace: buffers, such as running statistics, attributes and the random numbers to come are as before."""
     modules = [module for op in ops for module in Parts(op.functions).roots]
     buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
     before = [b.clone() for b in buffers]
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        yield
+    tables = [t for module in modules for m in module.modules() for t in (m.__dict__, m.__dict__["_buffers"])]
+    entries = [table.copy() for table in tables]
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        for table, entry in zip(tables, entries, strict=True):  # a cache, say, that was made of fake tensors
+            table.clear()
+            table.update(entry)
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..checkpoint import checkpoint
+from ..checkpoint import Checkpointed, checkpoint
 from ..core.op import Invertible, lift
+from ..engine.interface import Options
 from ..errors import OptionError
+from ..functions import CheckpointedFunction
 from ..look.memory import measure
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from . import report
@@ -24,8 +26,19 @@ from .clock import least_seconds
 from .costs import Costs, parse_bytes, show_bytes
 from .executor import Planned, flat_ops, grouped
 from .inputs import is_real
+from .model import Blocks, function_of, planned_as, with_blocks, with_forward
 from .profiling import bytes_only, key_of, mean_square, profile, shape_key
-from .schedule import Prediction, Schedule, check, fixed_schedules, from_data, predict, recompute_every, to_data
+from .schedule import (
+    Prediction,
+    Recompute,
+    Schedule,
+    check,
+    fixed_schedules,
+    from_data,
+    predict,
+    recompute_every,
+    to_data,
+)
 from .search import Limits, Point, best, curve_of
 from .sweeps import relative
 from .trials import Loss, parameters_of, untouched
@@ -66,7 +79,7 @@ class Plan:
     schedule: Schedule
     costs: Costs
     limits: Limits = Limits()
-    f: Invertible | None = field(default=None, compare=False, repr=False)
+    f: Invertible | Callable[..., Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check(self.costs, self.schedule)
@@ -116,7 +129,7 @@ class Plan:
         """The fixed strategies, for comparison."""
         return {name: predict(self.costs, schedule) for name, schedule in fixed_schedules(self.costs).items()}
 
-    def verify(self, x: Wire, f: Invertible | None = None, loss: Loss = mean_square) -> Verified:
+    def verify(self, x: Wire, f: Invertible | Callable[..., Any] | None = None, loss: Loss = mean_square) -> Verified:
         """Run a plain and a planned step on a batch and compare.
 
         Args:
@@ -127,34 +140,58 @@ class Plan:
         Returns:
             The gradient error of the worst tensor, the measured peak, and the time over plain.
         """
-        op = self.f if f is None else f
-        if op is None:
+        given = self.f if f is None else f
+        if given is None:
             raise OptionError("plan.verify: the plan was made from costs alone", cure="pass the op: plan.verify(x, f)")
-        x, fast = _leaves(x), checkpoint(op, plan=self)
+        x, fast, op = _leaves(x), checkpoint(given, plan=self), lift(given)
         with untouched(op):
             weights = parameters_of(op, x)
             exact, found = (gradients(g, x, loss, weights) for g in (op, fast))
             peak = peak_of_step(fast, x, loss, weights)
-            plain, planned = (least_seconds(partial(gradients, g, x, loss, weights), 3, x) for g in (op, fast))
+            plain, planned = least_seconds([partial(gradients, g, x, loss, weights) for g in (op, fast)], 3, x)
         return Verified(distance(found, exact), peak, planned / plain)
 
     # ---- what it is for ----
 
-    def applied_to(self, f: Invertible | Callable[..., Any]) -> Planned:
-        """The op with its plan, to be lowered by `invfunc.checkpoint`.
+    def lowered(self, f: Invertible | Callable[..., Any], options: Options) -> Any:
+        """What ``checkpoint(f, plan=plan)`` returns: an op for an op, and a module of the same parameters for a module.
 
         Raises:
-            OptionError: When the plan is for another op.
+            OptionError: When the plan is for another one.
         """
-        op = lift(f)
+        found = planned_as(f)
+        if isinstance(found, Blocks):
+            return self._in_blocks(found, options)
+        op = Checkpointed(self._applied_to(found), options)
+        return with_forward(f, op) if isinstance(f, nn.Module) else op
+
+    def _in_blocks(self, blocks: Blocks, options: Options) -> nn.Module:
+        """A model whose blocks are stored or run again; in the costs, its ends stand around them."""
+        got, again = " > ".join(blocks.names), self._run_again()
+        if self.costs.key[:1] != (got,):
+            raise self._is_for_another((*self.costs.key, "another op")[0], got)
+
+        def lower(i: int, block: nn.Module) -> nn.Module:
+            return with_forward(block, CheckpointedFunction(function_of(block), options)) if again[i] else block
+
+        return with_blocks(blocks, lower)
+
+    def _run_again(self) -> list[bool]:
+        """Of each block, whether it runs again."""
+        ways = [isinstance(node, Recompute) for node in self.schedule[1:-1]]
+        return [way for way, op in zip(ways, self.costs.ops[1:-1], strict=True) for _ in range(op.parts)]
+
+    def _applied_to(self, op: Invertible) -> Planned:
         ops, count = flat_ops(op), sum(c.parts for c in self.costs.ops)
         expected = self.costs.key[0] if self.costs.key else f"{count} ops"
         got = key_of(op, ())[0] if self.costs.key else f"{len(ops)} ops"
         if len(ops) != count or expected != got:
-            raise OptionError(
-                "this plan is for another op", expected=expected, got=got, cure="plan again: inv.plan(f, x, ...)"
-            )
+            raise self._is_for_another(expected, got)
         return Planned(op, self, grouped(ops, [c.parts for c in self.costs.ops]))
+
+    def _is_for_another(self, expected: str, got: str) -> OptionError:
+        cure = "plan again: inv.plan(f, x, ...)"
+        return OptionError("this plan is for another op", expected=expected, got=got, cure=cure)
 
     def check_shape(self, ops: tuple[Invertible, ...], x: Wire) -> None:
         """Warn when an input of another shape than the planned one will take more than the budget."""
@@ -269,7 +306,8 @@ def plan(
     gradient error. ``max_error`` may be added to either.
 
     Args:
-        f: A chain of ops, or the `Costs` of one.
+        f: A chain of ops, or the `Costs` of one. Or a model as it is: an `nn.Sequential` is a chain of its children; of
+            another one with an `nn.ModuleList` of blocks, each block is stored or run again, and the rest is stored.
         x: An input, real or fake, or its shape; none with costs.
         budget: The most memory of a step, in bytes or as ``"2GiB"``, beside the input, the parameters and the
             ``grad`` of both. The output counts: the caller is taken to hold it until backward is through.
@@ -279,10 +317,12 @@ def plan(
         loss: What turns the output into a number.
 
     Returns:
-        A frozen `Plan`; print it, and hand it to ``invfunc.checkpoint(f, plan=plan)``.
+        A frozen `Plan`; print it, and hand it to ``invfunc.checkpoint(f, plan=plan)``, which makes an op of an op, and
+        of a model another one with the same parameters.
 
     Raises:
         OptionError: When nothing or everything is limited, or the limits can not be met; the message says what can.
+            When a model has no blocks, or they are no chain.
 
     Example:
         >>> import torch, invfunc as inv
@@ -292,6 +332,8 @@ def plan(
         >>> inv.checkpoint(f, plan=plan)(torch.randn(512, 16)).sum().backward()
 
     Limits:
+        Of a model's blocks no two are one region, since a loop that is not seen lies between them; write the model as
+        a chain where memory is short. Of several lists, the one with the most parameters is planned.
         Bytes and seconds are those of a plan that runs as written. Under ``torch.compile`` values and gradients are the
         same, but a region that is run again keeps its whole tape meanwhile, whatever the plan has chosen inside.
 
@@ -304,10 +346,10 @@ def plan(
         return Plan(best(f, limits), f, limits)
     if x is None:
         raise OptionError("plan: no input", expected="plan(f, x, ...), or plan(costs, ...)", cure="x may be a shape")
-    op, by_error = lift(f), max_error is not None or (budget is not None and max_time is not None)
-    costs = profile(op, x, loss=loss, errors=by_error)
-    found = Plan(best(costs, limits), costs, limits, op)
-    return verified(found, op, _leaves(x), loss) if max_error is not None and is_real(x) else found
+    by_error = max_error is not None or (budget is not None and max_time is not None)
+    costs = profile(f, x, loss=loss, errors=by_error)
+    found = Plan(best(costs, limits), costs, limits, f)
+    return verified(found, lift(f), _leaves(x), loss) if max_error is not None and found.error and is_real(x) else found
 
 
 def _check_limits(limits: Limits) -> None:

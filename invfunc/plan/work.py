@@ -1,0 +1,168 @@
+"""Work: what an op asks of a machine, counted and not timed; and seconds that are read against it.
+
+Rule 6 of NOTE [Profile].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+Seconds = dict[str, float]
+
+
+class Work(NamedTuple):
+    """Calls of kernels, floating point operations, and bytes that are read and written."""
+
+    calls: float = 0
+    flops: float = 0
+    traffic: float = 0
+
+    def plus(self, other: Work) -> Work:
+        """Both, one after the other."""
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def beyond(self, other: Work) -> Work:
+        """What it is more than another."""
+        return Work(*(max(a - b, 0) for a, b in zip(self, other, strict=True)))
+
+    def seconds(self, rates: Rates) -> float:
+        """How long it takes at these rates."""
+        return self.calls * rates.call + self.flops / rates.flops + self.traffic / rates.traffic
+
+
+class Rates(NamedTuple):
+    """Seconds of a call; operations and bytes in a second. What counts is how they stand to each other."""
+
+    call: float
+    flops: float
+    traffic: float
+
+
+CPU, ACCELERATOR = Rates(4e-6, 110e9, 16e9), Rates(5e-6, 60e12, 3e12)
+REGION = Work(calls=30)  # what Python does to begin a region, and to call it up again
+LEVEL = Work(calls=10)  # what it does to undo an op
+
+Counts = Mapping[str, Work]  # of each way that an op has
+
+TICK, MOMENT = 0.02, 50e-6  # of a plain step, and seconds: what is not told from noise, and decides little
+FACTOR = 3.0  # how far seconds may be from what is counted, and still say the same
+
+
+Factors = dict[str, float]  # of each way: how many times longer than counted it takes; 1.0 where that is not known
+
+
+class Reading(NamedTuple):
+    """Seconds of one kind of op, and how well they are known.
+
+    Attributes:
+        seconds: Of each way.
+        factors: How many times longer than counted a step takes, and each other way beside a step.
+        doubt: Seconds between what was timed and what is said here, in the way in which they differ most.
+        is_expected: Whether the factors are those that were known before.
+    """
+
+    seconds: Seconds
+    factors: Factors
+    doubt: float
+    is_expected: bool
+
+    @property
+    def off(self) -> float:
+        """The factor that is farthest from 1."""
+        return max(self.factors.values(), key=lambda factor: abs(math.log(factor)))
+
+
+def read(
+    timed: Mapping[Hashable, Seconds],
+    counts: Mapping[Hashable, Counts],
+    kinds: Sequence[Hashable],
+    rates: Rates,
+    known: Mapping[Hashable, Factors],
+) -> dict[Hashable, Reading]:
+    """Seconds of each kind of op: what is counted, in the machine's own measure, unless what was timed contradicts.
+
+    Work is the same in every profile, and noise is not. So seconds that tell the same as the counts, within a factor of
+    3, are those that are counted; what tells something else (a solver that has no formula, a slow kernel) is believed,
+    to a factor of the square root of 3.
+
+    Args:
+        timed: The least seconds of each way of each kind.
+        counts: Its work.
+        kinds: The kind of each op of the chain, in order.
+        rates: Those of the device.
+        known: What earlier readings have found, which is asked as the counts are.
+    """
+    expected = {kind: _expected(counts[kind], rates) for kind in timed}
+    steps = {kind: known.get(kind, {}).get("step", 1.0) * expected[kind]["step"] for kind in timed}
+    scale = _weighted_median(sorted((timed[k]["step"] / steps[k], steps[k]) for k in kinds if steps[k]))
+    scale = scale if scale > 0 else 1.0  # shorter than a trial of no op
+    tick = max(TICK * scale * sum(steps[kind] for kind in kinds), MOMENT)
+    return {
+        kind: _read(timed[kind], {w: scale * s for w, s in expected[kind].items()}, tick, known.get(kind, {}))
+        for kind in timed
+    }
+
+
+def _expected(counts: Counts, rates: Rates) -> Seconds:
+    """What is counted as seconds: no way takes less than a step, but for forward."""
+    found = {way: work.seconds(rates) for way, work in counts.items()}
+    return {way: s if way == "forward" else max(s, found["step"]) for way, s in found.items()}
+
+
+def _read(timed: Seconds, expected: Seconds, tick: float, known: Factors) -> Reading:
+    """A step is compared with other steps; its other ways with a step."""
+    timed = timed | {"forward": min(timed["forward"], timed["step"])}
+    factors = {"step": _believed(timed["step"], expected["step"], tick, known.get("step", 1.0))}
+    step = {way: factors["step"] * s for way, s in expected.items()}
+    factors |= {way: _believed(timed[way], step[way], tick, known.get(way, 1.0)) for way in step if way != "step"}
+    seconds = {way: (factors[way] if way != "step" else 1.0) * step[way] for way in step}
+    doubt = max(abs(_extra(timed, way) - _extra(seconds, way)) for way in seconds)
+    return Reading(seconds, factors, doubt, all(known.get(way, 1.0) == factor for way, factor in factors.items()))
+
+
+def _extra(seconds: Seconds, way: str) -> float:
+    """What a way takes beyond a step; of a step, all."""
+    return seconds[way] - seconds["step"] * (way != "step")
+
+
+def _believed(timed: float, expected: float, tick: float, known: float) -> float:
+    """How many times longer than expected something is taken to be: what is known, or between powers of `FACTOR`."""
+    if abs(timed - known * expected) <= tick or min(timed, expected) <= 0:
+        return known
+    if abs(math.log(timed / (known * expected), FACTOR)) < (
+        1 if known == 1 else 2
+    ):  # what is known was believed already
+        return known
+    powers = math.log(timed / expected, FACTOR)
+    return 1.0 if abs(powers) < 1 else FACTOR ** (math.trunc(powers) + math.copysign(0.5, powers))
+
+
+def costs_in(seconds: Seconds, unit: float) -> Seconds:
+    """The seconds of `OpCosts`: none is negative, and nothing is faster than a plain step."""
+    step = whole(seconds["step"], unit)
+    forward = min(whole(seconds["forward"], unit), step)
+    region = max(whole(seconds["again"], unit) - step - forward, 0.0)
+    undone = max(whole(seconds["undone"], unit), step) if "undone" in seconds else math.inf
+    return {"forward": forward, "backward": step - forward, "inverse": undone - forward, "region": region}
+
+
+def unit_of(plain: float) -> float:
+    """A unit for seconds, so fine that it decides nothing; in whole numbers of it like ops tie on any machine."""
+    return plain / 2**18 if plain > 0 else 1.0
+
+
+def whole(seconds: float, unit: float) -> float:
+    """Seconds as so many units."""
+    return round(seconds / unit) * unit
+
+
+def _weighted_median(pairs: Sequence[tuple[float, float]]) -> float:
+    """The median of sorted values with their weights."""
+    half, total = sum(weight for _, weight in pairs) / 2, 0.0
+    for value, weight in pairs:
+        total += weight
+        if total >= half:
+            return value
+    return 0.0

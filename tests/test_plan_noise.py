@@ -1,0 +1,225 @@
+"""Plans on a busy machine: what noise can not do, whatever the clock says."""
+
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from kit import assert_refused
+from planning_chains import demo, given_seconds, make_op, mlp
+from torch import nn
+
+import invfunc as inv
+from invfunc.errors import OptionError
+from invfunc.plan import Costs, OpCosts, Plan, Recompute, Store
+from invfunc.plan import profile as real_profile
+from invfunc.plan.costs import parse_bytes
+from invfunc.plan.profiling import Profiler
+from invfunc.plan.schedule import fixed_schedules, predict, store_all
+from invfunc.plan.search import least
+from invfunc.plan.work import Rates, Work, costs_in, read, unit_of
+
+SPIKES = (1.0, 1.1, 1.3, 2.0, 20.0)  # what a busy machine makes of a second
+
+
+def busy(seed):
+    """A clock on a busy machine: every reading is longer by another factor."""
+    noise = random.Random(seed)
+
+    def clock(*args):
+        y, found = given_seconds(*args)
+        return y, {name: seconds * noise.choice(SPIKES) for name, seconds in found.items()}
+
+    return clock
+
+
+def couplings(depth=6, width=64):
+    torch.manual_seed(0)
+    f = [inv.couple(mlp(width // 2), mlp(width // 2)) for _ in range(depth)]
+    return inv.chain(inv.split(2), *f, inv.concat(2))
+
+
+def peak(costs):
+    return predict(costs, store_all(len(costs.ops))).peak_bytes
+
+
+# ---- costs that can not be -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ({"forward": -1.0}, "op 'op': forward is -1.0 s, expected 0.0 or more"),
+        ({"backward": -0.5}, "op 'op': backward is -0.5 s, expected 0.0 or more"),
+        ({"region": -0.5}, "op 'op': region is -0.5 s, expected 0.0 or more"),
+        ({"region": math.nan}, "op 'op': region is nan s, expected 0.0 or more"),
+        ({"inverse": 1.9}, "op 'op': inverse is 1.9 s, expected 2.0 or more"),
+    ],
+)
+def test_costs_that_promise_less_than_plain_training_are_refused(seconds, message):
+    assert_refused(OptionError, message, lambda: OpCosts("op", **{"forward": 1.0, "backward": 2.0} | seconds))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_clock_makes_a_plan_faster_than_plain_training(seed):
+    """Not even one that says anything at all."""
+    noise = random.Random(seed)
+
+    def wild(op, x, invertible, again):
+        y, found = given_seconds(op, x, invertible, again)
+        return y, {name: noise.choice([0.0, 1e-9, 1e-3, 1.0, 1e3]) for name in found}  # less than no op, too
+
+    costs = Profiler(clock=wild).costs(couplings(3), (64, 64))
+    for op in costs.ops:
+        assert min(op.forward, op.backward, op.region, op.inverse - op.backward) >= 0
+    for schedule in [*fixed_schedules(costs).values(), least(costs)]:
+        assert Plan(schedule, costs).time >= 1
+    assert inv.plan(costs, budget=peak(costs) // 2).time >= 1
+
+
+def test_seconds_are_whole_numbers_of_a_unit_so_that_like_ops_tie():
+    unit = unit_of(0.1)
+    found = costs_in({"forward": 0.0123, "step": 0.0345, "again": 0.05, "undone": 0.0001}, unit)
+    assert all(seconds / unit == pytest.approx(round(seconds / unit)) for seconds in found.values())
+    assert found["inverse"] == found["backward"]
+    costs = Costs((OpCosts("op", **found),), unit=unit)
+    assert costs.in_units().ops[0].forward == round(found["forward"] / unit)
+    assert Costs.from_json(costs.to_json()) == costs
+
+
+# ---- plans that agree ------------------------------------------------------------------------------------------------
+
+
+def test_halves_and_layers_of_one_kind_share_one_cost():
+    torch.manual_seed(0)
+    costs = Profiler(clock=busy(0)).costs(couplings(), (2048, 64))
+    seconds = {(op.forward, op.backward, op.inverse, op.region) for op in costs.ops[1:-1]}
+    assert len(costs.ops) == 13 and len(seconds) == 1  # but for the first, whose input needs no gradient
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5, 0.35, 0.25])
+def test_plans_on_a_busy_machine_agree(share):
+    found = []
+    for seed in range(6):
+        costs = Profiler(clock=busy(seed)).costs(couplings(), (2048, 64))
+        found.append(inv.plan(costs, budget=int(share * peak(costs))))
+    assert {plan.modes for plan in found} == {found[0].modes}
+    assert [plan.time for plan in found] == pytest.approx([found[0].time] * 6)
+
+
+def test_what_was_found_once_stands_in_the_next_profile():
+    """A kernel that is slower than its bytes say, near the factor from which on that is believed."""
+    counts = {"a": {way: Work(0, 1, 0) for way in ("forward", "step", "again")} | {"step": Work(0, 2, 0)}}
+    counts |= {"b": counts["a"]}
+    clock = {"a": {"forward": 1.0, "step": 2.0, "again": 3.0}}
+    known = {}
+    for slow in (3.1, 2.9, 3.2, 2.8):
+        timed = clock | {"b": {way: slow * seconds for way, seconds in clock["a"].items()}}
+        readings = read(timed, counts, ["a"] * 9 + ["b"], Rates(1.0, 1.0, 1.0), known)
+        known = {kind: reading.factors for kind, reading in readings.items()}
+        assert readings["b"].seconds["step"] == pytest.approx(2 * 3**1.5)
+    assert not readings["b"].doubt == 0 and readings["a"].off == 1
+
+
+def test_plans_made_beside_busy_processes_agree():
+    f = couplings(4, 128)
+    loop = [sys.executable, "-c", "while True: sum(range(10000))"]
+    processes = [subprocess.Popen(loop) for _ in range(2)]
+    try:
+        plans = [inv.plan(f, (1024, 128), budget="12MiB") for _ in range(2)]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert plans[0].modes == plans[1].modes
+    assert min(plan.time for plan in plans) >= 1
+
+
+def test_timing_leaves_the_number_of_threads():
+    before = torch.get_num_threads()
+    seen = []
+
+    def clock(*args):
+        seen.append(torch.get_num_threads())
+        return given_seconds(*args)
+
+    torch.set_num_threads(2)
+    try:
+        Profiler(clock=clock).costs(couplings(1), (8, 64))
+        assert torch.get_num_threads() == 2 and set(seen) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+class Cached(nn.Module):
+    """It makes a table in its first call, and keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.table = None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.ones(16)
+        return self.linear(x) * self.table
+
+
+BYTES = [
+    name
+    for name in OpCosts.__dataclass_fields__
+    if name not in ("forward", "backward", "inverse", "region", "off", "doubt")
+]
+
+
+@pytest.mark.parametrize(
+    "kind", ["couple", "affine", "closure", "exp", "flip", "noisy", "lossy", "cached", "recurrent"]
+)
+def test_two_profiles_of_one_op_agree_on_bytes(kind):
+    torch.manual_seed(0)
+    made = {"cached": Cached, "recurrent": lambda: Recurrent(16)}.get(kind, lambda: make_op(kind, 16))
+    f = inv.chain(*[made() for _ in range(3)])
+    a, b = (real_profile(f, (32, 16), repeats=1) for _ in range(2))
+    for name in BYTES:
+        assert [getattr(op, name) for op in a.ops] == [getattr(op, name) for op in b.ops], name
+    assert (a.input_bytes, a.loss_bytes, a.key) == (b.input_bytes, b.loss_bytes, b.key)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer whose weights lie in one block of memory."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.GRU(width, width)
+
+    def forward(self, x):
+        return self.layer(x[None])[0][0]
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 8, 8), (37, 1, 8, 8)])
+def test_a_least_budget_that_was_named_is_accepted(shape):
+    f = demo(4, torch.float64)
+    with pytest.raises(OptionError, match="is below the least possible") as caught:
+        inv.plan(f, shape, budget="1kB")
+    words = str(caught.value).split("least possible ")[1].split(" (")[0], str(caught.value).split("; ")[1].split(" ")[0]
+    for budget in (words[0], int(words[1])):
+        assert inv.plan(f, shape, budget=budget).peak_bytes <= parse_bytes(budget)
+    first = str(inv.plan(f, shape, max_time=1.5)).split("curve    ")[1].split(" ")
+    assert inv.plan(f, shape, budget=f"{first[0]} {first[1]}").time >= 1
+
+
+# ---- what the report says --------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_how_sure_it_is():
+    op = OpCosts("op", 1.0, 2.0, 3.0, bytes=1000, tape=4000, doubt=0.3)
+    slow = OpCosts("solve", 1.0, 2.0, 3.0, bytes=1000, tape=4000, off=5.2)
+    plan = Plan((Store(0), Recompute(1, (Store(1),)), Store(2)), Costs((op, op, slow), 1000))
+    assert "sure     give or take 0.03x; what was timed is" in str(plan)
+    assert "but for solve (5.2 times)" in str(plan)
+    assert "sure" not in str(Plan((Store(0),), Costs((OpCosts("op", 1.0, 2.0, bytes=10),))))
