@@ -9,8 +9,9 @@ def declare_torchvision() -> None:
     A build of torchvision for another build of torch does not load them, and can not be imported then.
     """
     library = torch.library.Library("torchvision", "FRAGMENT")
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in "nms", "qnms":
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     KEPT.append(library)
 
 
