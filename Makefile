@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz torch-oldest lint exact parity flow-peers bench bench-quick docs package clean
+.PHONY: setup demo test fuzz torch-oldest stack lint exact parity flow-peers bench bench-quick docs package clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m invfunc
+	$(BIN)/python -m invfunc demo
 
 test: setup
 	$(BIN)/python -m pytest -n auto
@@ -43,6 +43,17 @@ $(OLD)/.stamp: Makefile pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLD)
 	grep -viE '^(torch|setuptools|cuda-|nvidia-)' constraints.txt > $(OLD)/constraints.txt
 	PIP_CONSTRAINT=$(OLD)/constraints.txt $(OLD)/bin/python -m pip install --quiet torch==$(OLDEST) -e '.[demo,dev,docs]'
+	touch $@
+
+# Models, trainers and flows of other packages, which tests/stack holds to what they do without us.
+STACK := build/stack
+
+stack: $(STACK)/.stamp
+	$(STACK)/bin/python -m pytest tests/stack
+
+$(STACK)/.stamp: Makefile pyproject.toml tests/stack/requirements.txt
+	$(PYTHON) -m venv $(STACK)
+	PIP_CONSTRAINT= $(STACK)/bin/python -m pip install --quiet -r tests/stack/requirements.txt -e .
 	touch $@
 
 lint: setup

@@ -1,8 +1,8 @@
-"""``python -m invfunc --distributed ddp|fsdp``: the demo's network on several ranks, against one process.
+"""``python -m invfunc demo --distributed ddp|fsdp``: the demo's network on several ranks, against one process.
 
-It starts its ranks itself, on this machine; under ``torchrun -m invfunc --distributed ddp`` it is one of those that
-were started. Every rank trains on its share of each batch; the first one then trains alone on the whole batches, and
-tells how far the two are apart, and what each rank held at its peak beside what `invfunc.plan.simulate` predicts.
+It starts its ranks itself, on this machine; under ``torchrun -m invfunc demo --distributed ddp`` it is one of those
+that were started. Every rank trains on its share of each batch; the first one then trains alone on the whole batches,
+and tells how far the two are apart, and what each rank held at its peak beside what `invfunc.plan.simulate` predicts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from . import nn as inn
-from .__main__ import RATE, Images, Refusal, Setting, batches, data, network
 from ._torch import outside_modes
+from .commands.demo import RATE, Images, Setting, batches, data, network
+from .commands.shell import Refusal
 from .look.memory import measure
 from .plan import simulate
 
@@ -55,7 +56,9 @@ def run(job: Job, ranks: int) -> int:
         raise Refusal(f"--batch {job.setting.batch} can not be shared evenly by {ranks} ranks")
     if "RANK" not in os.environ:
         alone = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        return subprocess.call([*alone, "-m", "invfunc", *job.arguments()], env={"OMP_NUM_THREADS": "1", **os.environ})
+        return subprocess.call(
+            [*alone, "-m", "invfunc", "demo", *job.arguments()], env={"OMP_NUM_THREADS": "1", **os.environ}
+        )
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:

@@ -8,17 +8,16 @@ other, and what it adds to memory is one vector.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Size, Tensor
-from torch.distributions import Transform, constraints
+from torch import Tensor
 
 from .checkpoint import Wrapper
 from .core.combine import Parallel, Plumbing, check_components, parallel
-from .core.couple import DerivedLaw, Half, InverseLaw, Law, sum_per_sample
+from .core.couple import DerivedLaw, Half, InverseLaw, Law
 from .core.op import (
     VJP,
     Again,
@@ -32,12 +31,11 @@ from .core.op import (
     Residue,
     chain,
     invert,
+    name_of,
     one_way,
-    pair,
 )
-from .debug import checking, require
-from .errors import NotDifferentiableError, NotInvertibleError, OptionError, WireError, place_error
-from .wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested
+from .errors import NotDifferentiableError, OptionError, WireError, place_error
+from .wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested, spread
 
 Rule: TypeAlias = Callable[[Wire, Wire], Any]  # (x, y) -> log|det J|: a tensor (batch,), or a number for all
 
@@ -128,6 +126,82 @@ def _first_leaf(x: Wire) -> Tensor:
     return found
 
 
+# ---- a primitive that tells both ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class Joint(Pair):
+    """A primitive that can tell value and log-determinant in one call; built by `log_det_pair`."""
+
+    both: tuple[Callable[..., Any], Callable[..., Any]] = field(kw_only=True)  # of forward, and of the inverse
+    sees_condition: bool = field(default=False, kw_only=True)  # its functions take one after x; see `given`
+
+    @cached_property
+    def functions(self) -> tuple[Callable[..., Any], ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (self.forward_fn, self.inverse_fn, *self.both)
+
+
+def log_det_pair(forward: Callable[..., Any], inverse: Callable[..., Any], *, name: str | None = None) -> Invertible:
+    r"""A primitive from two functions that each return their log-determinant beside the value, in one call.
+
+    .. math:: forward(x) = (y,\; \log|\det J_f(x)|), \qquad inverse(y) = (x,\; \log|\det J_{f^{-1}}(y)|)
+
+    This is how nflows, normflows and FrEIA write a layer; `from_transform` wraps theirs, and whole networks of them.
+
+    Args:
+        forward: ``x -> (y, log_det)``. A tuple wire arrives as positional arguments and is returned as a tuple.
+        inverse: ``y -> (x, log_det)`` with the log-determinant of the inverse: the negative one of forward.
+        name: What ``repr`` and error messages show.
+
+    Shapes:
+        ``log_det``: (N,), one number for each element of the batch (dim 0), or one number for all of them.
+
+    Cost:
+        As `pair`: lowered, nothing of the size of an activation is kept; backward calls ``inverse`` once and
+        ``forward`` once. With its log-determinant (`with_log_det`, `flow`) it costs no further call. Wrap layers, not a
+        whole network: what is inside of one pair is rebuilt, and held, at once.
+
+    Raises:
+        WireError: When a function does not return ``(value, log_det)``.
+
+    Limits:
+        As of `pair`: nothing proves that ``inverse`` undoes ``forward``. `invfunc.testing.check_laws` tests it.
+
+    Example:
+        >>> import invfunc as inv
+        >>> op = inv.ops.log_det_pair(lambda x: (x.exp(), x.sum(1)), lambda y: (y.log(), -y.log().sum(1)))
+        >>> inv.log_det(op, torch.zeros(2, 3))
+        (tensor([[1., 1., 1.],
+                [1., 1., 1.]]), tensor([0., 0.]))
+    """
+    return joint(forward, inverse, name or f"log_det_pair({name_of(forward)}, {name_of(inverse)})")
+
+
+def joint(
+    forward: Callable[..., Any], inverse: Callable[..., Any], label: str, sees_condition: bool = False
+) -> Invertible:
+    """`log_det_pair`, of functions that may take a condition after x."""
+    values, both = (partial(_value, forward, label), partial(_value, inverse, label)), (forward, inverse)
+    rule = partial(_second, forward, label)
+    return Joint(*values, log_det_fn=rule, label=label, both=both, sees_condition=sees_condition)
+
+
+def _value(fn: Callable[..., Any], label: str, *x: Wire) -> Wire:
+    return told(fn, label, x)[0]
+
+
+def _second(fn: Callable[..., Any], label: str, x: Wire, y: Wire) -> Any:
+    return told(fn, label, x if isinstance(x, tuple) else (x,))[1]
+
+
+def told(fn: Callable[..., Any], label: str, x: tuple[Wire, ...]) -> tuple[Wire, Any]:
+    """What a function tells: ``(value, log_det)``."""
+    found = spread(fn, x, label)
+    if isinstance(found, tuple) and len(found) == 2:
+        return found
+    raise WireError(f"{label} returned {describe(found)}", expected="(value, log_det)")
+
+
 # ---- the walk ----------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +214,11 @@ def lifted(op: Invertible, exact: str | None) -> Invertible:
 @lifted.register
 def _(op: Pair, exact: str | None) -> Invertible:
     return Counting(op, op.log_det_fn or _autodiff(op, exact))
+
+
+@lifted.register
+def _(op: Joint, exact: str | None) -> Invertible:
+    return CountingJoint(op, op.both[0])
 
 
 @lifted.register
@@ -270,13 +349,13 @@ class Counting(Invertible):
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         x, total = _checked(x)
-        y, residue = self.op.forward_with_residue(x)
-        return (y, total + self._by_rule(x, y).to(total.dtype)), residue
+        y, residue, added = self._forward(x)
+        return (y, total + added.to(total.dtype)), residue
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
         y, total = _checked(y)
-        x = self.op.inverse_with_residue(residue, y)
-        return x, total - self._by_rule(x, y).to(total.dtype)
+        x, taken = self._inverse(residue, y)
+        return x, total - taken.to(total.dtype)
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """The rule is evaluated once: its value undoes the total, and its vjp joins that of the op."""
@@ -296,18 +375,28 @@ class Counting(Invertible):
 
     def _of(self, is_tuple: bool, *x: Wire) -> tuple[Wire, Tensor]:
         """``x -> (y, log|det J|)``, of a wire that arrives as positional arguments."""
-        wire = x if is_tuple else x[0]
-        y = self.op.forward_with_residue(wire)[0]
-        return y, self._by_rule(wire, y)
+        y, _, added = self._forward(x if is_tuple else x[0])
+        return y, added
 
-    def _by_rule(self, x: Wire, y: Wire) -> Tensor:
-        found, batch = self.rule(x, y), _first_leaf(x).shape[:1]
-        if isinstance(found, (int, float)):  # the same for every element
-            return zeros_for(x) + found
-        if not isinstance(found, Tensor) or found.shape != batch:
+    def _forward(self, x: Wire) -> tuple[Wire, Residue, Tensor]:
+        """``x -> (y, residue, log|det J|)``."""
+        y, residue = self.op.forward_with_residue(x)
+        return y, residue, self._per_sample(self.rule(x, y), x)
+
+    def _inverse(self, residue: Residue, y: Wire) -> tuple[Wire, Tensor]:
+        """``y -> (x, log|det J|)``, still that of forward."""
+        x = self.op.inverse_with_residue(residue, y)
+        return x, self._per_sample(self.rule(x, y), x)
+
+    def _per_sample(self, found: Any, x: Wire) -> Tensor:
+        """A log-determinant, checked; a plain number holds for every element of the batch."""
+        first = _first_leaf(x)
+        if isinstance(found, (int, float)):
+            return first.new_full(first.shape[:1], found)
+        if not isinstance(found, Tensor) or found.shape != first.shape[:1]:
             raise WireError(
                 f"log_det of {self.op!r} returned {describe(found)}",
-                expected=f"{tuple(batch)}, one number for each element of the batch",
+                expected=f"{tuple(first.shape[:1])}, one number for each element of the batch",
             )
         return found
 
@@ -324,6 +413,29 @@ class Counting(Invertible):
 
     def __repr__(self) -> str:
         return f"with_log_det({self.op!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class CountingJoint(Counting):
+    """A `Joint` on ``(x, total)``: one call tells both."""
+
+    op: Joint  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _forward(self, x: Wire) -> tuple[Wire, Residue, Tensor]:
+        y, added = self._told(0, x)
+        return y, None, self._per_sample(added, x)
+
+    def _inverse(self, residue: Residue, y: Wire) -> tuple[Wire, Tensor]:
+        x, added = self._told(1, y)
+        return x, -self._per_sample(added, x)
+
+    def _told(self, way: int, x: Wire) -> tuple[Wire, Any]:
+        return told(self.op.both[way], repr(self.op), x if isinstance(x, tuple) else (x,))
+
+    def _per_sample(self, found: Any, x: Wire) -> Tensor:
+        """A tensor of one number holds for all, too: so do normflows and nflows say it of their linear layers."""
+        is_one = isinstance(found, Tensor) and not found.dim()
+        return super()._per_sample(found.expand(_first_leaf(x).shape[:1]) if is_one else found, x)
 
 
 def _autodiff(op: Invertible, exact: str | None) -> Rule:
@@ -381,160 +493,3 @@ def _square(op: Invertible, jacobian: Tensor) -> Tensor:
         f"{op!r} maps {inputs} numbers to {outputs}",
         expected="as many as it received: otherwise it has no determinant",
     )
-
-
-# ---- to and from torch.distributions -----------------------------------------------------------------------------
-
-
-class OpTransform(Transform):
-    """An op as a ``torch.distributions.Transform``; built by `as_transform`."""
-
-    bijective = True
-
-    def __init__(self, op: Invertible, event_dim: int, cache_size: int = 0) -> None:
-        super().__init__(cache_size=cache_size)
-        self.op, self.counting, self.cached = op, with_log_det(op), cache_size
-        self.latest: tuple[Tensor, Tensor, Tensor] | None = None  # with a cache: x, y and the log-determinant
-        self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
-
-    def with_cache(self, cache_size: int = 1) -> Transform:
-        """The same transform with another cache."""
-        return self if cache_size == self.cached else OpTransform(self.op, self.domain.event_dim, cache_size)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OpTransform) and (self.op, self.domain.event_dim) == (other.op, other.domain.event_dim)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _call(self, x: Tensor) -> Tensor:
-        if not self.cached:
-            return self._unbatched(x, self.op.forward(self._batched(x)))
-        y, total = self._counted(self.counting, x)
-        self.latest = x, y, total
-        return y
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        if not self.cached:
-            return self._unbatched(y, self.op.inverse(self._batched(y)))
-        x, total = self._counted(invert(self.counting), y)
-        self.latest = x, y, -total
-        return x
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """``log|det J|``, of the shape of x without its event."""
-        if self.latest is not None and self.latest[0] is x and self.latest[1] is y:
-            return self.latest[2]
-        return self._counted(self.counting, x)[1]
-
-    def _counted(self, counting: Invertible, x: Tensor) -> tuple[Tensor, Tensor]:
-        batched = self._batched(x)
-        y, total = counting(batched, zeros_for(batched))
-        return self._unbatched(x, y), total.view(self._batch(x))
-
-    def _batch(self, x: Tensor) -> Size:
-        return x.shape[: x.dim() - self.domain.event_dim]
-
-    def _batched(self, x: Tensor) -> Tensor:
-        """All dims but the event's as one."""
-        batch = self._batch(x)
-        return x.reshape(batch.numel(), *x.shape[len(batch) :])
-
-    def _unbatched(self, like: Tensor, found: Wire) -> Tensor:
-        given = self._batched(like)
-        if not isinstance(found, Tensor) or found.shape != given.shape:
-            raise WireError(
-                f"as_transform: {self.op!r} made {describe(found)} of {describe(given)}",
-                expected="events of the same shape",
-                cure="let the op end with the inverse of its split or reshape",
-            )
-        return found.reshape(like.shape)
-
-    def __repr__(self) -> str:
-        return f"as_transform({self.op!r}, event_dim={self.domain.event_dim})"
-
-
-def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
-    r"""An op as a ``torch.distributions.Transform``, for ``TransformedDistribution`` and libraries built on it.
-
-    .. math:: transform(x) = op(x), \qquad transform^{-1}(y) = op^{-1}(y)
-
-    Args:
-        op: The op, from a tensor to a tensor of the same shape.
-        event_dim: How many dims, from the right, are one event; the others are batch, however many. 0 for an op that
-            acts on each number alone, and alike: with a parameter for each place of the last dim, that dim is event.
-
-    Shapes:
-        ``(*batch, *event) -> (*batch, *event)``; ``log_abs_det_jacobian`` has the shape ``batch``.
-
-    Cost:
-        That of the op, and one more evaluation for each log-determinant; none of it twice with a cache,
-        ``as_transform(op).with_cache()``, which keeps the latest x, y and log-determinant, with their graph.
-
-    Limits:
-        Domain and codomain are declared real; the op itself says what it takes under ``inv.debug(True)``.
-
-    Raises:
-        OptionError: When ``event_dim`` is no number of dims.
-        NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
-        WireError: When op changes the shape of an event.
-
-    Example:
-        >>> import invfunc as inv
-        >>> base = torch.distributions.Normal(torch.zeros(2), 1.0)
-        >>> log_normal = torch.distributions.TransformedDistribution(base, as_transform(inv.ops.exp(), event_dim=0))
-        >>> log_normal.log_prob(torch.ones(3, 2)).shape
-        torch.Size([3, 2])
-    """
-    if not isinstance(event_dim, int) or event_dim < 0:
-        raise OptionError(f"as_transform: event_dim is {event_dim}", expected="0, 1, 2, ...")
-    return OpTransform(op, event_dim)
-
-
-def _through(transform: Transform, x: Tensor) -> Tensor:
-    if checking():
-        require(repr(transform), x, transform.domain.check, f"its domain, {transform.domain}")
-    y: Any = transform(x)
-    return y
-
-
-def _transform_log_det(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
-    return sum_per_sample(transform.log_abs_det_jacobian(x, y))
-
-
-def from_transform(transform: Transform) -> Invertible:
-    r"""A ``torch.distributions.Transform`` as an op with a log-determinant; ``from_transform(as_transform(op)) = op``.
-
-    .. math:: y = transform(x), \qquad x = transform^{-1}(y)
-
-    Args:
-        transform: A bijective transform; tensors in it get their gradients. Its cache is left out: a cached value may
-            have been computed without gradients.
-
-    Shapes:
-        Those of the transform, whose dim 0 is the batch where log-determinants are wanted.
-
-    Cost:
-        That of the transform: forward, inverse and log-determinant are its own methods.
-
-    Raises:
-        NotInvertibleError: When it is not bijective.
-        DomainError: Under ``inv.debug(True)``, when a value lies outside of the transform's domain.
-
-    Example:
-        >>> op = from_transform(torch.distributions.transforms.ExpTransform())
-        >>> op
-        from_transform(ExpTransform())
-        >>> log_det(op, torch.zeros(2, 3))[1]
-        tensor([0., 0.])
-    """
-    if isinstance(transform, OpTransform):
-        return transform.op
-    if not transform.bijective:
-        raise NotInvertibleError(
-            f"from_transform: {transform!r} is not bijective",
-            cure="use it as a plain function, a one_way stage",
-        )
-    pure = transform.with_cache(0)
-    forward, inverse = partial(_through, pure), partial(_through, pure.inv)
-    name = f"from_transform({' '.join(repr(transform).split())})"  # a composition shows itself over several lines
-    return pair(forward, inverse, log_det=partial(_transform_log_det, pure), name=name)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import invfunc as inv
-from invfunc.__main__ import Setting, network
+from invfunc.commands.demo import Setting, network
 from invfunc.errors import OptionError
 from invfunc.look.memory import measure
 from invfunc.plan import Costs, OpCosts, Plan
@@ -104,7 +104,7 @@ def mixed(width: int = 32):
 
 
 def demo(depth: int, dtype: torch.dtype = torch.float32):
-    """The network of ``python -m invfunc``."""
+    """The network of ``python -m invfunc demo``."""
     return network(depth, Setting(dtype=dtype))
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import invfunc as inv
-from invfunc import __main__ as demo
+from invfunc.__main__ import main
+from invfunc.commands import demo
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -41,7 +42,7 @@ def test_lowered_memory_does_not_grow_with_depth() -> None:
 
 def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "memory.png"
-    demo.main(["--depth", "2", "--epochs", "1", "--batch", "512", "--out", str(out)])
+    main(["demo", "--depth", "2", "--epochs", "1", "--batch", "512", "--out", str(out)])
     shown = capsys.readouterr().out
     for word in "depth", "test accuracy", "peak MB", "held MB", "ms per step", "plain", "lowered":
         assert word in shown
@@ -61,7 +62,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
 )
 def test_a_wrong_flag_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        demo.main(flags)
+        main(["demo", *flags])
     error = capsys.readouterr().err
     assert left.value.code == 2
     assert message in error
@@ -74,6 +75,6 @@ def test_a_missing_extra_is_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as left:
-        demo.main([])
+        main(["demo"])
     assert left.value.code == 2
     assert f"the demo needs {demo.EXTRAS[module]}; pip install 'invfunc[demo]'\n" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from distributed.networks import normed, reversible
 from torch import nn
 
 import invfunc as inv
-from invfunc import __main__ as demo
+from invfunc.__main__ import main
 from invfunc.nn.distributed import blocks_of
 from invfunc.plan import simulate
 
@@ -173,7 +173,7 @@ def test_a_model_with_sharded_parts_is_refused(run: Callable[[int], Run]) -> Non
 
 @distributed
 def test_the_command_starts_its_ranks_and_compares() -> None:
-    command = [sys.executable, "-m", "invfunc", "--distributed", "fsdp", "--depth", "2", "--batch", "64"]
+    command = [sys.executable, "-m", "invfunc", "demo", "--distributed", "fsdp", "--depth", "2", "--batch", "64"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert shown.returncode == 0, shown.stderr
     rows = re.findall(r"^ +([01]) +(\S+) +(\S+) +\S+$", shown.stdout, re.MULTILINE)
@@ -196,6 +196,6 @@ def test_what_the_command_can_not_do_is_one_line(
     flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        demo.main(["--distributed", "ddp", *flags])
+        main(["demo", "--distributed", "ddp", *flags])
     assert left.value.code == 2
-    assert capsys.readouterr().err == f"python -m invfunc: {message}\n"
+    assert capsys.readouterr().err == f"python -m invfunc demo: {message}\n"

@@ -1,5 +1,6 @@
 """Drawings: the structure is complete, the bytes are those that a real step keeps, and the SVG is a document."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -238,8 +239,36 @@ def test_save(tmp_path: Path) -> None:
     drawing.save(str(tmp_path / "net.txt"))
     assert (tmp_path / "net.svg").read_text(encoding="utf-8") == drawing._repr_svg_()
     assert (tmp_path / "net.txt").read_text(encoding="utf-8") == f"{drawing}\n"
-    with pytest.raises(OptionError, match=r"^draw: can not save net.png, expected a name ending in .svg or .txt$"):
-        drawing.save(tmp_path / "net.png")
+    with pytest.raises(
+        OptionError, match=r"^draw: can not save net.pdf, expected a name ending in .svg, .html, .png, "
+    ):
+        drawing.save(tmp_path / "net.pdf")
+
+
+def test_save_as_html(tmp_path: Path) -> None:
+    drawing = inv.draw(stack(2))
+    drawing.save(tmp_path / "net.html")
+    page = (tmp_path / "net.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>") and drawing._repr_svg_() in page
+
+
+def test_save_as_png_draws_the_svg_to_scale(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    drawing = inv.draw(inv.checkpoint(inv.chain(stack(2), torch.tanh)), (16, 8))
+    drawing.save(tmp_path / "net.png")
+    pixels = image.imread(tmp_path / "net.png")
+    root = ElementTree.fromstring(drawing._repr_svg_())
+    sizes = [2 * float(root.attrib[name]) for name in ("height", "width")]
+    assert pixels.shape[:2] == pytest.approx(sizes, abs=1)
+    for colour in ("#2a9d5c", "#d9822b", "#888888"):  # what is inverted, what is stored, the wires
+        wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(pixels[..., :3] - wanted).max(-1) < 0.02).any(), colour
+
+
+def test_a_png_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(OptionError, match=r"^a PNG needs matplotlib; pip install matplotlib, or save an .svg$"):
+        inv.draw(stack(2)).save(tmp_path / "net.png")
 
 
 def test_a_drawing_is_a_value() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from catalogue import EXAMPLES
+from kit import assert_refused
 from torch import Tensor, nn
 
 import invfunc as inv
@@ -505,3 +506,23 @@ def test_an_error_pickles_with_its_path() -> None:
     place_error(error, "here")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.path) == (WireError, "here: this, expected that", ("here",))
+
+
+# ---- a value is no module --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["parameters", "to", "state_dict", "train"])
+def test_an_op_that_is_asked_for_what_modules_have_names_the_module(name: str) -> None:
+    op = inv.couple(nn.Linear(2, 2))
+    for value in op, inv.checkpoint(op):
+        message = f"has no attribute '{name}': an op is a value and no module; inv.nn.Lowered(op) is one"
+        assert_refused(AttributeError, message, lambda value=value: getattr(value, name), anywhere=True)
+    message = f"has no attribute '{name}': it is a function; module.forward = inv.checkpoint(module.forward)"
+    assert_refused(AttributeError, message, lambda: getattr(inv.checkpoint(nn.Linear(2, 2)), name), anywhere=True)
+
+
+def test_an_op_that_is_asked_for_anything_else_says_what_python_says() -> None:
+    for value in inv.couple(torch.sin), inv.checkpoint(torch.sin):
+        assert not hasattr(value, "zork") and not hasattr(value, "__deepcopy__")
+        message = f"'{type(value).__name__}' object has no attribute 'zork'"
+        assert_refused(AttributeError, message, lambda value=value: value.zork)

@@ -367,12 +367,14 @@ def test_it_is_data() -> None:
     assert found["stages"][1]["replay"] == dict.fromkeys(HAZARDS, 0.0)
 
 
-def test_it_draws_the_error_against_the_depth() -> None:
+def test_it_draws_the_error_of_each_stage_as_the_table_counts_them() -> None:
     pytest.importorskip("matplotlib")
     report = inv.check(additive(2), rows())
     (axes,) = report.plot().axes
-    assert [line.get_label() for line in axes.lines] == [*report.dtypes, "tolerance"]
-    assert list(axes.lines[0].get_ydata()) == [error for error in report.errors("float32") if error]
+    assert [line.get_label() for line in axes.lines] == [*report.dtypes, f"tolerance in {report.dtype}"]
+    errors = report.errors("float32")
+    assert list(axes.lines[0].get_ydata()) == [error for error in errors if error]
+    assert list(axes.lines[0].get_xdata()) == [stage for stage, error in enumerate(errors) if error]
 
 
 def test_without_matplotlib_it_says_so(monkeypatch: MonkeyPatch) -> None:
@@ -484,7 +486,7 @@ def test_from_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
             "module 'test_report' has no attribute 'nothing', expected package.mod",
         ),
         (["no_such_module:x", "--shape", "8"], "No module named 'no_such_module', expected package.module:name, of an"),
-        (["test_report:made", "--shape", "8,x"], "--shape 8,x, expected sizes like 8,16,32,32"),
+        (["test_report:made", "--shape", "8,x"], "argument --shape: 8,x, expected sizes like 8,16,32,32"),
         (["test_report:made", "--shape", "8,7"], "stage 0 (split): split(2, dim=1) of (8, 7), expected a size that 2"),
         (["test_report:made"], "the following arguments are required: --shape"),
     ],

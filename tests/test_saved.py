@@ -60,11 +60,18 @@ def test_random_states_and_buffers_are_listed() -> None:
 
 def test_plain_functions_modules_and_checkpointed_functions() -> None:
     module, x = nn.Linear(8, 8), given()
-    assert rows(module, x) == [("AddmmBackward0", "mat1 (5, 8) float64", ACTIVATION)]
-    assert rows(inv.checkpoint(lambda x: x.sin().cos()), x) == [
-        ("checkpoint(<lambda>)", "input (5, 8) float64", ACTIVATION)
-    ]
+    assert rows(module, x) == [("AddmmBackward0", "mat1 (5, 8) float64", 0)]
+    assert rows(inv.checkpoint(lambda x: x.sin().cos()), x) == [("checkpoint(<lambda>)", "input (5, 8) float64", 0)]
     assert rows(torch.exp, x) == [("ExpBackward0", "result (5, 8) float64", ACTIVATION)]
+
+
+@pytest.mark.parametrize("way", ["store", "recompute", "invert"])
+def test_drawings_rows_and_measurements_agree(way: str) -> None:
+    blocks = [inv.couple(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)]
+    op = inv.checkpoint(inv.chain(pipeline(*blocks), torch.tanh, pipeline(inv.couple(torch.sin))), mode=way)
+    listed = sum(row.bytes for row in inv.look.saved(op, given()))
+    output = 0 if way == "invert" else ACTIVATION  # which nobody saves
+    assert listed == inv.draw(op, (5, 8)).kept_bytes == inv.measure(op, given()).held_bytes - output
 
 
 def test_nothing_is_kept_without_gradients() -> None:

@@ -7,7 +7,7 @@ peak: `lowering.py` walks the parts, and so do log-determinants, exact streams a
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, update_wrapper
 from typing import Any, TypeAlias, get_type_hints
@@ -135,9 +135,31 @@ class Invertible(abc.ABC):
         """The ops that this op is made of."""
         return ()
 
-    def __call__(self, *xs: Wire) -> Wire:
-        """``op(x)``, or ``op(a, b)`` for ``op((a, b))``."""
-        return self.forward(_pack(xs))
+    def __call__(self, *xs: Wire, context: Mapping[str, Any] | None = None) -> Wire:
+        """``op(x)``, or ``op(a, b)`` for ``op((a, b))``.
+
+        Args:
+            xs: The wire.
+            context: What functions of the op are told by name, each what it takes as a keyword argument: a mask,
+                positions, what an encoder has found. Tensors get their gradient; an object that a function writes
+                into, such as a cache, is seen as it was when the function runs again. An inverse is told by
+                ``(~op)(y, context=...)``.
+
+        Raises:
+            OptionError: When no function takes one of the names.
+
+        Example:
+            >>> def f(x, scale):
+            ...     return scale * x
+            >>> from invfunc import couple
+            >>> couple(f)(torch.ones(1), torch.ones(1), context={"scale": 10.0})
+            (tensor([11.]), tensor([1.]))
+        """
+        if context is None:
+            return self.forward(_pack(xs))
+        from .context import with_context
+
+        return with_context(self, context).forward(_pack(xs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy whose functions use copies of what they close over."""
@@ -148,6 +170,11 @@ class Invertible(abc.ABC):
         from ..look.draw import draw
 
         return draw(self)._repr_html_()
+
+    def __getattr__(self, name: str) -> Any:
+        """What modules have and values have not: the error says where to find it."""
+        face = "an op is a value and no module; inv.nn.Lowered(op) is one, with the parameters of its functions"
+        raise missing_attribute(self, name, face)
 
     def __invert__(self) -> Invertible:
         """``~op`` is ``invert(op)``."""
@@ -160,6 +187,12 @@ class Invertible(abc.ABC):
     def __rrshift__(self, other: Callable[..., Any]) -> Invertible:
         """``fn >> op`` is ``chain(fn, op)`` for a plain callable ``fn``."""
         return chain(other, self)
+
+
+def missing_attribute(value: object, name: str, face: str) -> AttributeError:
+    """What ``value.name`` raises; ``face`` tells where there is what a module has."""
+    belongs = not name.startswith("_") and hasattr(torch.nn.Module, name)
+    return AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}" + f": {face}" * belongs)
 
 
 def _pack(xs: tuple[Wire, ...]) -> Wire:

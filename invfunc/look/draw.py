@@ -38,6 +38,7 @@ from ..plan.inputs import faked, realised
 from ..plan.trials import forward_of
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire
 from .pictures import GAP, GREY, LETTER, ROW, Picture, above, at, beside, box, document, framed, line, text, tinted
+from .raster import png
 
 # ---- what a run tells ------------------------------------------------------------------------------------------------
 
@@ -478,7 +479,7 @@ def _crossing(step: Step, boxes: float) -> Picture:
 class Drawing:
     """A pipeline to look at; built by `draw`.
 
-    Print it for text. A notebook shows it as SVG, and `save` writes either.
+    Print it for text. A notebook shows it as SVG, and `save` writes it as either, as HTML or as a PNG.
 
     Attributes:
         part: The boxes, from the outside in.
@@ -522,15 +523,23 @@ class Drawing:
         return f'<div style="overflow-x:auto">{self._repr_svg_()}</div>'
 
     def save(self, path: str | Path) -> None:
-        """Write the drawing: SVG to a name that ends in ``.svg``, text to one in ``.txt``.
+        """Write the drawing, as what the name ends in: ``.svg``, ``.html``, ``.png`` (by matplotlib) or ``.txt``.
 
         Raises:
-            OptionError: When the name ends in anything else.
+            OptionError: When the name ends in anything else, or matplotlib is not installed.
         """
-        makers = {".svg": self._repr_svg_, ".txt": lambda: f"{self}\n"}
-        if Path(path).suffix not in makers:
-            raise OptionError(f"draw: can not save {Path(path).name}", expected="a name ending in .svg or .txt")
-        Path(path).write_text(makers[Path(path).suffix](), encoding="utf-8")
+        suffix, makers = Path(path).suffix, self._makers()
+        if suffix not in makers:
+            raise OptionError(f"draw: can not save {Path(path).name}", expected=f"a name ending in {', '.join(makers)}")
+        Path(path).write_bytes(makers[suffix]())
+
+    def _makers(self) -> dict[str, Callable[[], bytes]]:
+        return {
+            ".svg": lambda: self._repr_svg_().encode(),
+            ".html": lambda: f'<!DOCTYPE html><meta charset="utf-8">{self._repr_html_()}\n'.encode(),
+            ".png": lambda: png(self._repr_svg_()),
+            ".txt": lambda: f"{self}\n".encode(),
+        }
 
 
 def draw(op: Invertible | nn.Module | Callable[..., Any], *inputs: Any) -> Drawing:

@@ -5,11 +5,9 @@ What is measured, and how, is in diagnosis.py; here it is judged and shown.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -163,7 +161,7 @@ class Report:
         return "\n".join(_lines(self))
 
     def plot(self, figure: Any = None) -> Any:
-        """Draw the error against the depth, one line a dtype; needs matplotlib.
+        """Draw the error of each stage, counted as in the table, one line a dtype; needs matplotlib.
 
         Args:
             figure: A ``matplotlib.figure.Figure`` to draw on; a new one by default.
@@ -249,10 +247,10 @@ def _table(rows: list[list[str]]) -> Iterator[str]:
 def _draw(report: Report, axes: Any) -> None:
     for dtype in report.dtypes:
         errors = report.errors(dtype)
-        depth = [len(errors) - i for i, error in enumerate(errors) if error]
-        axes.semilogy(depth, [error for error in errors if error], ".-", label=dtype)
-    axes.axhline(report.tolerance, color="k", linestyle="--", label="tolerance")
-    axes.set(xlabel="stages undone", ylabel="relative error of what is rebuilt")
+        stages = [i for i, error in enumerate(errors) if error]
+        axes.semilogy(stages, [error for error in errors if error], ".-", label=dtype)
+    axes.axhline(report.tolerance, color="k", linestyle="--", label=f"tolerance in {report.dtype}")
+    axes.set(xlabel="stage, as in the table", ylabel="relative error of its rebuilt input")
     axes.legend()
 
 
@@ -555,42 +553,3 @@ def _unreachable(run: Run, i: int, error: float, tolerance: float) -> OptionErro
         expected=f"at most {tolerance:.1e}",
         cure="allow more, or mark the stage: inv.mark(op, 'recompute' or 'store')",
     )
-
-
-# ---- from the shell --------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``python -m invfunc check`` takes."""
-    parser.set_defaults(run=_from_shell)
-    parser.add_argument("op", help="package.module:name of an op, or of a function that makes one")
-    parser.add_argument("--shape", action="append", required=True, help="as 8,16,32,32; once for each component")
-    parser.add_argument("--dtype", default="float32", choices=[_name(dtype) for dtype in TOLERANCES])
-    parser.add_argument("--tolerance", type=float)
-
-
-def _from_shell(options: argparse.Namespace) -> int:
-    """Print the report on random numbers; 0 if nothing is wrong, else 1."""
-    dtype = getattr(torch, options.dtype)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(_shape(text), generator=generator, dtype=dtype) for text in options.shape]
-    report = check(_loaded(options.op), *inputs, tolerance=options.tolerance)
-    print(report)
-    return 0 if report else 1
-
-
-def _shape(text: str) -> list[int]:
-    try:
-        return [int(size) for size in text.split(",")]
-    except ValueError:
-        raise OptionError(f"--shape {text}", expected="sizes like 8,16,32,32") from None
-
-
-def _loaded(path: str) -> Any:
-    """``package.module:name``: an op, or what a function that takes nothing makes."""
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise OptionError(f"{path}: {error}", expected="package.module:name, of an op or what makes one") from None
-    return found if isinstance(found, (Invertible, CheckpointedFunction, nn.Module)) else found()

@@ -27,7 +27,7 @@ class Saved:
     Attributes:
         where: The stage, as error messages name it, or the autograd node of a part that runs as plain autograd.
         what: What it is, with its shape and dtype.
-        bytes: The memory of its storage; 0 if an earlier row has counted it.
+        bytes: The memory of its storage; 0 for an input of the call.
         why: What backward needs it for.
     """
 
@@ -46,7 +46,8 @@ def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
 
     Returns:
         A row for everything that is kept, in the order in which the call made the nodes that keep it. What lives anyway
-        is left out: parameters, and what the functions close over.
+        is left out: parameters, and what the functions close over. Inputs have a row, of 0 bytes: they were there
+        before the call. So the sum is what `draw` shows and, with an output that nobody saves, what `measure` holds.
 
     Cost:
         The call is made once, in earnest: it draws random numbers and moves running statistics as any other does.
@@ -69,7 +70,8 @@ def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
         out = op(*inputs)
     finally:
         OBSERVER.reset(token)
-    book = _Book({_torch.storage_of(t) for t in _owned(op)}, _places(op))
+    given = {_torch.storage_of(t) for t in _torch.trees.tree_leaves(inputs) if isinstance(t, Tensor)}
+    book = _Book({_torch.storage_of(t) for t in _owned(op)}, given, _places(op))
     tensors = [leaf for leaf in _torch.trees.tree_leaves(out) if isinstance(leaf, Tensor)]
     calls = [(call.stop, partial(book.rows_of_call, call)) for call in observed]
     nodes = [
@@ -150,8 +152,8 @@ def _places(op: Any, path: tuple[str, ...] = ()) -> dict[int, list[str]]:
 class _Book:
     """Counts every storage once."""
 
-    def __init__(self, counted: set[int], places: dict[int, list[str]]) -> None:
-        self.counted, self.places = counted, places
+    def __init__(self, counted: set[int], given: set[int], places: dict[int, list[str]]) -> None:
+        self.counted, self.given, self.places = counted, given, places
 
     def rows(self, node: Any) -> Iterator[Saved]:
         """What a node outside of recorded calls keeps."""
@@ -195,7 +197,8 @@ class _Book:
             return
         self.counted.add(storage)
         kind = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-        yield Saved(where, f"{what} {kind}", tensor.untyped_storage().nbytes(), why)
+        size = 0 if storage in self.given else tensor.untyped_storage().nbytes()
+        yield Saved(where, f"{what} {kind}", size, why)
 
 
 def _kept_by_torch(node: Any) -> Iterator[tuple[str, Tensor]]:

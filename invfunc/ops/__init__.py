@@ -18,12 +18,12 @@ What flow libraries call by other names; `inv` is the package, the rest is here:
 - `dequantize`: the preprocessing of images in nflows' examples; the variational one of Flow++.
 - `inv.split` and `inv.parallel`: nflows ``MultiscaleCompositeTransform``, FrEIA and normflows ``Split``.
 
-zuko's transforms are those of `torch.distributions`, with more of them: `from_transform` takes each as it is,
-and `as_transform` gives one back.
+A layer or a network of theirs that exists, trained or not, is wrapped as it is by `from_transform`, which takes
+compositions apart; `as_transform` makes a ``torch.distributions`` transform of an op.
 """
 
 from ..core.couple import exp_scale, sigmoid_scale, tanh_scale
-from ..log_det import as_transform, from_transform
+from ..log_det import log_det_pair
 from .conv import conv1d, conv1x1, conv2d, conv3d, mix_channels
 from .dequantize import dequantize
 from .elementwise import (
@@ -43,12 +43,14 @@ from .elementwise import (
     softplus,
     tanh,
 )
+from .grids import bdia, on_grid
 from .iterative import autoregressive, exact_log_det, power_series_log_det, residual_flow, roulette_log_det
 from .linear import diagonal, householder, linear, lu, orthogonal, tall_linear, triangular
 from .mixture import mixture_cdf, mixture_logit
 from .normalisation import actnorm, actnorm_init, batch_norm
 from .residual import (
     enter_streams,
+    hamiltonian,
     hyperbolic,
     leapfrog,
     leave_streams,
@@ -79,6 +81,7 @@ from .solvers import asynchronous_leapfrog, reversible_heun, reversible_solver
 from .spectral import dct, fft, rfft
 from .splines import linear_spline, rational_quadratic_spline
 from .streams import couple_streams, given, masked_couple, per_element, recursive_couple, spline_couple, split_mask
+from .transforms import as_transform, from_transform
 
 __all__ = [
     "abs",
@@ -91,6 +94,7 @@ __all__ = [
     "atanh",
     "autoregressive",
     "batch_norm",
+    "bdia",
     "cbrt",
     "checkerboard",
     "checkerboard_mask",
@@ -112,6 +116,7 @@ __all__ = [
     "from_transform",
     "given",
     "haar",
+    "hamiltonian",
     "householder",
     "hyperbolic",
     "leaky_relu",
@@ -121,6 +126,7 @@ __all__ = [
     "linear",
     "linear_spline",
     "log",
+    "log_det_pair",
     "logit",
     "lu",
     "masked_couple",
@@ -130,6 +136,7 @@ __all__ = [
     "mixture_logit",
     "momentum",
     "movedim",
+    "on_grid",
     "orthogonal",
     "pad",
     "pad_to_multiple",

@@ -18,8 +18,9 @@ from ..core.combine import Parallel, Plumbing, check_components, parallel, split
 from ..core.couple import Half, additive, as_law, couple
 from ..core.op import ByKind, Chain, Inverse, Invertible, Rearrangement, chain, invert, lift, name_of, named
 from ..errors import OptionError, WireError
+from ..log_det import Joint
 from ..wires import Wire, describe
-from .iterative import Solved, SolvedInverse, with_function
+from .iterative import Solved, with_function
 from .shape import check_tensor
 from .splines import rational_quadratic_spline
 
@@ -193,8 +194,8 @@ def given(op: Invertible) -> Invertible:
     .. math:: (x, c) \mapsto (op_c(x), c), \qquad op_c = op \text{ with } f(x_2, c) \text{ for each coupling's } f(x_2)
 
     Args:
-        op: An op that contains at least one coupling, `residual_flow` or `autoregressive`, under any composition. Its
-            other parts act on x alone.
+        op: An op that contains at least one coupling, `residual_flow`, `autoregressive`, or layer of `from_transform`
+            that takes a context, under any composition. Its other parts act on x alone.
 
     Shapes:
         ``(x, c) -> (y, c)``: x is the wire of ``op``; c is anything, and a tuple becomes several positional arguments.
@@ -214,8 +215,8 @@ def given(op: Invertible) -> Invertible:
         WireError: When the wire is not a pair.
 
     Limits:
-        A condition that a function closes over needs no `given`: it gets its gradient as any closed-over tensor. On the
-        wire it costs no rebuilding of the op for each input, and can be an input of `torch.vmap`.
+        A condition that functions take by name needs no `given`: ``op(x, context={...})`` tells each what it takes. On
+        the wire a condition costs no rebuilding of the op for each input, and can be an input of `torch.vmap`.
 
     Example:
         >>> import torch
@@ -244,6 +245,8 @@ def given(op: Invertible) -> Invertible:
 
 def _couples(op: Invertible) -> bool:
     parts = (op.op,) if isinstance(op, Inverse) else op.parts
+    if isinstance(op, Joint):
+        return op.sees_condition
     return isinstance(op, (Half, Solved)) or any(map(_couples, parts))
 
 
@@ -267,8 +270,32 @@ def _(op: Solved) -> Invertible:
 
 
 @_given.register
-def _(op: SolvedInverse) -> Invertible:
+def _(op: Inverse) -> Invertible:
     return invert(_given(op.op))
+
+
+@_given.register
+def _(op: Joint) -> Invertible:
+    if not op.sees_condition:
+        return parallel(op, chain())
+    values = partial(_passing, op.forward_fn), partial(_passing, op.inverse_fn)
+    both = partial(_passing_both, op.both[0]), partial(_passing_both, op.both[1])
+    rule = partial(_passing_log_det, op.both[0])
+    return Joint(*values, log_det_fn=rule, label=f"given({op!r})", both=both)
+
+
+def _passing(fn: Callable[..., Any], x: Wire, condition: Wire) -> Wire:
+    """A function on ``(x, condition)`` that hands the condition on."""
+    return fn(*_arguments(x), *_arguments(condition)), condition
+
+
+def _passing_both(fn: Callable[..., Any], x: Wire, condition: Wire) -> tuple[Wire, Any]:
+    y, log_det = fn(*_arguments(x), *_arguments(condition))
+    return (y, condition), log_det
+
+
+def _passing_log_det(fn: Callable[..., Any], x: Wire, y: Wire) -> Any:
+    return _passing_both(fn, *x)[1]
 
 
 def _given_within(op: Checkpointed | Marked) -> Invertible:

@@ -1,0 +1,94 @@
+"""What the commands share: errors in one line, and how an op and its inputs are named in a shell."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import CheckpointedFunction
+from ..core.op import Invertible
+from ..errors import OptionError
+
+
+class Refusal(Exception):
+    """What the user reads instead of a traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the nearest word where one is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with the message."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_all(self, arguments: list[str]) -> argparse.Namespace:
+        """Parse; what is left over is an error."""
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{nearest(unknown[0], known)}")
+        return options
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean ...?"``, if a known word is near.
+
+    Example:
+        >>> nearest("chek", ["check", "draw"])
+        '; did you mean check?'
+    """
+    found = get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+# ---- an op and its inputs --------------------------------------------------------------------------------------------
+
+
+def add_op(parser: argparse.ArgumentParser, *, needs_input: bool) -> None:
+    """The arguments that name an op and the shapes of its input."""
+    parser.add_argument("op", help="package.module:name of an op or a module, or of a function that makes one")
+    shape = "as 8,16,32,32; once for each component"
+    parser.add_argument("--shape", action="append", required=needs_input, default=[], type=_shape, help=shape)
+
+
+def _shape(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}, expected sizes like 8,16,32,32") from None
+
+
+def random_inputs(shapes: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
+    """Normal numbers, the same in each call; zeros where they count something, such as tokens."""
+    if not dtype.is_floating_point:
+        return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def loaded(path: str) -> Any:
+    """``package.module:name``: an op, or what a function that takes nothing makes; found from where the shell is.
+
+    Raises:
+        OptionError: When there is no such thing; the nearest name is suggested.
+    """
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = import_module(module_name)
+        found = getattr(module, name)
+    except (ImportError, AttributeError, ValueError) as error:
+        near = nearest(name, vars(sys.modules[module_name])) if module_name in sys.modules else ""
+        raise OptionError(
+            f"{path}: {error}", expected=f"package.module:name, of an op or what makes one{near}"
+        ) from None
+    return found if isinstance(found, (Invertible, CheckpointedFunction, nn.Module)) else found()

@@ -1,0 +1,74 @@
+"""``python -m invfunc``: which commands there are, what they print, and that every error is one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import invfunc as inv
+from invfunc.__main__ import COMMANDS, main
+
+net = inv.chain(inv.split(2), *[inv.couple(torch.sin, torch.cos)] * 3, inv.concat(2))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_alone_it_prints_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments)
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m invfunc [--help] [--version] COMMAND")
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"invfunc 0.1.0, torch {torch.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([name, "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m invfunc {name}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chek"], "python -m invfunc: there is no command chek; did you mean check?"),
+        (["--versoin"], "python -m invfunc: there is no command --versoin; did you mean --version?"),
+        (["xyzzy"], "python -m invfunc: there is no command xyzzy"),
+        (["demo", "--dept", "3", "--epohcs", "1"], "demo: unrecognized arguments: --epohcs 1; did you mean --epochs?"),
+        (["draw", "test_commands:nt"], "expected package.module:name, of an op or what makes one; did you mean net?"),
+        (["draw", "test_commands:net", "--out", "x.pdf"], "draw: can not save x.pdf, expected a name ending in .svg, "),
+        (["draw", "test_commands:net", "--out", "no/x.svg"], "--out no/x.svg: No such file or directory"),
+        (["draw", "test_commands:net", "--shape", "8,x"], "argument --shape: 8,x, expected sizes like 8,16,32,32"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_draw_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["draw", "test_commands:net", "--shape", "16,8"])
+    assert capsys.readouterr().out == f"{inv.draw(net, (16, 8))}\n"
+
+
+def test_draw_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["draw", "test_commands:net", "--out", str(tmp_path / "net.svg")])
+    assert (tmp_path / "net.svg").read_text(encoding="utf-8") == inv.draw(net)._repr_svg_()
+    assert capsys.readouterr().out == ""
+
+
+def test_what_stands_in_the_working_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine_alone.py").write_text("import invfunc as inv\n\n\ndef make():\n    return inv.ops.exp()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    main(["draw", "mine_alone:make"])
+    assert capsys.readouterr().out == "exp()\n"
