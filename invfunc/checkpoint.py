@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from . import _torch
+from .core.context import Context, bind
 from .core.op import VJP, Again, Invertible, OneWay, Pair, Residue, name_of, pair
 from .engine import compiled
 from .engine.interface import Options, Run, State
@@ -50,6 +51,11 @@ class Wrapper(Invertible):
         return self.op.functions
 
 
+@bind.register
+def _(op: Wrapper, context: Context) -> Invertible:
+    return replace(op, op=bind(op.op, context))
+
+
 @dataclass(frozen=True, repr=False)
 class Checkpointed(Wrapper):
     """A lowered op; built by `checkpoint`."""
@@ -68,10 +74,10 @@ class Checkpointed(Wrapper):
             segments = tuple(len(self.op.parts) - cut for cut in reversed(segments))
         return Checkpointed(self.op.inverted(), replace(self.options, segments=segments))
 
-    def __call__(self, *xs: Wire, **kwargs: Any) -> Wire:
-        """``op(*xs)``; keyword arguments go to both functions of a pair."""
+    def __call__(self, *xs: Wire, context: Mapping[str, Any] | None = None, **kwargs: Any) -> Wire:
+        """``op(*xs)``, in a context; other keyword arguments go to both functions of a pair."""
         if not kwargs:
-            return super().__call__(*xs)
+            return super().__call__(*xs, context=context)
         if not isinstance(self.op, Pair):
             raise OptionError(
                 f"{self!r} got keyword arguments {sorted(kwargs)}", expected="none: only functions take them"

@@ -14,6 +14,7 @@ import torch
 from torch import Size, Tensor
 
 from . import _torch
+from .core.context import copy_state, has_state
 from .core.op import OneWay, name_of
 from .core.structure import copy_of
 from .engine.interface import Options, Run
@@ -122,17 +123,26 @@ class Arguments:
         if kind is dict:
             return {key: self._without_tensors(part) for key, part in item.items()}
         self.others.append(item)
-        return item
+        return Stateful(copy_state(item)) if has_state(item) else item
 
     def build(self, tensors: Iterable[Tensor]) -> Sequence[Any]:
         """``(args, kwargs)`` with these tensors."""
         return _with_tensors(self.spec, iter(tensors))
 
 
+@dataclass(slots=True)
+class Stateful:
+    """An argument that the function may write into, such as a cache, as it was before the call."""
+
+    item: Any
+
+
 def _with_tensors(spec: Any, tensors: Iterator[Tensor]) -> Any:
     if spec is Tensor:
         return next(tensors)
     kind = type(spec)
+    if kind is Stateful:
+        return copy_state(spec.item)
     if kind is tuple or kind is list:
         return kind([_with_tensors(part, tensors) for part in spec])
     return {key: _with_tensors(part, tensors) for key, part in spec.items()} if kind is dict else spec

@@ -128,7 +128,7 @@ class _Coupling(Module):
         both = halves(type(self).__name__, self.split_dim)
         return chain(both, self.couple(), both.inverted())
 
-    def inverse(self, *ys: Wire) -> Wire:
+    def inverse(self, *ys: Wire) -> Wire:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``x``, lowered."""
         return self._lowered(self.build_inverse())(*ys)
 

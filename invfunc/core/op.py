@@ -7,7 +7,7 @@ peak: `lowering.py` walks the parts, and so do log-determinants, exact streams a
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, update_wrapper
 from typing import Any, TypeAlias, get_type_hints
@@ -135,9 +135,31 @@ class Invertible(abc.ABC):
         """The ops that this op is made of."""
         return ()
 
-    def __call__(self, *xs: Wire) -> Wire:
-        """``op(x)``, or ``op(a, b)`` for ``op((a, b))``."""
-        return self.forward(_pack(xs))
+    def __call__(self, *xs: Wire, context: Mapping[str, Any] | None = None) -> Wire:
+        """``op(x)``, or ``op(a, b)`` for ``op((a, b))``.
+
+        Args:
+            xs: The wire.
+            context: What functions of the op are told by name, each what it takes as a keyword argument: a mask,
+                positions, what an encoder has found. Tensors get their gradient; an object that a function writes
+                into, such as a cache, is seen as it was when the function runs again. An inverse is told by
+                ``(~op)(y, context=...)``.
+
+        Raises:
+            OptionError: When no function takes one of the names.
+
+        Example:
+            >>> def f(x, scale):
+            ...     return scale * x
+            >>> from invfunc import couple
+            >>> couple(f)(torch.ones(1), torch.ones(1), context={"scale": 10.0})
+            (tensor([11.]), tensor([1.]))
+        """
+        if context is None:
+            return self.forward(_pack(xs))
+        from .context import with_context
+
+        return with_context(self, context).forward(_pack(xs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy whose functions use copies of what they close over."""

@@ -65,6 +65,48 @@ def runs_plainly() -> bool:
     return not torch.is_grad_enabled() or _torch.is_tracing() or _torch.forward_mode()
 
 
+class Passage:
+    """A pipeline whose parts are run one by one, between calls that are somebody else's.
+
+    Args:
+        op: The pipeline.
+        x: What goes into it.
+        options: How it is lowered.
+    """
+
+    __slots__ = ("op", "run", "state")
+
+    def __init__(self, op: Invertible, x: Wire, options: Options) -> None:
+        engine = None if runs_plainly() else engine_for(op, x)
+        self.op = op
+        self.run = None if engine is None else Run(engine, options)
+        self.state = x if self.run is None else self.run.engine.begin(x, self.run, at_start)
+
+    @property
+    def wire(self) -> Wire:
+        """Where it is: a wire like any other, with its gradient."""
+        return self.state if self.run is None else self.run.engine.wire(self.state)
+
+    def replace(self, wire: Wire) -> None:
+        """Go on with another wire of the same values, as a module's hooks return it."""
+        self.state = wire if self.run is None else self.run.engine.with_wire(self.state, wire)
+
+    def step(self, index: int, part: Invertible) -> None:
+        """Run what stands for a part of the pipeline."""
+        if self.run is None:
+            self.state = part.forward(self.state)
+        else:
+            self.state = walk(part, self.state, self.run.at(self.op, index))
+
+    def close(self) -> Wire:
+        """What comes out of the pipeline."""
+        if self.run is None:
+            return self.state
+        y = self.run.engine.close(self.state)
+        self.run.engine.finish()
+        return y
+
+
 # ---- the walk over the structure ------------------------------------------------------------------------------------
 
 

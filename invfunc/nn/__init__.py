@@ -1,5 +1,6 @@
 """The `torch.nn` face of the same values: modules that own parameters."""
 
+from .blocks import checkpoint_blocks
 from .distributed import fully_shard_blocks
 from .layers import (
     ActNorm,
@@ -21,6 +22,7 @@ from .layers import (
 )
 from .lowered import Coupling, Layer, Lowered, Sequential
 from .module import InvertibleModule, Module
+from .residual import reversible
 
 __all__ = [
     "ActNorm",
@@ -45,5 +47,7 @@ __all__ = [
     "PixelUnshuffle",
     "Sequential",
     "SplineCoupling",
+    "checkpoint_blocks",
     "fully_shard_blocks",
+    "reversible",
 ]

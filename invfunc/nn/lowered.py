@@ -66,13 +66,13 @@ class Layer(InvertibleModule):
         """``x -> y``, plainly."""
         return self.make()(*xs)
 
-    def forward(self, *xs: Wire) -> Wire:
-        """``y = op(x)``, lowered."""
-        return Module.forward(self, *xs)
+    def forward(self, *xs: Wire, context: Mapping[str, Any] | None = None) -> Wire:
+        """``y = op(x)``, lowered; the functions are told a context, as in a call of the op."""
+        return Module.forward(self, *xs, context=context)
 
-    def inverse(self, *ys: Wire) -> Wire:
+    def inverse(self, *ys: Wire, context: Mapping[str, Any] | None = None) -> Wire:
         """``x = op.inverse(y)``, lowered."""
-        return Module.inverse(self, *ys)
+        return Module.inverse(self, *ys, context=context)
 
     @property
     def call_function(self) -> Any:

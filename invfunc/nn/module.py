@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import _torch
 from ..checkpoint import Checkpointed, Wrapper, checkpoint, mark
+from ..core.context import Context, bind
 from ..core.op import Inverse, Invertible, Residue, pair
 from ..core.structure import copy_of
 from ..engine.conditions import RandomState, accelerators
@@ -87,6 +88,11 @@ class Live(Wrapper):
 
     def __repr__(self) -> str:
         return f"invert({type(self.module).__name__})" if self.backwards else type(self.module).__name__
+
+
+@bind.register
+def _(op: Live, context: Context) -> Invertible:
+    return bind.default(op, context) if op.marked else bind(op.op, context)
 
 
 @walk.register
@@ -164,13 +170,13 @@ class Module(nn.Module):
         """An op with the options of this module."""
         return checkpoint(op, mode=mode or self._mode, donate=donate, **self._options)
 
-    def forward(self, *xs: Wire) -> Wire:
-        """``y = op(x)``, lowered."""
-        return self._lowered(self.build(), self._donated(xs))(*xs)
+    def forward(self, *xs: Wire, context: Mapping[str, Any] | None = None) -> Wire:
+        """``y = op(x)``, lowered; the functions are told a context, as in a call of the op."""
+        return self._lowered(self.build(), self._donated(xs))(*xs, context=context)
 
-    def inverse(self, *ys: Wire) -> Wire:
+    def inverse(self, *ys: Wire, context: Mapping[str, Any] | None = None) -> Wire:
         """``x = op.inverse(y)``, lowered."""
-        return self._lowered(self.build(), self._donated(ys)).inverted()(*ys)
+        return self._lowered(self.build(), self._donated(ys)).inverted()(*ys, context=context)
 
 
 def _is_tensor(item: Any) -> bool:

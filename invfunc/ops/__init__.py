@@ -41,12 +41,14 @@ from .elementwise import (
     softplus,
     tanh,
 )
+from .grids import bdia, on_grid
 from .iterative import autoregressive, exact_log_det, power_series_log_det, residual_flow, roulette_log_det
 from .linear import diagonal, householder, linear, lu, orthogonal, tall_linear, triangular
 from .mixture import mixture_cdf, mixture_logit
 from .normalisation import actnorm, actnorm_init, batch_norm
 from .residual import (
     enter_streams,
+    hamiltonian,
     hyperbolic,
     leapfrog,
     leave_streams,
@@ -87,6 +89,7 @@ __all__ = [
     "atanh",
     "autoregressive",
     "batch_norm",
+    "bdia",
     "cbrt",
     "checkerboard",
     "checkerboard_mask",
@@ -107,6 +110,7 @@ __all__ = [
     "from_transform",
     "given",
     "haar",
+    "hamiltonian",
     "householder",
     "hyperbolic",
     "leaky_relu",
@@ -125,6 +129,7 @@ __all__ = [
     "mixture_logit",
     "momentum",
     "movedim",
+    "on_grid",
     "orthogonal",
     "pad",
     "pad_to_multiple",

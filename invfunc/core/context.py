@@ -1,0 +1,213 @@
+"""Context: what the functions of an op are told by name beside the wire: a mask, positions, what another net has found.
+
+A function is told the names that it takes, and no others, so that an op and a module need not know of each other. What
+it is told gets its gradient as anything does that a function closes over.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from .combine import Parallel
+from .couple import Half
+from .op import ByKind, Chain, Inverse, Invertible, OneWay, Pair, name_of
+
+Context: TypeAlias = Mapping[str, Any]
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+
+def with_context(op: Invertible, context: Context) -> Invertible:
+    """An op whose functions are told what they take of a context; raises where nobody takes a name."""
+    unknown = [name for name in context if not any(takes(fn, name) for fn in op.functions)]
+    if unknown:
+        names = ", ".join(dict.fromkeys(map(name_of, op.functions))) or "no function"
+        raise OptionError(
+            f"context has {', '.join(map(repr, unknown))}",
+            expected=f"names that one of the op's functions takes as keyword arguments: {names}",
+            cure="let one of them take it, or leave it out",
+        )
+    return bind(op, context)
+
+
+@ByKind
+def bind(op: Invertible, context: Context) -> Invertible:
+    """An op whose functions are told what they take of a context; names that nobody takes are left out."""
+    for fn in op.functions:
+        if any(takes(fn, name) for name in context):
+            raise OptionError(f"context: {op!r} hides {name_of(fn)}", expected="chain, parallel and couple around it")
+    return op
+
+
+@bind.register
+def _(op: Chain, context: Context) -> Invertible:
+    return Chain(tuple([bind(part, context) for part in op.parts]), op.labels)
+
+
+@bind.register
+def _(op: Parallel, context: Context) -> Invertible:
+    return Parallel(tuple([bind(part, context) for part in op.parts]))
+
+
+@bind.register
+def _(op: Inverse, context: Context) -> Invertible:
+    return bind(op.op, context).inverted()
+
+
+@bind.register
+def _(op: Half, context: Context) -> Invertible:
+    return replace(op, fn=tell(op.fn, context))
+
+
+@bind.register
+def _(op: OneWay, context: Context) -> Invertible:
+    return replace(op, fn=tell(op.fn, context))
+
+
+@bind.register
+def _(op: Pair, context: Context) -> Invertible:
+    found = {name: getattr(op, name) for name in ("forward_fn", "inverse_fn", "pullback_fn", "log_det_fn")}
+    return replace(op, **{name: tell(fn, context) for name, fn in found.items() if fn is not None})
+
+
+# ---- functions -------------------------------------------------------------------------------------------------------
+
+
+def tell(fn: Callable[..., Any], context: Context) -> Callable[..., Any]:
+    """A function with what it takes of a context; the function itself where that is nothing."""
+    if isinstance(fn, Invertible):
+        return bind(fn, context)
+    inner = _inner(fn)
+    if inner:
+        return replace(fn, **{name: tell(part, context) for name, part in inner.items()})  # pyright: ignore
+    given = taken(fn, context)
+    if not given:
+        return fn
+    return Told(fn, given) if any(map(has_state, given.values())) else partial(fn, **given)
+
+
+def taken(fn: Callable[..., Any], context: Context) -> dict[str, Any]:
+    """What a function takes of a context."""
+    return {name: value for name, value in context.items() if takes(fn, name)}
+
+
+def takes(fn: Callable[..., Any], name: str) -> bool:
+    """Whether a function, or one that it is a wrapper of, takes a name as a keyword argument."""
+    inner = fn.functions if isinstance(fn, Invertible) else tuple(_inner(fn).values())
+    if inner:
+        return any(takes(part, name) for part in inner)
+    names, takes_all = _keywords(fn)
+    return takes_all or name in names
+
+
+def _inner(fn: Any) -> dict[str, Any]:
+    """The user's functions inside of one of the package's wrappers, by the field that they are in."""
+    parts = getattr(fn, "functions", ()) if is_dataclass(fn) and not isinstance(fn, type) else ()
+    values = {f.name: getattr(fn, f.name) for f in fields(fn)} if parts else {}
+    return {name: value for name, value in values.items() if any(value is part for part in parts)}
+
+
+Keywords: TypeAlias = tuple[frozenset[str], bool]  # names, and whether any other name will do
+_KNOWN: WeakKeyDictionary[FunctionType, Keywords] = WeakKeyDictionary()
+
+
+def _keywords(fn: Any) -> Keywords:
+    """What a function takes by name behind its first argument."""
+    if hasattr(fn, "keywords_taken"):
+        return fn.keywords_taken
+    fn = fn.forward if isinstance(fn, nn.Module) else fn
+    plain = fn.__func__ if isinstance(fn, MethodType) else fn
+    if type(plain) is not FunctionType:
+        return _read_keywords(fn, 1)
+    if plain not in _KNOWN:
+        _KNOWN[plain] = _read_keywords(plain, 1 + (plain is not fn))
+    return _KNOWN[plain]
+
+
+def _read_keywords(fn: Any, skip: int) -> Keywords:
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # a builtin without a signature
+        return frozenset(), False
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [p.name for i, p in enumerate(parameters) if p.kind in named and (i >= skip or p.kind == named[1])]
+    return frozenset(names), any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+# ---- what a function writes into -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """A function that is told of objects it may write into, such as a cache of keys and values.
+
+    The first call gets the objects; each later one, which is the same call run again, gets them as they were before.
+    """
+
+    fn: Callable[..., Any]
+    context: dict[str, Any]
+    before: dict[str, Any] = field(init=False)
+    was_called: list[bool] = field(default_factory=lambda: [False], init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "before", copy_state(self.context))
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The user's function that this object calls."""
+        return (self.fn,)
+
+    def __call__(self, *xs: Any) -> Any:
+        context = copy_state(self.before) if self.was_called[0] else self.context
+        self.was_called[0] = True
+        return self.fn(*xs, **context)
+
+    @property
+    def __name__(self) -> str:
+        return name_of(self.fn)
+
+
+def has_state(item: Any) -> bool:
+    """Whether a function may write into what it is given, other than into a tensor."""
+    kind = type(item)
+    if kind is tuple:
+        return any(map(has_state, item))
+    if kind is list or kind is dict:
+        return True
+    if isinstance(item, (Tensor, nn.Module, type, Enum, Invertible, FunctionType, MethodType, partial)):
+        return False
+    return hasattr(item, "__dict__") and kind.__module__.partition(".")[0] not in ("builtins", "torch")
+
+
+def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
+    """An object and what it is made of, copied, down to the tensors, which are shared."""
+    copied = {} if copied is None else copied
+    kind = type(item)
+    if id(item) in copied:
+        return copied[id(item)]
+    if kind is tuple:
+        return tuple([copy_state(part, copied) for part in item])
+    if kind is list:
+        new = copied[id(item)] = []
+        new.extend([copy_state(part, copied) for part in item])
+        return new
+    if kind is dict:
+        new = copied[id(item)] = {}
+        new.update({key: copy_state(part, copied) for key, part in item.items()})
+        return new
+    if not has_state(item):
+        return item
+    new = copied[id(item)] = copy.copy(item)
+    vars(new).update({name: copy_state(part, copied) for name, part in vars(item).items()})
+    return new

@@ -1,0 +1,142 @@
+"""Blocks of a model that exists: found by a pattern, changed in place, and put back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import checkpoint
+from ..errors import OptionError
+
+# ---- which -----------------------------------------------------------------------------------------------------------
+
+
+def find_blocks(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The submodules whose path fits a pattern such as ``"transformer.h.*"``, in the order of the model."""
+    words = pattern.split(".")
+    found = {path: module for path, module in model.named_modules() if _fits(path.split("."), words)}
+    if not found:
+        raise OptionError(
+            f"{type(model).__name__} has no {pattern!r}",
+            expected="the path of submodules, as in get_submodule, with * for any name",
+            cure=f"its lists are {', '.join(_lists(model)) or 'none'}",
+        )
+    return found
+
+
+def _fits(path: Sequence[str], words: Sequence[str]) -> bool:
+    return len(path) == len(words) and all(map(fnmatchcase, path, words))
+
+
+def _lists(model: nn.Module) -> list[str]:
+    """Patterns for the model's lists of blocks."""
+    kinds = (nn.ModuleList, nn.Sequential)
+    return [f"{path}.*" for path, module in model.named_modules() if path and isinstance(module, kinds)]
+
+
+# ---- changed and put back --------------------------------------------------------------------------------------------
+
+
+class Handle:
+    """What was done to the blocks of a model, and how to undo it.
+
+    Attributes:
+        blocks: The blocks by their paths.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module]) -> None:
+        self.blocks = blocks
+        self._before = {path: vars(block).get("forward") for path, block in blocks.items()}
+
+    def put(self, path: str, forward: Callable[..., Any]) -> None:
+        """Give a block another forward: the block stays the same module, with the same parameters and hooks."""
+        self.blocks[path].forward = forward
+
+    def remove(self) -> None:
+        """Put the blocks back as they were; once more, it does nothing."""
+        for path, before in self._before.items():
+            vars(self.blocks[path]).pop("forward", None)
+            if before is not None:
+                self.put(path, before)
+        self._before = {}
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} blocks: {', '.join(self.blocks)}>"
+
+
+def checkpoint_blocks(model: nn.Module, blocks: str, **options: Any) -> Handle:
+    r"""Run the blocks of a model that exists again in backward, each from its stored input; in place.
+
+    .. math:: checkpoint\_blocks(model) = model \quad \text{to the bit, in value and in every gradient}
+
+    The blocks stay the modules that they are: paths, state-dict keys, hooks, length, order and indexing of their list
+    do not change, and they take and return what they did (keyword arguments, tuples, output classes, caches).
+
+    - transformers: in place of ``model.gradient_checkpointing_enable()``. Where its own switch is to be used, give it
+      our function: ``model._set_gradient_checkpointing(True, lambda f, *a, **k: inv.checkpoint(f)(*a, **k))``.
+    - timm: in place of ``model.set_grad_checkpointing()``, with ``"blocks.*"`` or ``"stages.*.blocks.*"``.
+    - peft: before or after the adapters are put in, with no `enable_input_require_grads`.
+
+    Args:
+        model: The model, changed in place.
+        blocks: The path of the blocks, as in `torch.nn.Module.get_submodule`, with ``*`` for any name of a level.
+        options: Those of `invfunc.checkpoint` for functions.
+
+    Returns:
+        A handle with the method ``remove()``, which undoes it; also a context manager. Its ``blocks`` are by path.
+
+    Cost:
+        One input for each block is kept, and backward runs each block once more. Blocks below the lowest trained
+        parameter are run once, and nothing of them is kept: with adapters in the top two of eight blocks, two more
+        evaluations, where torch's checkpoint makes eight.
+
+    Raises:
+        OptionError: When no submodule has such a path, or an option is unknown.
+
+    Limits:
+        `torch.nn.DataParallel` copies what a module is called with, and not whose it is: use DDP. With a cache in
+        training, what the cache held is kept until backward: pass ``use_cache=False`` if nobody reads it.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> handle = inv.nn.checkpoint_blocks(model, "*")
+        >>> model(torch.randn(2, 4)).sum().backward()
+        >>> handle.remove()
+
+    Source:
+        Chen et al., Training Deep Nets with Sublinear Memory Cost (2016).
+    """
+    handle = Handle(find_blocks(model, blocks))
+    for path, block in handle.blocks.items():
+        handle.put(path, checkpoint(block.forward, **options))
+    return handle
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a block is called with: its first argument, and the others by the names of its forward."""
+    signature = inspect.signature(type(block).forward)
+    given = signature.bind(block, *args, **kwargs).arguments
+    parameters = list(signature.parameters.values())
+    named = {p.name: given[p.name] for p in parameters[1:] if p.name in given}
+    for p in parameters:
+        if p.kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(named.pop(p.name, {}))
+    return named.pop(parameters[1].name), named

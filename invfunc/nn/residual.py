@@ -1,0 +1,474 @@
+"""Residual models that exist, made reversible in place: their blocks as one pipeline that runs from block to block.
+
+NOTE [Passage] A model's own loop calls the blocks one after another, and hooks, caches and outputs hang on that. So
+the loop stays, and so do the blocks: each gets another `forward`, which runs its stage of the pipeline and shows one
+stream to the loop, a tensor like any other, while the other stream waits. The first block enters the streams, and the
+last one leaves them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .. import _torch
+from ..checkpoint import Checkpointed, checkpoint
+from ..core.combine import swap
+from ..core.context import bind, taken
+from ..core.couple import Half, additive, couple
+from ..core.op import Chain, Invertible, chain, name_of, named
+from ..engine.lower import Passage
+from ..engine.mode import current
+from ..errors import OptionError, WireError
+from ..ops.grids import SPACING, OnGrid, bdia, on_grid
+from ..ops.residual import Stepped, hamiltonian, leapfrog, midpoint, momentum
+from ..wires import Wire, describe
+from .blocks import Handle, by_name, find_blocks
+
+Branch: TypeAlias = str | Callable[..., Tensor]
+"""A residual branch: the paths of what a block applies one after another, or ``(block, x, **context) -> tensor``."""
+
+
+# ---- branches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BlockBranch:
+    """A residual branch of a block, which is looked up in each call: what takes a module's place is called."""
+
+    block: nn.Module
+    branch: Branch
+    keywords_taken = frozenset[str](), True  # it is told all, and tells on
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """What of the block it calls."""
+        if callable(self.branch):
+            return (partial(self.branch, self.block),)
+        return tuple([attrgetter(path)(self.block) for path in self.branch.split()])
+
+    def __call__(self, x: Tensor, **context: Any) -> Tensor:
+        for fn in self.functions:
+            out = fn(x, **taken(fn, context))
+            x = out[0] if isinstance(out, (tuple, list)) else out
+        return x
+
+    @property
+    def __name__(self) -> str:
+        return name_of(self.branch) if callable(self.branch) else self.branch
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The residual branch of a whole block: ``x -> f(x) + g(x + f(x)) + ...``."""
+
+    branches: tuple[BlockBranch, ...]
+    keywords_taken = frozenset[str](), True
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """What of the block it calls."""
+        return self.branches
+
+    def __call__(self, x: Tensor, **context: Any) -> Tensor:
+        total = self.branches[0](x, **context)
+        for branch in self.branches[1:]:
+            total = total + branch(x + total, **context)
+        return total
+
+    @property
+    def __name__(self) -> str:
+        return " + ".join(branch.__name__ for branch in self.branches)
+
+
+# ---- schemes ---------------------------------------------------------------------------------------------------------
+
+
+class Scheme(NamedTuple):
+    """How the branches of a block become an op on two streams."""
+
+    make: Callable[..., Invertible]  # of all branches, or of the whole block's
+    takes: int | None = 1  # of the functions that it takes: 1 for the whole block's, None for any number of branches
+    first: Callable[..., Invertible] | None = None  # the same for the first block
+    enter: Callable[[Tensor], Wire] = lambda x: (x, x)
+    shown: int = 1  # the stream that the model sees
+    keeps_evaluation: bool = False  # whether the model runs as it was when it is not in training
+
+    def stage(self, branches: Sequence[BlockBranch], is_first: bool) -> Invertible:
+        """The op of a block."""
+        make = self.first if is_first and self.first is not None else self.make
+        functions = (Whole(tuple(branches)),) if self.takes == 1 else tuple(branches)
+        if self.takes not in (None, len(functions)):
+            raise OptionError(
+                f"reversible: {len(functions)} branches", expected=f"{self.takes} for {name_of(self.make)}"
+            )
+        return make(*functions)
+
+
+def _take_turns(*branches: Callable[..., Any]) -> Invertible:
+    """The branches change the two streams by turns, the last one that which is shown."""
+    if len(branches) == 1:
+        return _euler(*branches)
+    targets = [(len(branches) - i) % 2 for i in range(len(branches))]
+    return chain(*(Half(fn, additive, target, name_of(fn)) for fn, target in zip(branches, targets, strict=True)))
+
+
+def _euler(fn: Callable[..., Any]) -> Invertible:
+    """``(x, x) -> (x, x + fn(x))``."""
+    return chain(couple(fn), swap())
+
+
+def _coupled(scheme: Callable[..., Invertible]) -> Scheme:
+    return Scheme(scheme, None if scheme is _take_turns else 2)
+
+
+def _with_velocity(scheme: Callable[..., Invertible]) -> Scheme:
+    return Scheme(scheme, enter=lambda x: (x, torch.zeros_like(x)), shown=0)
+
+
+def _two_positions(scheme: Callable[..., Invertible]) -> Scheme:
+    step = _given(scheme, "step", 1.0)
+    return Scheme(scheme, first=lambda fn: _euler(Stepped(fn, step)))
+
+
+def _on_grid(scheme: Callable[..., Invertible]) -> Scheme:
+    spacing, gammas = _given(scheme, "spacing", SPACING), _given(scheme, "gammas", (0.5, -0.5))
+    return Scheme(
+        scheme,
+        first=lambda fn: _euler(OnGrid(fn, spacing)),
+        enter=lambda x: (on_grid(x, spacing),) * 2,
+        keeps_evaluation=not isinstance(gammas, (int, float)) and not sum(gammas),
+    )
+
+
+def _given(scheme: Any, name: str, default: Any) -> Any:
+    return scheme.keywords.get(name, default) if isinstance(scheme, partial) else default
+
+
+_KINDS = {
+    _take_turns: _coupled,
+    hamiltonian: _coupled,
+    momentum: _with_velocity,
+    midpoint: _two_positions,
+    leapfrog: Scheme,
+    bdia: _on_grid,
+}
+
+SCHEMES: dict[str, Callable[..., Invertible]] = {
+    "couple": _take_turns,
+    "hamiltonian": hamiltonian,
+    "momentum": momentum,
+    "midpoint": midpoint,
+    "leapfrog": leapfrog,
+    "bdia": bdia,
+    "retrofit": partial(bdia, gammas=2.0**-4),
+}
+
+
+def _scheme(scheme: str | Callable[..., Invertible]) -> Scheme:
+    if isinstance(scheme, str) and scheme not in SCHEMES:
+        expected = f"one of {', '.join(map(repr, SCHEMES))}, or a function from a branch to an op"
+        raise OptionError(f"reversible: scheme is {scheme!r}", expected=expected)
+    make = SCHEMES[scheme] if isinstance(scheme, str) else scheme
+    return _KINDS.get(make.func if isinstance(make, partial) else make, Scheme)(make)  # pyright: ignore
+
+
+# ---- recipes: what the blocks of known families do to their stream ---------------------------------------------------
+
+
+def _self_attention_of_gpt2(
+    block: Any, x: Tensor, encoder_hidden_states: Any = None, encoder_attention_mask: Any = None, **context: Any
+) -> Tensor:
+    return block.attn(block.ln_1(x), **context)[0]
+
+
+def _cross_attention_of_gpt2(block: Any, x: Tensor, encoder_hidden_states: Any = None, **context: Any) -> Tensor:
+    if encoder_hidden_states is None:
+        return torch.zeros_like(x)
+    return block.crossattention(block.ln_cross_attn(x), encoder_hidden_states=encoder_hidden_states, **context)[0]
+
+
+def _of_gpt2(block: Any) -> tuple[Branch, ...]:
+    cross = (_cross_attention_of_gpt2,) if hasattr(block, "crossattention") else ()
+    return (_self_attention_of_gpt2, *cross, "ln_2 mlp")
+
+
+def _attention_of_torch(
+    layer: Any, x: Tensor, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
+) -> Tensor:
+    x, mask, padding = layer.norm1(x), src_mask, src_key_padding_mask
+    attention = layer.self_attn(
+        x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=is_causal
+    )
+    return layer.dropout1(attention[0])
+
+
+def _attention_of_torch_decoder(
+    layer: Any, x: Tensor, tgt_mask: Any = None, tgt_key_padding_mask: Any = None, tgt_is_causal: bool = False
+) -> Tensor:
+    return _attention_of_torch(layer, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+
+
+def _cross_attention_of_torch(
+    layer: Any,
+    x: Tensor,
+    memory: Tensor,
+    memory_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    memory_is_causal: bool = False,
+) -> Tensor:
+    attention = layer.multihead_attn(
+        layer.norm2(x),
+        memory,
+        memory,
+        attn_mask=memory_mask,
+        key_padding_mask=memory_key_padding_mask,
+        is_causal=memory_is_causal,
+        need_weights=False,
+    )
+    return layer.dropout2(attention[0])
+
+
+def _of_torch(layer: Any) -> tuple[Branch, ...]:
+    _check_pre_norm(layer)
+    return _attention_of_torch, "norm2 linear1 activation dropout linear2 dropout2"
+
+
+def _of_torch_decoder(layer: Any) -> tuple[Branch, ...]:
+    _check_pre_norm(layer)
+    feed_forward = "norm3 linear1 activation dropout linear2 dropout3"
+    return _attention_of_torch_decoder, _cross_attention_of_torch, feed_forward
+
+
+def _check_pre_norm(layer: Any) -> None:
+    if not layer.norm_first:
+        raise OptionError(
+            f"reversible: {type(layer).__name__} normalises behind each sum",
+            expected="norm_first=True: x + f(x)",
+            cure="build it with norm_first=True, or use inv.nn.checkpoint_blocks",
+        )
+
+
+_LLAMA = "input_layernorm self_attn", "post_attention_layernorm mlp"
+_PRE_LAYER_NORM = (
+    "attention.LayerNorm attention.self attention.output.dense attention.output.dropout",
+    "intermediate output.dense output.dropout",
+)
+
+RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
+    "GPT2Block": _of_gpt2,
+    "LlamaDecoderLayer": _LLAMA,
+    "MistralDecoderLayer": _LLAMA,
+    "Qwen2DecoderLayer": _LLAMA,
+    "Qwen3DecoderLayer": _LLAMA,
+    "GemmaDecoderLayer": _LLAMA,
+    "ModernBertEncoderLayer": ("attn_norm attn", "mlp_norm mlp"),
+    "RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
+    "ViTLayer": ("layernorm_before attention dropout", "layernorm_after mlp dropout"),
+    "Block": ("norm1 attn ls1 drop_path1", "norm2 mlp ls2 drop_path2"),  # timm's vision transformers
+    "TransformerEncoderLayer": _of_torch,
+    "TransformerDecoderLayer": _of_torch_decoder,
+}
+"""The residual branches of the blocks of known families, by the name of their class."""
+
+
+def _branches_of(block: nn.Module, branches: Any) -> tuple[BlockBranch, ...]:
+    """The residual branches of a block, which has to have what they name."""
+    if branches is None:
+        known = [kind.__name__ for kind in type(block).__mro__ if kind.__name__ in RECIPES]
+        if not known:
+            raise OptionError(
+                f"reversible: no recipe for {type(block).__name__}",
+                expected=f"one of {', '.join(RECIPES)}",
+                cure="say what it adds to its stream: branches=('norm1 attn', 'norm2 mlp')",
+            )
+        branches = RECIPES[known[0]]
+    found: Sequence[Branch] = branches(block) if callable(branches) else branches  # pyright: ignore
+    for path in [path for branch in found if isinstance(branch, str) for path in branch.split()]:
+        try:
+            attrgetter(path)(block)
+        except AttributeError as error:
+            raise OptionError(
+                f"reversible: {type(block).__name__} has no {path!r}",
+                expected="paths of what the block applies one after another",
+                cure=f"it has {', '.join(name for name, _ in block.named_children())}",
+            ) from error
+    return tuple([BlockBranch(block, branch) for branch in found])
+
+
+# ---- from block to block ---------------------------------------------------------------------------------------------
+
+
+class Stack:
+    """The blocks of a model as one pipeline; see NOTE [Passage].
+
+    Args:
+        blocks: The blocks by their paths, in order.
+        scheme: How they become ops.
+        branches: What of each is a branch.
+        options: Those of `invfunc.checkpoint`.
+    """
+
+    def __init__(
+        self, blocks: Mapping[str, nn.Module], scheme: Scheme, branches: Any, options: Mapping[str, Any]
+    ) -> None:
+        self.paths, self.scheme = list(blocks), scheme
+        stages = [scheme.stage(_branches_of(block, branches), not i) for i, block in enumerate(blocks.values())]
+        self.pipeline = Chain(tuple([named(stage, path) for stage, path in zip(stages, blocks, strict=True)]))
+        lowered = checkpoint(self.pipeline, **options)
+        assert isinstance(lowered, Checkpointed)
+        self.options = lowered.options
+        self._under_way: dict[int, tuple[int, Passage] | None] = {}  # by thread: the next block, and what waits for it
+
+    def run(self, index: int, x: Tensor, context: Mapping[str, Any]) -> Tensor:
+        """Run a block's stage: what the model sees of it."""
+        thread = threading.get_ident()
+        passage = self._enter(x) if not index else self._resume(index, x, self._under_way.pop(thread, None))
+        passage.step(index, bind(self.pipeline.parts[index], context))
+        if index + 1 == len(self.paths):
+            return passage.close()[self.scheme.shown]
+        self._under_way[thread] = index + 1, passage
+        return passage.wire[self.scheme.shown]
+
+    def _enter(self, x: Tensor) -> Passage:
+        return Passage(self.pipeline, self.scheme.enter(x), current(self.options))
+
+    def _resume(self, index: int, x: Tensor, waiting: tuple[int, Passage] | None) -> Passage:
+        """What waits for a block, whose input has to be what the block before it has shown."""
+        if waiting is not None and waiting[0] == index:
+            wire = list(waiting[1].wire)
+            before = wire[self.scheme.shown]
+            if x is before:
+                return waiting[1]
+            if x.shape == before.shape and _torch.storage_of(x) == _torch.storage_of(before):
+                wire[self.scheme.shown] = x
+                waiting[1].replace(tuple(wire))
+                return waiting[1]
+        raise WireError(
+            f"reversible: {self.paths[index]} received {describe(x)}",
+            expected=f"what {self.paths[index - 1]} has returned: its streams go on from there",
+            cure="call the blocks one after another, and change the hidden states nowhere in between",
+        )
+
+    def is_kept(self, is_training: bool) -> bool:
+        """Whether a block runs as it was: for evaluation, where the scheme says so."""
+        return self.scheme.keeps_evaluation and not is_training
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: nothing is under way there."""
+        return {**vars(self), "_under_way": {}}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockForward:
+    """The forward of a block in a reversible model."""
+
+    stack: Stack
+    index: int
+    block: nn.Module
+    original: Callable[..., Any]
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What it stands for, for those who ask for its signature."""
+        return self.original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stack.is_kept(self.block.training):
+            return self.original(*args, **kwargs)
+        return _run_block(self, args, kwargs)
+
+
+@torch.compiler.disable
+def _run_block(forward: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x, context = by_name(forward.block, args, kwargs)
+    return forward.stack.run(forward.index, x, context)
+
+
+# ---- the call --------------------------------------------------------------------------------------------------------
+
+
+def reversible(
+    model: nn.Module,
+    blocks: str,
+    *,
+    scheme: str | Callable[..., Invertible] = "couple",
+    branches: Sequence[Branch] | Callable[[Any], Sequence[Branch]] | None = None,
+    **options: Any,
+) -> Handle:
+    r"""Make the residual blocks of a model that exists reversible, in place: activations are rebuilt, none is kept.
+
+    .. math:: x \mapsto x + f(x) + g(x + f(x)) \quad \text{becomes an op on two streams}
+
+    The blocks stay the modules that they are: paths, state-dict keys, hooks, order and indexing of their list do not
+    change. Masks, rotary embeddings, encoder states, caches and whatever else the model hands to its blocks reach the
+    branches that take them, with gradients. ``output_hidden_states`` and ``generate`` with a cache work as before.
+
+    A reversible network is another function than the residual network, which is not injective; they are equal where the
+    branches are zero. What becomes of pretrained weights:
+
+    - ``"couple"``: attention changes one stream and the feed-forward net the other. Another function from the second
+      block on: to train from scratch, or to fine-tune for long. ``"hamiltonian"``: the same, with a step.
+    - ``"momentum"``: ``partial(inv.ops.momentum, gamma=...)`` differs in proportion to gamma, and its rounding grows as
+      :math:`\gamma^{-depth}`.
+    - ``"midpoint"``: near where neighbouring blocks add nearly the same. ``"leapfrog"``: another function, for which f
+      is a force.
+    - ``"bdia"``: *evaluation is the model as it was*, to the bit. A step of training is the model's in the mean over
+      gamma, and exact by one bit for each element and block.
+    - ``"retrofit"``: one gamma of 2^-4, in training and in evaluation: starts at a distance in proportion to gamma, and
+      is exact by four bits for each element and block.
+
+    Args:
+        model: The model, changed in place.
+        blocks: The path of the blocks, as in `torch.nn.Module.get_submodule`, with ``*`` for any name of a level. The
+            model calls them one after another, each with what the one before it returned.
+        scheme: One of the names above, or a function from the block's branch to an op, such as
+            ``partial(inv.ops.bdia, gammas=2.0**-6)``. ``"couple"`` takes any number of branches, which change the
+            streams by turns, and ``"hamiltonian"`` two; the others take the block's whole branch.
+        branches: What a block adds to its stream, in order: the paths of what it applies one after another, as in
+            ``("ln_1 attn", "ln_2 mlp")``, or functions ``(block, x, **context) -> tensor``; or a function from a block
+            to these. None takes the recipe for the class of the block: GPT-2, Llama, Mistral, Qwen, Gemma, ModernBERT,
+            RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder and decoder layers
+            (``norm_first=True``).
+        options: Those of `invfunc.checkpoint`, such as ``mode`` and ``drift``.
+
+    Returns:
+        A handle with the method ``remove()``, which undoes it; also a context manager. Its ``blocks`` are by path.
+
+    Cost:
+        Nothing is kept from block to block, but for the bits of the last two schemes and what the model itself keeps
+        (hidden states, a cache). Each branch is evaluated exactly twice in a training step.
+
+    Raises:
+        OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, or the
+            scheme or an option is unknown.
+        WireError: In the model's forward, when it changes its hidden states between the blocks, or leaves one out.
+
+    Limits:
+        Blocks must compute sums, ``x + f(x)``, normalise inside f, and return one tensor. Streams should be float32
+        (under autocast they are, if the embedding is). Below `torch.compile` the blocks run as they are written. The
+        last block must be reached: a loss of hidden states alone, without the last, can not be rebuilt.
+
+    Example:
+        >>> import torch, invfunc as inv
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        >>> handle = inv.nn.reversible(model, "layers.*")
+        >>> model(torch.randn(2, 5, 8)).sum().backward()
+
+    Source:
+        Gomez et al., RevNet (2017); Mangalam et al., Reversible Vision Transformers (2022); Sander et al., Momentum
+        Residual Neural Networks (2021); Zhang, Lewis and Kleijn (2025); Gal et al. (2025): see the ops.
+    """
+    handle = Handle(find_blocks(model, blocks))
+    stack = Stack(handle.blocks, _scheme(scheme), branches, options)
+    for index, (path, block) in enumerate(handle.blocks.items()):
+        handle.put(path, BlockForward(stack, index, block, block.forward))
+    return handle
