@@ -16,6 +16,7 @@ from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
@@ -152,16 +153,12 @@ def _read_keywords(fn: Any, skip: int) -> Keywords:
 class Told:
     """A function that is told of objects it may write into, such as a cache of keys and values.
 
-    The first call gets the objects; each later one, which is the same call run again, gets them as they were before.
+    The first call gets the objects; each later one, which is that call run again, gets them as they were before it.
     """
 
     fn: Callable[..., Any]
     context: dict[str, Any]
-    before: dict[str, Any] = field(init=False)
-    was_called: list[bool] = field(default_factory=lambda: [False], init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "before", copy_state(self.context))
+    before: list[dict[str, Any]] = field(default_factory=list, init=False)  # the first call, if it may run again
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -169,8 +166,9 @@ class Told:
         return (self.fn,)
 
     def __call__(self, *xs: Any) -> Any:
-        context = copy_state(self.before) if self.was_called[0] else self.context
-        self.was_called[0] = True
+        context = copy_state(self.before[0]) if self.before else self.context
+        if not self.before and torch.is_grad_enabled():
+            self.before.append(copy_state(self.context))
         return self.fn(*xs, **context)
 
     @property

@@ -76,7 +76,7 @@ class Passage:
 
     __slots__ = ("op", "run", "state")
 
-    def __init__(self, op: Invertible, x: Wire, options: Options) -> None:
+    def __init__(self, op: Chain, x: Wire, options: Options) -> None:
         engine = None if runs_plainly() else engine_for(op, x)
         self.op = op
         self.run = None if engine is None else Run(engine, options)
@@ -93,10 +93,14 @@ class Passage:
 
     def step(self, index: int, part: Invertible) -> None:
         """Run what stands for a part of the pipeline."""
-        if self.run is None:
-            self.state = part.forward(self.state)
-        else:
-            self.state = walk(part, self.state, self.run.at(self.op, index))
+        try:
+            if self.run is None:
+                self.state = part.forward(self.state)
+            else:
+                self.state = walk(part, self.state, self.run.at(self.op, index))
+        except Exception as error:
+            place_error(error, self.op.place(index))
+            raise
 
     def close(self) -> Wire:
         """What comes out of the pipeline."""

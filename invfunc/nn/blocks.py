@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +20,8 @@ from ..errors import OptionError
 def find_blocks(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The submodules whose path fits a pattern such as ``"transformer.h.*"``, in the order of the model."""
     words = pattern.split(".")
-    found = {path: module for path, module in model.named_modules() if _fits(path.split("."), words)}
+    named = list(model.named_modules())[1:]  # without the model itself
+    found = {path: module for path, module in named if _fits(path.split("."), words)}
     if not found:
         raise OptionError(
             f"{type(model).__name__} has no {pattern!r}",
@@ -130,9 +132,14 @@ def checkpoint_blocks(model: nn.Module, blocks: str, **options: Any) -> Handle:
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
 def by_name(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What a block is called with: its first argument, and the others by the names of its forward."""
-    signature = inspect.signature(type(block).forward)
+    signature = _signature(type(block).forward)
     given = signature.bind(block, *args, **kwargs).arguments
     parameters = list(signature.parameters.values())
     named = {p.name: given[p.name] for p in parameters[1:] if p.name in given}

@@ -91,13 +91,25 @@ class Whole:
 # ---- schemes ---------------------------------------------------------------------------------------------------------
 
 
+def _twice(x: Tensor) -> Wire:
+    return x, x
+
+
+def _at_rest(x: Tensor) -> Wire:
+    return x, torch.zeros_like(x)
+
+
+def _twice_on_grid(spacing: float, x: Tensor) -> Wire:
+    return _twice(on_grid(x, spacing))
+
+
 class Scheme(NamedTuple):
     """How the branches of a block become an op on two streams."""
 
     make: Callable[..., Invertible]  # of all branches, or of the whole block's
     takes: int | None = 1  # of the functions that it takes: 1 for the whole block's, None for any number of branches
     first: Callable[..., Invertible] | None = None  # the same for the first block
-    enter: Callable[[Tensor], Wire] = lambda x: (x, x)
+    enter: Callable[[Tensor], Wire] = _twice
     shown: int = 1  # the stream that the model sees
     keeps_evaluation: bool = False  # whether the model runs as it was when it is not in training
 
@@ -120,9 +132,13 @@ def _take_turns(*branches: Callable[..., Any]) -> Invertible:
     return chain(*(Half(fn, additive, target, name_of(fn)) for fn, target in zip(branches, targets, strict=True)))
 
 
-def _euler(fn: Callable[..., Any]) -> Invertible:
-    """``(x, x) -> (x, x + fn(x))``."""
-    return chain(couple(fn), swap())
+def _euler(fn: Callable[..., Any], step: float = 1.0) -> Invertible:
+    """``(x, x) -> (x, x + step * fn(x))``."""
+    return chain(couple(fn if step == 1 else Stepped(fn, step)), swap())
+
+
+def _euler_on_grid(spacing: float, fn: Callable[..., Any]) -> Invertible:
+    return _euler(OnGrid(fn, spacing))
 
 
 def _coupled(scheme: Callable[..., Invertible]) -> Scheme:
@@ -130,22 +146,18 @@ def _coupled(scheme: Callable[..., Invertible]) -> Scheme:
 
 
 def _with_velocity(scheme: Callable[..., Invertible]) -> Scheme:
-    return Scheme(scheme, enter=lambda x: (x, torch.zeros_like(x)), shown=0)
+    return Scheme(scheme, enter=_at_rest, shown=0)
 
 
 def _two_positions(scheme: Callable[..., Invertible]) -> Scheme:
-    step = _given(scheme, "step", 1.0)
-    return Scheme(scheme, first=lambda fn: _euler(Stepped(fn, step)))
+    return Scheme(scheme, first=partial(_euler, step=_given(scheme, "step", 1.0)))
 
 
 def _on_grid(scheme: Callable[..., Invertible]) -> Scheme:
     spacing, gammas = _given(scheme, "spacing", SPACING), _given(scheme, "gammas", (0.5, -0.5))
-    return Scheme(
-        scheme,
-        first=lambda fn: _euler(OnGrid(fn, spacing)),
-        enter=lambda x: (on_grid(x, spacing),) * 2,
-        keeps_evaluation=not isinstance(gammas, (int, float)) and not sum(gammas),
-    )
+    is_random = not isinstance(gammas, (int, float)) and not sum(gammas)
+    first, enter = partial(_euler_on_grid, spacing), partial(_twice_on_grid, spacing)
+    return Scheme(scheme, first=first, enter=enter, keeps_evaluation=is_random)
 
 
 def _given(scheme: Any, name: str, default: Any) -> Any:
@@ -383,7 +395,7 @@ class BlockForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.stack.is_kept(self.block.training):
             return self.original(*args, **kwargs)
-        return _run_block(self, args, kwargs)
+        return _run_block(self, args, kwargs)  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
+from ..core.context import Context, bind, tell
 from ..core.couple import add_wires, affine, as_law, sum_per_sample
 from ..core.op import VJP, Again, Inverse, Invertible, Pair, Residue, graph_leaves, name_of
 from ..debug import checking
@@ -789,3 +790,8 @@ def with_function(op: Solved, wrap: Callable[[Callable[..., Any]], Callable[...,
         return ordered(replace(rule, net=wrap(rule.net)))
     assert isinstance(rule, Residual) and isinstance(inverse, FixedPoint) and isinstance(op.log_det_fn, partial)
     return residual(wrap(rule.fn), inverse.limits, op.log_det_fn.args[0])
+
+
+@bind.register
+def _(op: Solved, context: Context) -> Invertible:
+    return with_function(op, partial(tell, context=context))

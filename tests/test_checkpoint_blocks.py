@@ -1,0 +1,166 @@
+"""Blocks of a model that exists, run again in backward: to the bit, in place, and undone."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kit import assert_close, assert_refused
+from residual_models import FAMILIES, Cache, Llama, words
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import invfunc as inv
+from invfunc.errors import OptionError
+from invfunc.look.memory import measure
+
+
+def step(model: nn.Module, *args: Any) -> tuple[Tensor, list[Tensor | None]]:
+    torch.manual_seed(3)
+    y = model(*args)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return y.detach(), list(torch.autograd.grad(y.square().sum(), parameters))
+
+
+@pytest.fixture
+def model() -> Llama:
+    return Llama()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_that_of_the_model_to_the_bit(family: str) -> None:
+    make, blocks = FAMILIES[family]
+    model, x = make(), words()
+    expected = step(model, x)
+    inv.nn.checkpoint_blocks(model, blocks)
+    assert_close(step(model, x), expected, 0.0)
+
+
+def test_modules_keys_and_the_list_of_blocks_stay(model: Llama) -> None:
+    keys, layers, modules = list(model.state_dict()), list(model.layers), list(model.named_modules())
+    handle = inv.nn.checkpoint_blocks(model, "layers.*")
+    assert list(model.state_dict()) == keys and list(model.named_modules()) == modules
+    assert list(model.layers) == layers and model.layers[1] is layers[1] and len(model.layers) == 4
+    assert repr(handle) == "<4 blocks: layers.0, layers.1, layers.2, layers.3>"
+
+
+def test_undoing_goes_back_to_what_was_before(model: Llama) -> None:
+    outer = inv.nn.checkpoint_blocks(model, "layers.*")
+    before = [layer.forward for layer in model.layers]
+    with inv.nn.reversible(model, "layers.*"):
+        assert model.layers[0].forward is not before[0]
+    assert [layer.forward for layer in model.layers] == before
+    outer.remove()
+    outer.remove()
+    assert all("forward" not in vars(layer) for layer in model.layers)
+
+
+def test_a_cache_that_a_block_writes_is_as_it_was_when_it_runs_again(model: Llama) -> None:
+    x, first = words(), words(3)
+
+    def both(model: nn.Module) -> tuple[list[Tensor], list[int]]:
+        cache = Cache()
+        torch.manual_seed(2)
+        with torch.no_grad():
+            model(first, cache)
+        return step(model, x, cache)[1], [keys.shape[2] for keys, _ in cache.layers.values()]
+
+    expected = both(model)
+    inv.nn.checkpoint_blocks(model, "layers.*")
+    assert_close(both(model), expected, 0.0)
+
+
+class Talkative(nn.Module):
+    """A block that takes and returns anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *, scale: Tensor, notes: dict[str, Any]) -> dict[str, Any]:
+        notes["calls"] += 1
+        return {"x": self.net(x).sin() * scale, "more": (x, None, notes["calls"])}
+
+
+def test_a_block_may_take_and_return_anything() -> None:
+    model, x, scale = (
+        nn.ModuleList([Talkative(), Talkative()]),
+        torch.randn(3, 4),
+        torch.randn(3, 4, requires_grad=True),
+    )
+
+    def run() -> Any:
+        notes, y, outs = {"calls": 0}, x, []
+        for block in model:
+            outs.append(block(y, scale=scale.sin(), notes=notes))
+            y = outs[-1]["x"]
+        return outs, torch.autograd.grad(y.sum(), [scale, *model.parameters()]), notes
+
+    expected = run()
+    inv.nn.checkpoint_blocks(model, "*")
+    assert_close(run(), expected, 0.0)
+
+
+def calls_in_a_step(model: nn.Sequential) -> int:
+    count = [0]
+    for block in model:
+        block[0].register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    model(torch.randn(3, 4)).sum().backward()
+    return count[0]
+
+
+def test_frozen_blocks_are_run_once() -> None:
+    """Adapters in the top two of eight: two evaluations more; torch's checkpoint makes eight more, or none of x."""
+
+    def blocks() -> nn.Sequential:
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(8)))
+        for parameter in model[:6].parameters():
+            parameter.requires_grad_(False)
+        return model
+
+    ours, theirs = blocks(), blocks()
+    inv.nn.checkpoint_blocks(ours, "*")
+    assert calls_in_a_step(ours) == 8 + 2
+    for block in theirs:
+        plain = block.forward
+        block.forward = lambda x, plain=plain: checkpoint(plain, x.requires_grad_(), use_reentrant=False)
+    assert calls_in_a_step(theirs) == 8 + 8
+
+
+def test_what_is_held_is_one_input_for_each_block() -> None:
+    held = []
+    for depth in (4, 8):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8)) for _ in range(depth)))
+        inv.nn.checkpoint_blocks(model, "*")
+        x = torch.randn(32, 8, requires_grad=True)
+        held.append(measure(model, x).held_bytes)
+    assert held[1] - held[0] <= 4 * x.nbytes * 1.01
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_a_model_of_its_own(model: Llama, copied: Callable[[Any], Any]) -> None:
+    inv.nn.checkpoint_blocks(model, "layers.*")
+    x = words()
+    expected, other = step(model, x), copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert_close(step(other, x), expected, 0.0)
+
+
+def test_patterns_are_paths_with_stars(model: Llama) -> None:
+    assert list(inv.nn.checkpoint_blocks(model, "layers.*.mlp").blocks) == [f"layers.{i}.mlp" for i in range(4)]
+    assert list(inv.nn.checkpoint_blocks(model, "layers.[23]").blocks) == ["layers.2", "layers.3"]
+    assert_refused(
+        OptionError,
+        "Llama has no 'h.*', expected the path of submodules, as in get_submodule, with * for any name; its lists are "
+        "layers.*, layers.0.mlp.*",
+        lambda: inv.nn.checkpoint_blocks(model, "h.*"),
+    )
+    assert_refused(
+        OptionError,
+        "checkpoint: determinism_check='no'",
+        lambda: inv.nn.checkpoint_blocks(model, "layers.*", determinism_check="no"),
+    )

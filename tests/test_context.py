@@ -1,0 +1,173 @@
+"""Context: functions are told by name what they take, with gradients, and what they write into is seen as it was."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from kit import assert_close, assert_refused
+from torch import Tensor, nn
+
+import invfunc as inv
+from invfunc import ops
+from invfunc.errors import OptionError
+
+
+class Masked(nn.Module):
+    """A net that takes a mask, and more by keyword only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, states: Any) -> Tensor:
+        return torch.tanh(self.net(x) * mask + states[0])
+
+
+@pytest.fixture
+def context() -> dict[str, Any]:
+    return {"mask": torch.rand(3, 4), "states": (torch.randn(3, 4, requires_grad=True), "not a tensor")}
+
+
+def streams() -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+
+
+MAKERS: dict[str, Callable[[Any, Any], inv.Invertible]] = {
+    "couple": lambda f, g: inv.couple(f, g),
+    "one half": lambda f, g: inv.couple(g, f),
+    "momentum": lambda f, g: ops.momentum(f, 0.5),
+    "midpoint": lambda f, g: ops.midpoint(f, 0.3),
+    "leapfrog": lambda f, g: ops.leapfrog(f, 0.3),
+    "hamiltonian": lambda f, g: ops.hamiltonian(f, g, 0.3),
+    "inverse": lambda f, g: ~ops.hamiltonian(f, g, 0.3),
+    "parallel": lambda f, g: (
+        inv.parallel(inv.chain(inv.split(2), inv.couple(lambda x, mask: x * mask[:, :2]), inv.concat(2)), inv.chain())
+        >> inv.couple(f)
+    ),
+    "marked": lambda f, g: inv.mark(inv.couple(f, g), "recompute"),
+    "many streams": lambda f, g: ops.couple_streams([f, g], reads="sum"),
+    "one way": lambda f, g: inv.chain(inv.couple(f), lambda a, b, mask: (a * mask, b)),
+}
+
+
+def told(op: inv.Invertible, x: Any, context: dict[str, Any], wrt: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    y = op(*x, context=context)
+    return y, list(torch.autograd.grad((y[0].sin() + y[1].square()).sum(), wrt))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_lowered_is_plain_with_gradients_into_the_context(maker: str, context: dict[str, Any]) -> None:
+    f, g, x = Masked(), nn.Linear(4, 4), streams()
+    source = context["states"][0]
+    context["states"] = source.sin(), "not a tensor"  # a result, not a leaf
+    op = MAKERS[maker](f, g)
+    wrt = [*x, source, *f.parameters()]
+    expected = told(op, x, context, wrt)
+    context["states"] = source.sin(), "not a tensor"
+    assert_close(told(inv.checkpoint(op), x, context, wrt), expected)
+
+
+def test_a_context_is_what_a_closure_would_be(context: dict[str, Any]) -> None:
+    f, g, x = Masked(), nn.Linear(4, 4), streams()
+    assert_close(inv.couple(f, g)(*x, context=context), inv.couple(partial(f, **context), g)(*x), 0.0)
+
+
+def test_the_inverse_is_told_as_well(context: dict[str, Any]) -> None:
+    op, x = inv.chain(*[inv.couple(Masked(), nn.Linear(4, 4))] * 3), streams()
+    y = op(*x, context=context)
+    assert_close((~op)(*y, context=context), x)
+
+
+def test_both_functions_of_a_pair_are_told() -> None:
+    op = inv.pair(lambda x, scale: x * scale, lambda y, scale: y / scale)
+    y = op(torch.ones(2), context={"scale": 3.0})
+    assert y.tolist() == [3.0, 3.0] and (~op)(y, context={"scale": 3.0}).tolist() == [1.0, 1.0]
+
+
+def test_a_function_that_takes_anything_is_told_everything() -> None:
+    found: dict[str, Any] = {}
+
+    def f(x: Tensor, **context: Any) -> Tensor:
+        found.update(context)
+        return x
+
+    inv.couple(f)(*streams(), context={"a": 1, "b": None})
+    assert found == {"a": 1, "b": None}
+
+
+def test_the_residual_flow_and_its_inverse_are_told() -> None:
+    net = nn.Linear(4, 4)
+    net.weight.data *= 0.2
+    op, x = ops.residual_flow(lambda x, shift: 0.5 * net(x).tanh() + shift), torch.randn(3, 4)
+    y = op(x, context={"shift": torch.ones(3, 4)})
+    assert_close((~op)(y, context={"shift": torch.ones(3, 4)}), x, 1e-9)
+
+
+@pytest.mark.parametrize("face", ["Lowered", "Coupling", "Sequential"])
+def test_modules_take_a_context(face: str, context: dict[str, Any]) -> None:
+    f = Masked()
+    inner = inv.chain(inv.split(2), inv.couple(f), inv.concat(2))
+    net = {
+        "Lowered": lambda: inv.nn.Lowered(inner),
+        "Coupling": lambda: inv.nn.Coupling(f),
+        "Sequential": lambda: inv.nn.Sequential(inv.nn.Coupling(f)),
+    }[face]()
+    x = torch.randn(3, 8)
+    y = net(x, context=context)
+    assert_close(y, inner(x, context=context))
+    assert_close(net.inverse(y, context=context), x)
+    assert_close(inv.chain(net.op)(x, context=context), y)
+
+
+def test_below_transforms(context: dict[str, Any]) -> None:
+    f, x = Masked(), streams()
+    op = inv.chain(*[inv.couple(f, nn.Linear(4, 4))] * 2)
+
+    def loss(op: inv.Invertible, states: Tensor) -> Tensor:
+        y = op(*x, context={"mask": context["mask"], "states": (states.sin(),)})
+        return (y[0].sin() + y[1].square()).sum()
+
+    states = context["states"][0]
+    (expected,) = torch.autograd.grad(loss(op, states), states)
+    assert_close(torch.func.grad(partial(loss, inv.checkpoint(op)))(states.detach()), expected)
+
+
+class Memory:
+    """Something that a function writes into."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+
+def test_what_a_function_writes_into_is_seen_as_it_was() -> None:
+    net, memory, x = nn.Linear(4, 4), Memory(), streams()
+
+    def f(x: Tensor, memory: Memory) -> Tensor:
+        memory.seen.append(x)
+        return net(x).sin() * len(memory.seen)
+
+    op = inv.chain(*[inv.couple(f)] * 3)
+    expected = told(op, x, {"memory": Memory()}, [*x, net.weight])
+    found = told(inv.checkpoint(op), x, {"memory": memory}, [*x, net.weight])
+    assert_close(found, expected)
+    assert len(memory.seen) == 3
+
+
+def test_a_name_that_nobody_takes_is_refused(context: dict[str, Any]) -> None:
+    assert_refused(
+        OptionError,
+        "context has 'masc', expected names that one of the op's functions takes as keyword arguments: Masked, Linear; "
+        "let one of them take it, or leave it out",
+        lambda: inv.couple(Masked(), nn.Linear(4, 4))(*streams(), context={"masc": 1, **context}),
+    )
+
+
+def test_an_op_that_hides_its_functions_is_refused(context: dict[str, Any]) -> None:
+    op = inv.with_log_det(inv.pair(lambda x, by: x + by, lambda y, by: y - by, log_det=lambda x, y: x.sum(1) * 0))
+    assert_refused(
+        OptionError,
+        "context: with_log_det(pair(<lambda>, <lambda>)) hides <lambda>, expected chain, parallel and couple around it",
+        lambda: op(torch.ones(2, 3), torch.zeros(2), context={"by": 1.0}),
+    )

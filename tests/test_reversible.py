@@ -1,0 +1,389 @@
+"""Models that exist, made reversible in place: gradients, caches, hidden states, pretrained weights, and the bars."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from kit import assert_close, assert_refused
+from residual_models import FAMILIES, GPT2, WIDTH, Cache, Llama, words
+from torch import Tensor, nn
+
+import invfunc as inv
+from invfunc import ops
+from invfunc.errors import OptionError, WireError
+from invfunc.look.memory import measure
+
+SCHEMES = "couple", "momentum", "midpoint", "leapfrog", "bdia", "retrofit"
+THE_MODEL_ITSELF = partial(ops.momentum, gamma=0)  # the residual network, by a scheme that keeps what it overwrites
+
+
+def step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(3)
+    y = model(x)
+    return y.detach(), list(torch.autograd.grad(y.square().sum(), list(model.parameters())))
+
+
+@pytest.fixture
+def model() -> Llama:
+    return Llama()
+
+
+# ---- the same function, stored or not --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_same_network_stored(family: str, scheme: str) -> None:
+    make, blocks = FAMILIES[family]
+    model, x = make(), words()
+    inv.nn.reversible(model, blocks, scheme=scheme)
+    with inv.mode("store"):
+        expected = step(model, x)
+    assert_close(step(model, x), expected, 1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recipe_takes_the_block_apart(family: str) -> None:
+    """By the one scheme that is the residual network: in values and gradients, masks, rotary and encoder states."""
+    make, blocks = FAMILIES[family]
+    model, x = make(), words()
+    expected = step(model.eval(), x)
+    inv.nn.reversible(model, blocks, scheme=THE_MODEL_ITSELF)
+    assert_close(step(model, x), expected, 1e-12)
+
+
+def test_two_blocks_are_their_formula(model: Llama) -> None:
+    model.layers, x = nn.ModuleList(list(model.layers)[:2]), words()
+    context: dict[str, Any] = {}
+    model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, given: context.update(given), with_kwargs=True
+    )
+    model.eval()(x)
+    del context["hidden_states"]
+    first = second = model.embed_tokens(x)
+    for layer in model.layers:
+        first = first + layer.self_attn(layer.input_layernorm(second), **context)[0]
+        second = second + layer.mlp(layer.post_attention_layernorm(first))
+    inv.nn.reversible(model, "layers.*")
+    assert_close(model(x), model.head(model.norm(second)))
+
+
+def test_bdia_is_its_formula_in_training() -> None:
+    """The published step, with the gammas that were drawn."""
+    spacing, h = 2.0**-9, lambda x: x.sin() - 0.3 * x
+    blocks = [Plain(h) for _ in range(5)]
+    net = nn.Sequential(*blocks)
+    x = torch.randn(4, 6)
+    inv.nn.reversible(net, "*", scheme="bdia", branches=(lambda block, x: block.fn(x),))
+    torch.manual_seed(5)
+    found = net(x)
+
+    def rounded(t: Tensor) -> Tensor:
+        return torch.round(t / spacing) * spacing
+
+    torch.manual_seed(5)
+    before = rounded(x)
+    now = before + rounded(h(before))
+    for _ in blocks[1:]:
+        gamma = torch.tensor([0.5, -0.5])[torch.randint(2, (4, 1))]
+        even = torch.floor(before / (2 * spacing)) * 2 * spacing
+        before, now = now, gamma * even + rounded((1 - gamma) * now + (1 + gamma) * h(now))
+    assert torch.equal(found, now)
+
+
+class Plain(nn.Module):
+    """A residual block of a function."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fn, self.unused = fn, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fn(x)
+
+
+# ---- the model around it is as before --------------------------------------------------------------------------------
+
+
+def test_modules_keys_and_the_list_of_blocks_stay(model: Llama) -> None:
+    keys, layers, modules = list(model.state_dict()), list(model.layers), list(model.named_modules())
+    handle = inv.nn.reversible(model, "layers.*")
+    assert list(model.state_dict()) == keys and list(model.named_modules()) == modules
+    assert list(model.layers) == layers and model.layers[1] is layers[1] and len(model.layers[:3]) == 3
+    assert list(handle.blocks) == [f"layers.{i}" for i in range(4)] and len(handle) == 4
+
+
+def test_undoing_it_gives_the_model_back(model: Llama) -> None:
+    x = words()
+    expected = step(model, x)
+    with inv.nn.reversible(model, "layers.*") as handle:
+        assert not torch.equal(step(model, x)[0], expected[0])
+    handle.remove()
+    assert all(map(torch.equal, step(model, x)[1], expected[1])) and "forward" not in vars(model.layers[0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("make", [GPT2, Llama])
+def test_generation_with_a_cache_is_generation_without(make: Callable[[], nn.Module], scheme: str) -> None:
+    model, x = make().eval(), words(8)
+    inv.nn.reversible(model, FAMILIES[make.__name__.lower()][1], scheme=scheme)
+    cache = Cache()
+    with torch.no_grad():
+        parts = [model(x[:, :3], cache), *(model(x[:, i : i + 1], cache) for i in range(3, 8))]
+        assert_close(torch.cat(parts, 1), model(x), 1e-2 if scheme == "retrofit" else 1e-12)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_step_may_write_a_cache(model: Llama, scheme: str) -> None:
+    """Backward runs attention again, on the cache as it was."""
+    x, cache = words(), Cache()
+    inv.nn.reversible(model, "layers.*", scheme=scheme)
+    expected = step(model, x)
+    torch.manual_seed(3)
+    y = model(x, cache)
+    assert_close(torch.autograd.grad(y.square().sum(), list(model.parameters())), expected[1])
+    assert [keys.shape[2] for keys, _ in cache.layers.values()] == [6] * 4
+
+
+def test_hidden_states_come_by_hooks_with_their_gradients(model: Llama) -> None:
+    x = words()
+    inv.nn.reversible(model, "layers.*")
+    states: list[Tensor] = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, args, y: states.append(y))
+
+    def both() -> list[Tensor]:
+        states.clear()
+        torch.manual_seed(3)
+        y = model(x)
+        loss = y.square().sum() + sum(((i + 1) * state.sin()).sum() for i, state in enumerate(states))
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    with inv.mode("store"):
+        expected = both()
+    assert_close(both(), expected)
+    assert len(states) == 4 and states[1].shape == (3, 6, WIDTH)
+
+
+def test_a_module_that_takes_anothers_place_is_called(model: Llama) -> None:
+    inv.nn.reversible(model, "layers.*")
+    x = words()
+    before = step(model, x)[0]
+    model.layers[2].mlp = new = nn.Linear(WIDTH, WIDTH)
+    assert not torch.equal(step(model, x)[0], before)
+    model(x).sum().backward()
+    assert new.weight.grad is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_copy_is_a_model_of_its_own(model: Llama, scheme: str, copied: Callable[[Any], Any]) -> None:
+    inv.nn.reversible(model, "layers.*", scheme=scheme)
+    x = words()
+    expected = step(model, x)
+    other = copied(model)
+    assert_close(step(other, x), expected, 0.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert_close(step(other, x), expected, 0.0)
+
+
+def test_a_saved_state_loads_into_the_plain_model(model: Llama) -> None:
+    inv.nn.reversible(model, "layers.*", scheme="bdia")
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = Llama()
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other.eval()(words(5)[:1] * 0 + 1), model.eval()(words(5)[:1] * 0 + 1))
+
+
+def test_under_autocast_the_stream_stays_wide(model: Llama) -> None:
+    model.float()
+    inv.nn.reversible(model, "layers.*", scheme="bdia")
+    with torch.autocast("cpu", torch.bfloat16):
+        with inv.mode("store"):
+            expected = step(model, words(4))
+        found = step(model, words(4))
+    assert [g.dtype for g in found[1]] == [torch.float32] * len(found[1]) and expected[1]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_a_compiled_model_leaves_the_blocks_as_they_are(model: Llama) -> None:
+    x = words()
+    inv.nn.reversible(model, "layers.*")
+    expected = step(model.eval(), x)
+    assert_close(step(torch.compile(model, backend="eager"), x), expected)
+
+
+def test_gradients_of_functions_of_the_parameters(model: Llama) -> None:
+    """By torch.func, whose engine is another one."""
+    x = words()
+    inv.nn.reversible(model.eval(), "layers.*")
+    expected = dict(zip(dict(model.named_parameters()), step(model, x)[1], strict=True))
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    assert_close(torch.func.grad(loss)(dict(model.named_parameters())), expected)
+
+
+# ---- pretrained weights ----------------------------------------------------------------------------------------------
+
+
+def test_bdia_evaluates_the_model_itself(model: Llama) -> None:
+    x, model = words(), model.float()
+    expected = model.eval()(x)
+    inv.nn.reversible(model, "layers.*", scheme="bdia")
+    assert not torch.equal(model.train()(x), expected)
+    assert torch.equal(model.eval()(x), expected)
+
+
+def test_retrofit_starts_at_a_distance_in_proportion_to_gamma(model: Llama) -> None:
+    x = words()
+    expected = model.eval()(x)
+    distances = []
+    for gamma in (2.0**-3, 2.0**-4, 2.0**-5, 2.0**-6):
+        with inv.nn.reversible(model, "layers.*", scheme=partial(ops.bdia, gammas=gamma, spacing=2.0**-30)):
+            distances.append((model(x) - expected).norm().item())
+    assert distances[-1] < 0.05 * expected.norm().item()
+    assert all(1.6 < a / b < 2.4 for a, b in zip(distances, distances[1:], strict=False))
+
+
+@pytest.mark.parametrize("scheme", ["couple", "hamiltonian", "momentum", "midpoint", "leapfrog", "bdia", "retrofit"])
+def test_every_scheme_is_the_model_where_branches_are_zero(model: Llama, scheme: str) -> None:
+    for layer in model.layers:
+        for last in (layer.self_attn.c_proj, layer.mlp[2]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    x = words()
+    expected = model(x)
+    make = partial(ops.bdia, gammas=(0.5, -0.5), spacing=2.0**-45) if scheme == "bdia" else scheme
+    inv.nn.reversible(model, "layers.*", scheme=make)
+    assert_close(model(x), expected, 1e-2 if scheme == "retrofit" else 1e-12)
+
+
+# ---- bars ------------------------------------------------------------------------------------------------------------
+
+
+def peak(model: nn.Module, x: Tensor) -> int:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def train() -> None:
+        model(x).square().sum().backward()
+
+    train()
+    return measure(train).peak_bytes
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "torch encoder"])
+def test_the_peak_does_not_grow_with_depth(family: str, scheme: str) -> None:
+    make, blocks = FAMILIES[family]
+    x, peaks = words(16, batch=8), []
+    for depth in (8, 32):
+        model = make(depth)
+        inv.nn.reversible(model, blocks, scheme=scheme)
+        peaks.append(peak(model, x))
+    bits = {"bdia": 1, "retrofit": 4}.get(scheme, 0) * 24 * 16 * 8 * WIDTH // 8
+    assert peaks[1] - bits <= 1.05 * peaks[0]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_branch_is_evaluated_twice_in_a_step(model: Llama, scheme: str) -> None:
+    calls = {"attention": 0, "feed forward": 0}
+    for layer in model.layers:
+        for name, module in (("attention", layer.self_attn), ("feed forward", layer.mlp)):
+            module.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    inv.nn.reversible(model, "layers.*", scheme=scheme)
+    model(words()).sum().backward()
+    assert calls == {"attention": 8, "feed forward": 8}
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_changes_its_hidden_states_between_blocks_is_refused(model: Llama) -> None:
+    inv.nn.reversible(model, "layers.*")
+    model.layers[1].register_forward_hook(lambda module, args, y: y + 1)
+    assert_refused(
+        WireError,
+        "reversible: layers.2 received (3, 6, 8), expected what layers.1 has returned: its streams go on from there; "
+        "call the blocks one after another, and change the hidden states nowhere in between",
+        lambda: model(words()),
+    )
+
+
+def test_a_hook_that_returns_a_view_is_no_change(model: Llama) -> None:
+    inv.nn.reversible(model, "layers.*")
+    expected = step(model, words(1))
+    torch.manual_seed(0)
+    model.layers[1].register_forward_hook(lambda module, args, y: y.view_as(y))
+    assert [g.shape for g in step(model, words(1))[1]] == [g.shape for g in expected[1]]
+
+
+def test_a_block_that_is_left_out_is_refused(model: Llama) -> None:
+    inv.nn.reversible(model, "layers.*")
+    del model.layers[1]
+    assert_refused(WireError, "reversible: layers.2 received (3, 6, 8), expected what layers.1", lambda: model(words()))
+
+
+def refuse(error: type[Exception], message: str, model: nn.Module, blocks: str, **options: Any) -> None:
+    assert_refused(error, message, lambda: inv.nn.reversible(model, blocks, **options))
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_what_has_no_recipe_is_refused(model: Llama) -> None:
+    message = "reversible: no recipe for Linear, expected one of GPT2Block, LlamaDecoderLayer"
+    refuse(OptionError, message, nn.Sequential(nn.Linear(2, 2)), "*")
+    message = (
+        "Llama has no 'h.*', expected the path of submodules, as in get_submodule, with * for any name; its lists are"
+    )
+    refuse(OptionError, message, model, "h.*")
+    message = (
+        "reversible: LlamaDecoderLayer has no 'norm', expected paths of what the block applies one after another; it"
+    )
+    refuse(OptionError, message, model, "layers.*", branches=("norm self_attn", "mlp"))
+
+
+def test_an_unknown_scheme_is_refused(model: Llama) -> None:
+    message = (
+        "reversible: scheme is 'euler', expected one of 'couple', 'hamiltonian', 'momentum', 'midpoint', 'leapfrog',"
+    )
+    refuse(OptionError, message, model, "layers.*", scheme="euler")
+    refuse(
+        OptionError,
+        "reversible: 1 branches, expected 2 for hamiltonian",
+        model,
+        "layers.*",
+        scheme="hamiltonian",
+        branches=("mlp",),
+    )
+
+
+def test_a_post_norm_layer_is_refused() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    message = (
+        "reversible: TransformerEncoderLayer normalises behind each sum, expected norm_first=True: x + f(x); build it"
+    )
+    refuse(OptionError, message, nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), "layers.*")
+
+
+def test_bdia_refuses_half_precision(model: Llama) -> None:
+    inv.nn.reversible(model.bfloat16(), "layers.*", scheme="bdia")
+    message = "on_grid received bfloat16, expected float32 or float64; keep the stream in float32: autocast computes"
+    assert_refused(WireError, message, lambda: model(words()))
+
+
+def test_an_error_names_the_block(model: Llama) -> None:
+    inv.nn.reversible(model, "layers.*")
+    model.layers[2].mlp = nn.Linear(WIDTH, WIDTH + 1)
+    with pytest.raises(WireError, match=r"chain stage 2 \(layers\.2\): .* returned \(3, 6, 9\)"):
+        model(words())
