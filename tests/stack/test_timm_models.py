@@ -1,0 +1,76 @@
+"""timm's vision transformers, checkpointed and made reversible."""
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import invfunc as inv
+
+SCHEMES = "couple", "momentum", "midpoint", "bdia", "retrofit"
+
+
+def vit(**options: float) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(img_size=16, patch_size=8, embed_dim=32, depth=4, num_heads=4, num_classes=5)
+    return timm.models.vision_transformer.VisionTransformer(**sizes, **options).double()
+
+
+def step(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(1)
+    y = model(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    return y.detach(), list(torch.autograd.grad(y.square().sum(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_reversible_lowered_is_reversible_stored(scheme: str) -> None:
+    model = vit(init_values=0.1, drop_path_rate=0.2, proj_drop_rate=0.1)
+    keys, blocks = list(model.state_dict()), list(model.blocks)
+    inv.nn.reversible(model, "blocks.*", scheme=scheme)
+    with inv.mode("store"):
+        expected = step(model)
+    found = step(model)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-12)
+    assert list(model.state_dict()) == keys and list(model.blocks) == blocks and len(model.blocks) == 4
+
+
+def test_the_recipe_takes_the_block_apart() -> None:
+    model = vit(init_values=0.1).eval()
+    expected = step(model)
+    inv.nn.reversible(model, "blocks.*", scheme=partial(inv.ops.momentum, gamma=0))
+    torch.testing.assert_close(step(model), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bdia_evaluates_the_model_itself() -> None:
+    model = vit().float().eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    inv.nn.reversible(model, "blocks.*", scheme="bdia")
+    assert torch.equal(model(x), expected)
+
+
+def test_checkpointed_blocks_are_those_of_set_grad_checkpointing() -> None:
+    model = vit(drop_path_rate=0.2)
+    expected = step(model)
+    model.set_grad_checkpointing(True)
+    theirs = step(model)
+    model.set_grad_checkpointing(False)
+    with inv.nn.checkpoint_blocks(model, "blocks.*"):
+        ours = step(model)
+        model.set_grad_checkpointing(True)
+        both = step(model)
+    for found in (theirs, ours, both):
+        assert torch.equal(found[0], expected[0]) and all(map(torch.equal, found[1], expected[1]))
+
+
+def test_intermediate_features_come_as_before() -> None:
+    model = vit()
+    inv.nn.reversible(model, "blocks.*")
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    found = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
+    with inv.mode("store"):
+        stored = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True)
+    assert all(map(torch.equal, found, stored))

@@ -1,0 +1,287 @@
+"""Models of transformers, checkpointed and made reversible: gradients, keys, masks, caches, hidden states, adapters."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import invfunc as inv
+from invfunc.look.memory import measure
+
+WORDS, WIDTH, HEADS = 64, 32, 4
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # asked by peft
+
+SCHEMES = "couple", "hamiltonian", "momentum", "midpoint", "leapfrog", "bdia", "retrofit"
+THE_MODEL_ITSELF = partial(inv.ops.momentum, gamma=0)
+
+SIZES = dict(
+    vocab_size=WORDS,
+    hidden_size=WIDTH,
+    intermediate_size=2 * WIDTH,
+    num_attention_heads=HEADS,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def gpt2(depth: int, **options: Any) -> nn.Module:
+    sizes = dict(vocab_size=WORDS, n_positions=64, n_embd=WIDTH, n_head=HEADS, bos_token_id=1, eos_token_id=2)
+    return hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=depth, **sizes, **options))
+
+
+def rotary(family: str) -> Callable[[int], nn.Module]:
+    def make(depth: int) -> nn.Module:
+        kind, options = getattr(hf, f"{family}Config"), {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS}
+        config = kind(num_hidden_layers=depth, **SIZES, **options)
+        return getattr(hf, f"{family}ForCausalLM")(config)
+
+    return make
+
+
+def bert(family: str, **options: Any) -> Callable[[int], nn.Module]:
+    def make(depth: int) -> nn.Module:
+        config = getattr(hf, f"{family}Config")(num_hidden_layers=depth, **SIZES, **options)
+        return getattr(hf, f"{family}ForMaskedLM")(config)
+
+    return make
+
+
+def vit(depth: int) -> nn.Module:
+    sizes = dict(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=HEADS, image_size=8, patch_size=4)
+    return hf.ViTForImageClassification(hf.ViTConfig(num_hidden_layers=depth, num_labels=5, **sizes))
+
+
+DECODERS = {
+    "gpt2": (gpt2, "transformer.h.*"),
+    "llama": (rotary("Llama"), "model.layers.*"),
+    "mistral": (rotary("Mistral"), "model.layers.*"),
+    "qwen2": (rotary("Qwen2"), "model.layers.*"),
+    "qwen3": (rotary("Qwen3"), "model.layers.*"),
+    "gemma": (rotary("Gemma"), "model.layers.*"),
+}
+MODELS = {
+    **DECODERS,
+    "gpt2, cross": (partial(gpt2, add_cross_attention=True), "transformer.h.*"),
+    "modernbert": (bert("ModernBert", cls_token_id=1, sep_token_id=2), "model.layers.*"),
+    "prenorm roberta": (bert("RobertaPreLayerNorm"), "roberta_prelayernorm.encoder.layer.*"),
+    "vit": (vit, "vit.layers.*"),
+}
+
+
+def made(name: str, depth: int = 4) -> tuple[nn.Module, str]:
+    torch.manual_seed(0)
+    make, blocks = MODELS[name]
+    return make(depth).double(), blocks
+
+
+def batch(name: str) -> dict[str, Any]:
+    torch.manual_seed(1)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64), "labels": torch.tensor([1, 2])}
+    ids = torch.randint(3, WORDS, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    if name == "gpt2, cross":
+        given["encoder_hidden_states"] = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
+    return {**given, "use_cache": False} if name in DECODERS else given
+
+
+def step(model: nn.Module, given: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    torch.manual_seed(2)
+    out = model(**given)
+    wrt = [p for p in model.parameters() if p.requires_grad]
+    wrt += [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
+    loss = out.loss
+    if out.hidden_states is not None:
+        loss = loss + out.hidden_states[2].square().mean()
+    found = torch.autograd.grad(loss, wrt, allow_unused=True, materialize_grads=True)
+    return out, list(found)
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", MODELS)
+def test_reversible_lowered_is_reversible_stored(name: str, scheme: str) -> None:
+    if (name, scheme) == ("gpt2, cross", "hamiltonian"):
+        return  # three branches: refused, as the suite shows
+    model, blocks = made(name)
+    keys, given = list(model.state_dict()), batch(name)
+    inv.nn.reversible(model, blocks, scheme=scheme)
+    with inv.mode("store"):
+        expected, gradients = step(model, given)
+    found, others = step(model, given)
+    assert torch.equal(found.loss, expected.loss) and list(model.state_dict()) == keys
+    assert_close(others, gradients)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recipe_takes_the_block_apart(name: str) -> None:
+    """In eval: some draw dropout in another order."""
+    model, blocks = made(name)
+    expected, gradients = step(model.eval(), batch(name))
+    inv.nn.reversible(model, blocks, scheme=THE_MODEL_ITSELF)
+    found, others = step(model, batch(name))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
+    assert_close(others, gradients)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_and_hidden_states_stay(name: str, scheme: str) -> None:
+    model, blocks = made(name)
+    inv.nn.reversible(model.eval(), blocks, scheme=scheme)
+    ids = batch(name)["input_ids"][:, :5]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    words = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(words, model.generate(ids, use_cache=False, **options))
+    out, _ = step(model.train(), {**batch(name), "output_hidden_states": True})
+    with inv.mode("store"):
+        stored, _ = step(model, {**batch(name), "output_hidden_states": True})
+    assert len(out.hidden_states) == 5 and all(map(torch.equal, out.hidden_states, stored.hidden_states))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_training_with_a_cache(name: str) -> None:
+    model, blocks = made(name)
+    given = {**batch(name), "use_cache": True}
+    _, expected = step(model, given)
+    with inv.nn.checkpoint_blocks(model, blocks):
+        assert all(map(torch.equal, step(model, given)[1], expected))
+    inv.nn.reversible(model, blocks)
+    with inv.mode("store"):
+        _, expected = step(model, given)
+    assert_close(step(model, given)[1], expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bdia_evaluates_the_model_itself(name: str) -> None:
+    model, blocks = made(name)
+    model, given = model.float().eval(), batch(name)
+    given = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    expected = model(**given).logits
+    inv.nn.reversible(model, blocks, scheme="bdia")
+    assert torch.equal(model(**given).logits, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointed_blocks_are_the_model_to_the_bit(name: str) -> None:
+    model, blocks = made(name)
+    given = {**batch(name), "output_hidden_states": True}
+    expected, gradients = step(model, given)
+    with inv.nn.checkpoint_blocks(model, blocks):
+        found, others = step(model, given)
+    assert type(found) is type(expected) and all(map(torch.equal, found.hidden_states, expected.hidden_states))
+    assert all(map(torch.equal, others, gradients))
+    assert all(map(torch.equal, step(model, given)[1], gradients))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "vit"])
+def test_the_switch_of_transformers_takes_our_function(name: str) -> None:
+    model, _ = made(name)
+    given = batch(name)
+    _, expected = step(model, given)
+    calls = []
+
+    def run(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append(f)
+        return inv.checkpoint(f)(*args, **kwargs)
+
+    model._set_gradient_checkpointing(True, run)
+    assert all(map(torch.equal, step(model, given)[1], expected)) and len(calls) == 4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("scheme", ["couple", "midpoint", "bdia"])
+def test_the_peak_does_not_grow_with_depth(name: str, scheme: str) -> None:
+    peaks = []
+    for depth in (8, 32):
+        torch.manual_seed(0)
+        model = DECODERS[name][0](depth)
+        inv.nn.reversible(model, DECODERS[name][1], scheme=scheme)
+        ids = torch.randint(3, WORDS, (4, 48))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+        def train(model: nn.Module = model, ids: Tensor = ids) -> None:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+
+        train()
+        peaks.append(measure(train).peak_bytes)
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def with_adapters(model: nn.Module, layers: list[int]) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], layers_to_transform=layers, init_lora_weights=False
+    )
+    return peft.get_peft_model(model, config)
+
+
+def evaluations(model: nn.Module, given: dict[str, Any], layers: Any) -> tuple[list[int], list[Tensor]]:
+    counts = [0] * len(layers)
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+        for i, layer in enumerate(layers)
+    ]
+    _, gradients = step(model, given)
+    for hook in hooks:
+        hook.remove()
+    return counts, gradients
+
+
+def test_frozen_blocks_are_not_run_twice() -> None:
+    """Adapters in the top two of eight blocks."""
+    base, blocks = made("llama", 8)
+    given = batch("llama")
+    model = with_adapters(base, [6, 7])
+    layers = base.model.layers
+    counts, expected = evaluations(model, given, layers)
+    assert counts == [1] * 8
+    with inv.nn.checkpoint_blocks(model, f"base_model.model.{blocks}"):
+        counts, found = evaluations(model, given, layers)
+    assert counts == [1] * 6 + [2] * 2 and all(map(torch.equal, found, expected))
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.enable_input_require_grads()
+    assert evaluations(model, given, layers)[0] == [2] * 8
+
+
+@pytest.mark.parametrize("first", ["adapters", "reversible"])
+def test_adapters_in_a_reversible_model(first: str) -> None:
+    base, blocks = made("llama", 8)
+    given = batch("llama")
+    if first == "reversible":
+        inv.nn.reversible(base, blocks)
+    model = with_adapters(base, [6, 7])
+    if first == "adapters":
+        inv.nn.reversible(base, blocks)
+    with inv.mode("store"):
+        _, expected = step(model, given)
+    counts, found = evaluations(model, given, base.model.layers)
+    assert_close(found, expected)
+    assert counts == [1] * 6 + [2] * 2
+
+
+def test_a_copy_trains_apart() -> None:
+    model, blocks = made("llama")
+    inv.nn.reversible(model, blocks)
+    other, given = copy.deepcopy(model), batch("llama")
+    _, expected = step(model, given)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_close(step(other, given)[1], expected, 0.0)
