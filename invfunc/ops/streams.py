@@ -214,8 +214,8 @@ def given(op: Invertible) -> Invertible:
         WireError: When the wire is not a pair.
 
     Limits:
-        A condition that a function closes over needs no `given`: it gets its gradient as any closed-over tensor. On the
-        wire it costs no rebuilding of the op for each input, and can be an input of `torch.vmap`.
+        A condition that functions take by name needs no `given`: ``op(x, context={...})`` tells each what it takes. On
+        the wire a condition costs no rebuilding of the op for each input, and can be an input of `torch.vmap`.
 
     Example:
         >>> import torch
