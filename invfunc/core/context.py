@@ -100,7 +100,10 @@ def tell(fn: Callable[..., Any], context: Context) -> Callable[..., Any]:
 
 def taken(fn: Callable[..., Any], context: Context) -> dict[str, Any]:
     """What a function takes of a context."""
-    return {name: value for name, value in context.items() if takes(fn, name)}
+    if isinstance(fn, Invertible) or _inner(fn):
+        return {name: value for name, value in context.items() if takes(fn, name)}
+    names, takes_all = _keywords(fn)
+    return dict(context) if takes_all else {name: value for name, value in context.items() if name in names}
 
 
 def takes(fn: Callable[..., Any], name: str) -> bool:
@@ -114,7 +117,9 @@ def takes(fn: Callable[..., Any], name: str) -> bool:
 
 def _inner(fn: Any) -> dict[str, Any]:
     """The user's functions inside of one of the package's wrappers, by the field that they are in."""
-    parts = getattr(fn, "functions", ()) if is_dataclass(fn) and not isinstance(fn, type) else ()
+    if not is_dataclass(fn) or isinstance(fn, type) or hasattr(fn, "keywords_taken"):
+        return {}
+    parts: tuple[Any, ...] = getattr(fn, "functions", ())
     values = {f.name: getattr(fn, f.name) for f in fields(fn)} if parts else {}
     return {name: value for name, value in values.items() if any(value is part for part in parts)}
 

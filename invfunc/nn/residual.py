@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
@@ -45,14 +45,18 @@ class BlockBranch:
 
     block: nn.Module
     branch: Branch
+    getters: tuple[Callable[[nn.Module], Callable[..., Any]], ...] = field(init=False)
     keywords_taken = frozenset[str](), True  # it is told all, and tells on
+
+    def __post_init__(self) -> None:
+        branch = self.branch
+        getters = (partial(partial, branch),) if callable(branch) else tuple(map(attrgetter, branch.split()))
+        object.__setattr__(self, "getters", getters)
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
         """What of the block it calls."""
-        if callable(self.branch):
-            return (partial(self.branch, self.block),)
-        return tuple([attrgetter(path)(self.block) for path in self.branch.split()])
+        return tuple([get(self.block) for get in self.getters])
 
     def __call__(self, x: Tensor, **context: Any) -> Tensor:
         for fn in self.functions:
