@@ -520,6 +520,8 @@ EXAMPLES: dict[str, Example] = {
     "momentum": Example(lambda: inv.ops.momentum(mlp(4), 0.7), wide_pairs(*ON_PAIRS)),
     "momentum, trained": Example(lambda: inv.ops.momentum(mlp(4), weight(4).sigmoid()), wide_pairs(*ON_PAIRS)),
     "momentum, 0": Example(lambda: inv.ops.momentum(mlp(4), 0), wide_pairs(*ON_PAIRS)),
+    "bdia": Example(lambda: inv.ops.bdia(mlp(4), 0.5, spacing=2.0**-40), wide_pairs(*ON_PAIRS)),
+    "hamiltonian": Example(lambda: inv.ops.hamiltonian(mlp(4), mlp(4), 0.3), wide_pairs(*ON_PAIRS)),
     "midpoint": Example(lambda: inv.ops.midpoint(mlp(4), 0.3), wide_pairs(*ON_PAIRS)),
     "leapfrog": Example(lambda: inv.ops.leapfrog(mlp(4), 0.3), wide_pairs(*ON_PAIRS)),
     "hyperbolic": Example(

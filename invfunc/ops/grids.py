@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.combine import swap
-from ..core.couple import Half, Law, match
+from ..core.couple import Half, Law, match, sum_per_sample
 from ..core.op import Invertible, Residue, chain, name_of, named, pair
 from ..core.packing import pack_bits, unpack_bits
 from ..errors import OptionError, WireError
@@ -120,7 +120,7 @@ class MixLaw(Law):
     def op(self, t: Wire) -> Invertible:
         gamma, u = t
         mix, unmix = partial(self._mix, gamma, u), partial(self._unmix, gamma, u)
-        return pair(mix, unmix, residue=True, name="mix(gamma, u)")
+        return pair(mix, unmix, log_det=partial(_log_det, gamma), residue=True, name="mix(gamma, u)")
 
     def apply(self, t: Wire, x: Wire) -> tuple[Wire, Residue]:
         gamma, u = t
@@ -149,6 +149,10 @@ class MixLaw(Law):
     def _unpacked(self, packed: Tensor, like: Tensor) -> Tensor:
         planes = unpack_bits(packed, (self.bits, *like.shape))
         return sum((planes[i].to(like.dtype) * 2.0**i for i in range(self.bits)), torch.zeros_like(like))
+
+
+def _log_det(gamma: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(gamma.abs().log().expand(x.shape))
 
 
 # ---- the op ----------------------------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ def bdia(
         evaluated exactly twice in a training step.
 
     Log-determinant:
-        None: it moves points of a grid.
+        Of the map without its rounding: :math:`\sum \log|\gamma|` over the elements of :math:`x_{-}`.
 
     Raises:
         OptionError: When a gamma or the spacing is no such power of two.
