@@ -905,6 +905,10 @@ def default_device() -> torch.device | None:
     return None if device == torch.device("cpu") else device
 
 
+# In which order the kernels of attention are tried; `torch.nn.attention.sdpa_kernel` sets it. Otherwise it is not kept.
+attention_order: Callable[[], Any] = _private("torch._C._get_sdp_priority_order", lambda: None)
+set_attention_order: Callable[[Any], Any] = _private("torch._C._set_sdp_priority_order", lambda order: None)
+
 # Which backward is running; below zero where none is. Otherwise what could be asked once in it is asked each time.
 graph_task_id: Callable[[], int] = _private("torch._C._current_graph_task_id", lambda: -1)
 
