@@ -16,7 +16,7 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
     judged when a later pipeline begins: a warning comes up to one step late. An error does not, since it belongs to the
     backward that drifts: with "raise", each trunk waits. While a graph is captured, there is no meter.
 6.  *Why.* Before it speaks it asks for the cause (NOTE [Cause]), once for each function and message. On a device what
-    was rebuilt is gone by then, so that the first message has no cause, and the next backward waits in order to find it.
+    was rebuilt is gone by then: the first message has no cause, and the next backward waits in order to find it.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Probe:
     samples: list[Sample]
 
     def compare(self, rebuilt: Sequence[Tensor | None], functions: Iterable[Any], why: Why) -> None:
-        """Compare what was rebuilt with the samples; at the end of backward, where reading it waits for the device.
+        """Compare what was rebuilt with the samples; later, where reading it would wait for the device.
 
         Args:
             rebuilt: The tensors of the wire.
