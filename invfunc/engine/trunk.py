@@ -273,6 +273,10 @@ class Fork:
 _NOTHING = (-1, None)
 
 
+def _compares(level: Any) -> bool:
+    return isinstance(level, Stage) and level.op is not None and level.op.compares
+
+
 class Levels:
     """The levels of a trunk, and the state: how far they have been undone. Refers to neither trunk nor frames."""
 
@@ -330,11 +334,11 @@ class Levels:
 
     @property
     def last(self) -> int:
-        """The level whose input nobody wants: the first that has saved anything, unless the meter watches there."""
+        """The level whose input nobody wants: the first that has saved anything, unless it is compared there."""
         if self.is_wanted or self.restore is not None:
             return -1
         first = next((at for at, level in enumerate(self.items) if level.has_saved()), -1)
-        return -1 if self.probed == first else first
+        return -1 if self.probed == first or any(map(_compares, self.items[: first + 1])) else first
 
     def go_down(self, to: int) -> None:
         """Undo levels; only the last is asked for what it has saved. Nobody else has the state meanwhile (rule 8)."""

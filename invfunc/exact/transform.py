@@ -107,6 +107,8 @@ def _(op: Exact, state: State, run: Run) -> State:
 class Witnessed(Wrapper):
     """An exact op that keeps a hash of its input, and compares it with that of the input it rebuilds."""
 
+    compares = True
+
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         y, residue = self.op.forward_with_residue(x)
         return y, (() if _torch.active() else _hashes(x), residue)

@@ -164,7 +164,7 @@ class Profiler:
         """What goes through a model, on fake tensors if it does not look at values; its input, and the loss's bytes."""
         model = OneWay(blocks.model)
         with untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            given = faked(x, mode)
+            given = faked(x, mode, home_of(model))
             try:
                 shown = show(blocks, given)
                 return shown, given, _loss_bytes(self.loss, shown.y)
