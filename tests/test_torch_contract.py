@@ -699,6 +699,14 @@ def _() -> None:
     assert order() == before
 
 
+@contract("torch._ops.OpOverload._schema")
+def _() -> None:
+    attend = torch.ops.aten._scaled_dot_product_flash_attention.default
+    assert "dropout_p" in _torch.arguments_of(attend) and "dropout_p" not in _torch.arguments_of(
+        torch.ops.aten.mm.default
+    )
+
+
 @contract("torch._standard_gamma")
 def _() -> None:
     torch.manual_seed(0)

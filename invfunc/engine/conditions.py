@@ -115,7 +115,7 @@ class _NoDrawing(_torch.DispatchMode):
 
 def _draws(operator: Any, args: Sequence[Any]) -> bool:
     """Whether an operator draws; attention is of those that do, and does not without dropout."""
-    names = [argument.name for argument in operator._schema.arguments]
+    names = _torch.arguments_of(operator)
     place = names.index("dropout_p") if "dropout_p" in names else -1
     has_dropout = place < 0 or (place < len(args) and args[place] > 0)
     return torch.Tag.nondeterministic_seeded in operator.tags and has_dropout
