@@ -146,7 +146,10 @@ def generators() -> tuple[Any, ...]:
 
 
 def accelerators(tensors: Iterable[Tensor]) -> Sequence[torch.device]:
-    """The devices to draw from that are in sight, beside the CPU: those of tensors, the current and the default one."""
+    """The devices to draw from that are in sight, beside the CPU: those of tensors and the default one.
+
+    Where there are none, the current one; it may be another thread's, whose numbers are not to be touched.
+    """
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return ()
@@ -154,6 +157,6 @@ def accelerators(tensors: Iterable[Tensor]) -> Sequence[torch.device]:
     default = _torch.default_device()
     if default is not None:
         devices.add(default)
-    if generator_of(torch.device(accelerator.type, 0)) is not None:  # in use
+    if all([d.type == "cpu" for d in devices]) and generator_of(torch.device(accelerator.type, 0)) is not None:
         devices.add(torch.device(accelerator.type, torch.accelerator.current_device_index()))
     return sorted((d for d in devices if generator_of(d) is not None), key=str)
