@@ -4,8 +4,8 @@ NOTE [Conditions] A function that runs again has to find what it found in forwar
 
 1.  *Random numbers* are replayed on the CPU and on every accelerator that is in sight of the call: those of its inputs,
     of what its modules and closures hold, the default one, or else the current one. States are kept only if the call
-    drew. Python's and NumPy's global generators count, too; a generator of one's own can not be seen, and its values have to
-    be pinned. While a graph is captured no state can be read, and a call that draws is refused.
+    drew. Python's and NumPy's global generators count, too; a generator of one's own can not be seen, and its values
+    have to be pinned. While a graph is captured no state can be read, and a call that draws is refused.
 2.  *Autocast* of every type of device, the *default device* and, on the thread of forward, the number of *threads*:
     backward may run elsewhere, and no other thread's setting is touched. The *flags* of the process that choose a
     kernel (of attention, matrix products, cuDNN, determinism) are those of forward while a function runs again.
