@@ -66,11 +66,11 @@ def costs(call: Call, net: Net) -> dict[str, float]:
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Device time between two events, or the processor time of this process, which a busy machine hardly changes."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         begin = time.process_time()
         run()
         return time.process_time() - begin
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
     begin.record()
     run()
     end.record()

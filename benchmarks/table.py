@@ -1,4 +1,4 @@
-"""The table of all engines: ``python -m benchmarks.table [quick|full] [network ...]``, on CUDA where there is one.
+"""The table of all engines: ``python -m benchmarks.table [quick|full] [network ...]``, on an accelerator where there is one.
 
 Every engine trains the same network with the same numbers in the same process, taking turns. Memory and flops are
 counted, not sampled; times are ratios to plain training right before. One thread on the CPU.
@@ -136,8 +136,13 @@ def machine(device: str) -> str:
     """What it ran on."""
     known = Path("/proc/cpuinfo")
     models = [x.partition(": ")[2] for x in known.read_text().splitlines() if x.startswith("model name")]
-    chip = torch.cuda.get_device_name() if device == "cuda" else (models or [platform.processor()])[0]
+    chip = (models or [platform.processor()])[0] if device == "cpu" else _name_of(device)
     return f"{chip}, {platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}."
+
+
+def _name_of(device: str) -> str:
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device if name is None else name()
 
 
 def run(study: Study, networks: Iterable[str], device: str) -> Iterator[Row]:
@@ -159,7 +164,8 @@ def write(name: str, found: Sequence[Row], machine: str) -> None:
 
 
 def main(name: str = "quick", *networks: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator()
+    device = "cpu" if accelerator is None else accelerator.type
     torch.set_num_threads(1)
     keep_freed_memory()
     warnings.simplefilter("ignore")  # the drift meter's, in bfloat16; momentumnet's

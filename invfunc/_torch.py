@@ -905,6 +905,20 @@ def default_device() -> torch.device | None:
     return None if device == torch.device("cpu") else device
 
 
+# In which order the kernels of attention are tried; `torch.nn.attention.sdpa_kernel` sets it. Otherwise it is not kept.
+attention_order: Callable[[], Any] = _private("torch._C._get_sdp_priority_order", lambda: None)
+set_attention_order: Callable[[Any], Any] = _private("torch._C._set_sdp_priority_order", lambda order: None)
+
+# What an operator's arguments are called. Otherwise attention counts as drawing even without dropout.
+_schema_of = _attribute("torch._ops.OpOverload._schema", torch.ops.aten.bernoulli.default, lambda operator: None)
+
+
+def arguments_of(operator: Any) -> list[str]:
+    """The names of an operator's arguments, as far as they are known."""
+    schema = _schema_of(operator)
+    return [] if schema is None else [argument.name for argument in schema.arguments]
+
+
 # Which backward is running; below zero where none is. Otherwise what could be asked once in it is asked each time.
 graph_task_id: Callable[[], int] = _private("torch._C._current_graph_task_id", lambda: -1)
 

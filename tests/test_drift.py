@@ -334,62 +334,7 @@ def test_the_probe_does_not_keep_the_input_alive() -> None:
         gc.enable()
 
 
-# ---- CUDA: samples that arrive later ---------------------------------------------------------------------------------
-
-
-class Event:
-    """An event, and whether anybody has waited for it."""
-
-    waited = 0
-
-    def synchronize(self) -> None:
-        Event.waited += 1
-
-
-@pytest.fixture
-def travelling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples on their way, as on CUDA."""
-    sample = drift._sample
-    monkeypatch.setattr(drift, "_sample", lambda tensor, indices: torch.tensor(sample(tensor, indices)))
-    monkeypatch.setattr(drift, "_sent", Event)
-    monkeypatch.setattr(Event, "waited", 0)
-
-
-@pytest.mark.usefixtures("travelling")
-def test_samples_are_judged_when_the_backward_has_ended_that_rebuilt_them() -> None:
-    first, second, waited = wrong_by(0.5), wrong_by(0.25), []
-    x = leaf(3)
-    x.register_hook(lambda g: waited.append(Event.waited))
-    y = inv.checkpoint(first)(x) + inv.checkpoint(inv.chain(second, ops.exp()))(x) + inv.checkpoint(wrong_by(0.0))(x)
-    with pytest.warns(inv.errors.DriftWarning) as caught:
-        y.sum().backward()
-    assert (waited, Event.waited) == ([0], 3)
-    assert sorted(str(w.message).partition(", rebuilt")[0] for w in caught) == [
-        "the input of chain(wrong, exp())",
-        "the input of wrong",
-    ]
-
-
-@pytest.mark.usefixtures("travelling")
-def test_what_drifts_on_another_device_is_looked_into_in_the_next_backward() -> None:
-    op, texts = wrong_by(0.01), []
-    for _ in range(3):
-        with pytest.warns(inv.errors.DriftWarning) as caught:
-            step(op, leaf(3, 4))
-        texts += [str(w.message) for w in caught]
-    assert texts == [
-        "the input of wrong, rebuilt in backward, is off by about 1e-02 of its size, expected at most 1e-06 (float64); "
-        "the next backward looks for the cause" + CHECK,
-        MESSAGE,
-        MESSAGE,
-    ]
-
-
-@pytest.mark.usefixtures("travelling")
-def test_an_error_is_raised_by_the_backward_that_drifted() -> None:
-    with pytest.raises(DriftError, match="off by about 1e-02 of its size"):
-        step(wrong_by(0.01), leaf(3, 4), drift="raise")
-    step(wrong_by(0.0), leaf(3, 4), drift="raise")
+# ---- devices, whose samples arrive later: more in device/cases_waits.py -----------------------------------------------
 
 
 @pytest.mark.cuda

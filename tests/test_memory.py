@@ -408,20 +408,22 @@ class FakeAllocator:
 @pytest.fixture
 def allocator(monkeypatch) -> FakeAllocator:
     fake = FakeAllocator()
-    monkeypatch.setattr(torch.cuda, "memory_stats", fake.stats)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", fake.reset)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "memory_stats", lambda index: fake.stats())
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda index: fake.reset())
     return fake
 
 
-def test_the_allocators_statistics_count_if_it_serves(allocator):
+def test_the_allocators_statistics_are_added_to_the_cpus(allocator):
     def call():
         allocator.allocate(50)
         allocator.allocate(-30)
         return vector()
 
-    assert taken(call) == (50, 20)
-    assert taken(vector) == (B, B)
+    assert taken(call) == (50 + B, 20 + B)
+    assert measure(call).devices == {"xpu:0": (50, 20)}
+    assert taken(vector) == (B, B) and not measure(vector).devices
 
 
 def test_an_inner_measurement_does_not_lose_the_outer_peak(allocator):

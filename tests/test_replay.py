@@ -580,3 +580,13 @@ def test_watching_in_two_threads_leaves_the_compiler_as_it_was() -> None:
         thread.join(10)
         assert dynamo._stance.stance == "force_eager"
     assert dynamo._stance.stance == "default"
+
+
+def test_what_follows_branches_that_draw_draws_its_own_numbers() -> None:
+    def drawing(width: int) -> inv.Invertible:
+        branch = nn.Sequential(nn.Linear(width // 2, width // 2), nn.Dropout(0.5))
+        return inv.chain(inv.split(2, -1), inv.couple(branch), inv.concat(2, -1))
+
+    beside = inv.chain(inv.split(2, -1), inv.parallel(drawing(4), drawing(4)), inv.concat(2, -1))
+    op, x = inv.chain(drawing(8), beside, drawing(8)), leaf(5, 8)
+    Step(op, [x], []).assert_same(Step(inv.checkpoint(op), [x], []))

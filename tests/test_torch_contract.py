@@ -688,6 +688,25 @@ def _() -> None:
     assert torch.sin not in seen and torch.exp in seen
 
 
+@contract("torch._C._get_sdp_priority_order", "torch._C._set_sdp_priority_order")
+def _() -> None:
+    order, put = found("torch._C._get_sdp_priority_order"), found("torch._C._set_sdp_priority_order")
+    before, first = order(), torch.nn.attention.SDPBackend.MATH
+    with torch.nn.attention.sdpa_kernel([first, torch.nn.attention.SDPBackend.FLASH_ATTENTION], set_priority=True):
+        assert order()[0] == int(first)
+        put(before)
+        assert order() == before
+    assert order() == before
+
+
+@contract("torch._ops.OpOverload._schema")
+def _() -> None:
+    attend = torch.ops.aten._scaled_dot_product_flash_attention.default
+    assert "dropout_p" in _torch.arguments_of(attend) and "dropout_p" not in _torch.arguments_of(
+        torch.ops.aten.mm.default
+    )
+
+
 @contract("torch._standard_gamma")
 def _() -> None:
     torch.manual_seed(0)

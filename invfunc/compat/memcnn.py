@@ -20,7 +20,8 @@ from .._torch import trees as pytree
 from ..core.combine import split
 from ..core.couple import additive, affine, couple
 from ..core.op import Invertible, Rearrangement, chain, pair
-from ..engine.conditions import accelerators
+from ..engine.conditions import RandomState
+from ..engine.devices import accelerators
 from ..errors import NotInvertibleError, OptionError, WireError
 from ..nn.module import Module, apart, is_called, undisturbed
 from ..wires import Wire, describe
@@ -533,7 +534,7 @@ def is_invertible_module(
     if not hasattr(module, "inverse"):
         return False
     inputs = _uniform(module, _shapes(test_input_shape), test_input_dtype, random_seed)
-    with undisturbed(module), torch.random.fork_rng([d.index for d in accelerators(inputs)]):
+    with undisturbed(module), RandomState(accelerators(inputs)).restored():
         outputs = _packed(module(*inputs))
         rebuilt = _packed(module.inverse(*outputs))  # pyright: ignore[reportCallIssue]
         again = _packed(module(*rebuilt)) if _close(rebuilt, inputs, atol) else ()

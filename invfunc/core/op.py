@@ -52,6 +52,7 @@ class Invertible(abc.ABC):
     """
 
     implicit = False  # whether the op finds its own gradient: its forward is not to be differentiated
+    compares = False  # whether its inverse is asked for what it tells, though nobody wants the input
 
     # ---- what each kind defines: forward and inverse, each with the residue that one leaves to the other ----------
 

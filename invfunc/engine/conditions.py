@@ -2,11 +2,13 @@
 
 NOTE [Conditions] A function that runs again has to find what it found in forward, on whatever thread it runs.
 
-1.  *Random numbers* are replayed on the CPU and on every accelerator that a tensor in sight of the call is on: its
-    inputs, and what its modules hold. States are kept only if the call drew. Python's and NumPy's global generators
-    count, too; a generator of one's own can not be seen, and its values have to be pinned.
+1.  *Random numbers* are replayed on the CPU and on every accelerator that is in sight of the call: those of its inputs,
+    of what its modules and closures hold, the default one, or else the current one. States are kept only if the call
+    drew. Python's and NumPy's global generators count, too; a generator of one's own can not be seen, and its values
+    have to be pinned. While a graph is captured no state can be read, and a call that draws is refused.
 2.  *Autocast* of every type of device, the *default device* and, on the thread of forward, the number of *threads*:
-    backward may run elsewhere, and no other thread's setting is touched.
+    backward may run elsewhere, and no other thread's setting is touched. The *flags* of the process that choose a
+    kernel (of attention, matrix products, cuDNN, determinism) are those of forward while a function runs again.
 3.  *Context variables*: a replay runs in a copy of forward's context, so that `invfunc.mode`, `invfunc.debug` and the
     user's own are what they were.
 4.  *Discrete decisions* are pinned by `pin`.
@@ -18,8 +20,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -28,6 +31,8 @@ from torch import Tensor
 from .. import _torch
 from ..errors import ReplayError
 from . import host_random
+from .devices import accelerators, generator_of, is_captured
+from .flags import flagged, flags
 
 T = TypeVar("T")
 
@@ -41,11 +46,14 @@ class RandomState:
         devices: The accelerators in sight of the call.
     """
 
-    __slots__ = ("cpu", "devices", "marks", "numpy", "python")
+    __slots__ = ("cpu", "devices", "is_captured", "marks", "numpy", "python", "states")
 
     def __init__(self, devices: Sequence[torch.device] = ()) -> None:
         self.cpu = _torch.cpu_random_state()
-        self.devices = [(device, _module_of(device).get_rng_state(device)) for device in devices] if devices else ()
+        self.devices = devices
+        self.is_captured = any(map(is_captured, devices))
+        generators = () if self.is_captured else map(generator_of, devices)
+        self.states = [(generator, generator.get_state()) for generator in generators]
         self.python = host_random.python_state()
         self.numpy = host_random.numpy_state()
         self.marks = host_random.python_mark(), host_random.numpy_mark()
@@ -53,32 +61,36 @@ class RandomState:
     @property
     def nbytes(self) -> int:
         """The memory of the states of torch's generators."""
-        return self.cpu.nbytes + sum(state.nbytes for _, state in self.devices)
+        return self.cpu.nbytes + sum(state.nbytes for _, state in self.states)
 
     def has_moved(self) -> bool:
         """Whether anything has been drawn since."""
         return not (
             _torch.is_same_state(self.cpu, _torch.cpu_random_state())
             and self.marks == (host_random.python_mark(), host_random.numpy_mark())
-            and all([_torch.is_same_state(was, _module_of(d).get_rng_state(d)) for d, was in self.devices])
+            and all([_torch.is_same_state(was, generator.get_state()) for generator, was in self.states])
         )
 
     def put(self) -> None:
         """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
-        for device, state in self.devices:
-            _module_of(device).set_rng_state(state, device)
+        for generator, state in self.states:
+            generator.set_state(state)
         host_random.put_python_state(self.python)
         host_random.put_numpy_state(self.numpy)
 
     def later(self) -> RandomState:
         """The state of the same generators now."""
-        return RandomState([device for device, _ in self.devices])
+        return RandomState(self.devices)
+
+    def watch(self, fn: Callable[..., T]) -> Callable[..., T]:
+        """``fn``; where a state could not be read, one that raises if it draws."""
+        return partial(_run_without_drawing, fn) if self.is_captured else fn
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Draw the same numbers inside, and leave the generators as they were before."""
-        with turn():
+        with turn(), _NoDrawing() if self.is_captured else nullcontext():
             now = self.later()
             self.put()
             try:
@@ -87,16 +99,46 @@ class RandomState:
                 now.put()
 
 
-def _module_of(device: torch.device) -> Any:
-    return torch.get_device_module(device)
+class _NoDrawing(_torch.DispatchMode):
+    """Raises where an operator draws from the generator of a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if _draws(func, args) and any([isinstance(t, Tensor) and not t.is_cpu for t in _torch.trees.tree_leaves(out)]):
+            raise ReplayError(
+                f"{func} draws random numbers while a graph is captured, when no generator can be read",
+                expected="a function that backward can run again with the same numbers",
+                cure="store that stage, as in invfunc.mark(stage, 'store'), or draw its numbers outside of the graph",
+            )
+        return out
 
 
-def accelerators(tensors: Iterable[Tensor]) -> Sequence[torch.device]:
-    """The devices of tensors whose generators a call may draw from, beside the CPU's."""
-    if torch.accelerator.current_accelerator() is None:
-        return ()
-    devices = {t.device for t in tensors if not (t.is_cpu or t.is_meta)}
-    return sorted((d for d in devices if hasattr(_module_of(d), "get_rng_state")), key=str)
+def _draws(operator: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator draws; attention is of those that do, and does not without dropout."""
+    names = _torch.arguments_of(operator)
+    place = names.index("dropout_p") if "dropout_p" in names else -1
+    has_dropout = place < 0 or (place < len(args) and args[place] > 0)
+    return torch.Tag.nondeterministic_seeded in operator.tags and has_dropout
+
+
+def _run_without_drawing(fn: Callable[..., T], *args: Any) -> T:
+    with _NoDrawing():
+        return fn(*args)
+
+
+def random_state(
+    given: Sequence[Tensor], others: Callable[[], Iterable[Tensor]], last: RandomState | None
+) -> RandomState:
+    """The state before a call.
+
+    Args:
+        given: Its tensors.
+        others: What else it may read.
+        last: The state behind the call before it, if nothing has been drawn since.
+    """
+    if last is not None and all([t.is_cpu or t.device in last.devices for t in given]):
+        return last
+    return RandomState(accelerators([*given, *others()]))
 
 
 # ---- turns: rule 5 of NOTE [Conditions] -----------------------------------------------------------------------------
@@ -130,13 +172,14 @@ def turn() -> Iterator[None]:
 class Conditions:
     """What surrounds a call, and the call again: rules 2 and 3 of NOTE [Conditions]."""
 
-    __slots__ = ("autocast", "context", "device", "snapshot", "thread", "threads")
+    __slots__ = ("autocast", "context", "device", "flags", "has_same_flags", "snapshot", "task", "thread", "threads")
 
     def __init__(self, snapshot: Any = None) -> None:
         self.snapshot = snapshot  # the modules that are called, if they are to be as they were
         self.context = copy_context()
         self.autocast = autocast_state()
         self.device = _torch.default_device()
+        self.flags, self.task, self.has_same_flags = flags(), -1, True
         self.thread, self.threads = threading.get_ident(), torch.get_num_threads()
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
@@ -145,9 +188,11 @@ class Conditions:
 
     def _run(self, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
         others = self.threads != torch.get_num_threads() and self.thread == threading.get_ident()
-        if not others and self.autocast == autocast_state() and self.device == _torch.default_device():
+        same = self.autocast == autocast_state() and self._has_same_flags()
+        if same and not others and self.device == _torch.default_device():
             return fn(*args)
         with ExitStack() as stack:
+            stack.enter_context(flagged(self.flags))
             if self.autocast != autocast_state():
                 stack.enter_context(autocast(self.autocast))
             if self.device != _torch.default_device():
@@ -155,6 +200,13 @@ class Conditions:
             if others:
                 stack.enter_context(threads(self.threads))
             return fn(*args)
+
+    def _has_same_flags(self) -> bool:
+        """Whether the flags are those of forward; asked once in a backward."""
+        task = _torch.graph_task_id()
+        if task < 0 or task != self.task:
+            self.task, self.has_same_flags = task, self.flags == flags()
+        return self.has_same_flags
 
 
 def autocast_state() -> tuple[Any, ...]:

@@ -15,11 +15,11 @@ from .. import _torch
 from ..core.op import Invertible, Residue, name_of
 from ..errors import ReplayError, WireError, place_error
 from ..wires import Wire
-from .conditions import PINS, Conditions, RandomState, Recorder, accelerators
+from .conditions import PINS, Conditions, RandomState, Recorder, random_state
 from .interface import Options, Path, places_on
 from .keep import Around
 from .sharding import check_callees, checking_calls, is_any_sharded
-from .snapshot import BufferCopy, Parts, Snapshot, copies_of, version, worth_keeping
+from .snapshot import BufferCopy, Parts, copies_of, version, worth_keeping
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype]
 
@@ -164,7 +164,8 @@ class Frame:
             check_callees(functions)
         before = None
         if rng:
-            before = self.owner.random or _random_state(given, snapshot)
+            before = random_state(given, snapshot.tensors_in_sight, self.owner.random)
+            fn = before.watch(fn)
         versions = [t._version for t in given]
         record.cache = _torch.parametrized_so_far()
         observer = OBSERVER.get()
@@ -245,12 +246,6 @@ class Observed(NamedTuple):
 
 
 OBSERVER: ContextVar[list[Observed] | None] = ContextVar("observer", default=None)
-
-
-def _random_state(given: list[Tensor], snapshot: Snapshot) -> RandomState:
-    if not _torch.has_accelerator():
-        return RandomState()
-    return RandomState(accelerators([*given, *snapshot.tensors_in_sight()]))
 
 
 # ---- what forward knew of a tensor ----

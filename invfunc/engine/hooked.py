@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.op import Invertible
 from ..wires import Wire, leaves, map_wire, unflatten
+from .devices import settle
 from .frame import like_of
 from .interface import Engine, Place, Run, Whole
 from .region import Region, conditions_of
@@ -26,6 +27,7 @@ class Hooked(Engine):
     """Runs pipelines in ordinary autograd."""
 
     def __init__(self, functions: Iterable[Any]) -> None:
+        settle()  # here, where an error of another pipeline is not told to be in a stage of this one
         self.conditions = conditions_of(functions)
 
     def finish(self) -> None:

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 from .. import _torch
 from ..core.op import name_of
 from ..errors import OptionError, ReplayError
-from .conditions import RandomState, accelerators
+from .conditions import RandomState
+from .devices import accelerators
 
 Policy: TypeAlias = Callable[..., Any]  # (context, operator, *args, **kwargs) -> CheckpointPolicy, or whether to keep
 Keep: TypeAlias = "Policy | Sequence[Any]"  # or operators, and names that `keep` gives

@@ -12,10 +12,11 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
     nothing of the size of an activation is kept. A stage that is not rebuilt, because it is frozen, is not compared.
 4.  *When.* In the ordinary backward of an ordinary forward. Under a transform, in a gradient that is differentiated
     again, and while compiling, there is no meter.
-5.  *CUDA.* Reading a number from the device would wait for it. The samples travel to the host on their own, and are
-    judged when the backward has ended that rebuilt them: then it waits, once.
-6.  *Why.* Before it speaks it asks for the cause (NOTE [Cause]), once for each function and message. On CUDA what was
-    rebuilt is gone by then, so that the first message has no cause, and the next backward waits in order to find it.
+5.  *Devices.* Reading a number from a device would wait for it. The samples travel to the host on their own, and are
+    judged when a later pipeline begins: a warning comes up to one step late. An error does not, since it belongs to the
+    backward that drifts: with "raise", each trunk waits. While a graph is captured, there is no meter.
+6.  *Why.* Before it speaks it asks for the cause (NOTE [Cause]), once for each function and message. On a device what
+    was rebuilt is gone by then: the first message has no cause, and the next backward waits in order to find it.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from torch import Tensor, nn
 from .. import _torch
 from ..core.compare import relative_error_of_numbers
 from ..errors import DriftError, DriftWarning, OptionError
+from .devices import Late, is_captured, place_on, when_here
 
 Drift: TypeAlias = str | float  # "warn", "raise", "off", or the tolerance from which on to warn
-Sample: TypeAlias = list[float] | Tensor  # numbers; on CUDA a tensor on the host, which they are travelling to
+Sample: TypeAlias = list[float] | Late  # numbers, which may be on their way
 
 COUNT = 64
 """How many values of a wire are compared."""
@@ -116,8 +118,7 @@ def _places(drift: Drift, *kinds: tuple[int, torch.dtype, torch.device]) -> Plac
 def _spread(size: int, count: int, device: torch.device) -> Tensor:
     """Places in a flat tensor, spread by the golden ratio: in step with no dimension of it."""
     places = range(size) if size <= count else (int(size * (i * 0.6180339887498949 % 1)) for i in range(1, count + 1))
-    with _torch.outside_modes():  # what is kept for later calls must not belong to a mode of this one
-        return torch.tensor(list(places), device=device)
+    return place_on(device, list(places))
 
 
 def _sample(tensor: Tensor, indices: Tensor) -> Sample:
@@ -125,18 +126,18 @@ def _sample(tensor: Tensor, indices: Tensor) -> Sample:
     found = torch.take(tensor.detach() if tensor.requires_grad else tensor, indices)
     if found.is_complex():
         found = torch.view_as_real(found).flatten()
-    return _to_host(found) if found.is_cuda else found.tolist()
+    return found.tolist() if found.is_cpu else Late(found)
 
 
 def _can_be_sampled(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     if not plain or tensor.is_meta or not tensor.numel():
         return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_captured(tensor.device)
 
 
 def _numbers(samples: Sequence[Sample]) -> list[float]:
-    return [number for sample in samples for number in (sample.tolist() if isinstance(sample, Tensor) else sample)]
+    return [n for sample in samples for n in (sample.values(wait=True) if isinstance(sample, Late) else sample)]
 
 
 # ---- the probe of a trunk --------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class Probe:
     samples: list[Sample]
 
     def compare(self, rebuilt: Sequence[Tensor | None], functions: Iterable[Any], why: Why) -> None:
-        """Compare what was rebuilt with the samples; at the end of backward, where reading it waits for the device.
+        """Compare what was rebuilt with the samples; later, where reading it would wait for the device.
 
         Args:
             rebuilt: The tensors of the wire.
@@ -165,17 +166,11 @@ class Probe:
                 was.append(sample)
                 now.append(_sample(tensor, indices))
         found = _known_causes(functions)
-        if Tensor in map(type, was):
-            sent = _sent()
-            if not found:
-                _torch.when_backward_ends(partial(self._judge_later, sent, was, now, found))
-                return
-            sent.synchronize()
-        self.judge(was, now, found, why)
-
-    def _judge_later(self, sent: Any, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause]) -> None:
-        sent.synchronize()
-        self.judge(was, now, found, lambda _: _NOT_YET)
+        late = [sample for sample in (*was, *now) if isinstance(sample, Late)]
+        if late and not found and self.drift != "raise":
+            when_here(late, partial(self.judge, was, now, found, lambda _: _NOT_YET))
+        else:
+            self.judge(was, now, found, why)
 
     def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause], why: Why) -> None:
         """Warn or raise if samples are further apart than they may be."""
@@ -224,17 +219,3 @@ def probe(tensors: Sequence[Tensor], drift: Drift, place: Callable[[], str]) -> 
         return None
     places = _places(drift, *[(t.numel(), t.dtype, t.device) for t in tensors])
     return Probe(place, drift, places, list(map(_sample, tensors, places.indices)))
-
-
-# ---- CUDA: rule 5 of NOTE [Drift] ------------------------------------------------------------------------------------
-
-
-def _sent() -> Any:
-    """What to wait for until the samples have arrived."""
-    event = torch.cuda.Event()
-    event.record()
-    return event
-
-
-def _to_host(samples: Tensor) -> Tensor:
-    return torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True).copy_(samples, non_blocking=True)

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from .. import _torch
 from ..errors import ReplayError
-from .conditions import turn
+from .conditions import RandomState, turn
+from .devices import Late, accelerators, is_captured
 from .sharding import is_any_sharded, is_sharded
 
 # ---- what a function is made of: rule 1 of NOTE [Snapshot] ----------------------------------------------------------
@@ -330,7 +331,7 @@ def version(tensor: Tensor) -> int:
 
 
 _SMALL = 2**13  # elements: cheaper to copy than to ask
-_WRITES: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], bool]] = WeakKeyDictionary()
+_WRITES: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], bool | Late]] = WeakKeyDictionary()
 """Whether a module writes a buffer when it is called: by name, and by whether it is in training. Not for small buffers
 in training, which are copied without asking."""
 
@@ -360,8 +361,19 @@ def may_write(module: nn.Module) -> bool:
 def _may_write(module: nn.Module, name: str, tensor: Tensor) -> bool:
     if tensor.requires_grad:
         return False
+    return _is_copied_unasked(module, tensor) or _is_known_to_write(module, (name, _is_training(module))) is not False
+
+
+def _is_known_to_write(module: nn.Module, key: tuple[str, bool]) -> bool | None:
+    """Whether a module writes a buffer; None where nobody has asked, or the answer is still on its way."""
     known = _WRITES.get(module) or {}
-    return _is_copied_unasked(module, tensor) or known.get((name, _is_training(module)), True)
+    found = known.get(key)
+    if not isinstance(found, Late):
+        return found
+    if not found.is_here():
+        return None
+    known[key] = wrote = any(found.values())
+    return wrote
 
 
 def copies_of(functions: Iterable[Any]) -> list[BufferCopy]:
@@ -379,10 +391,15 @@ def worth_keeping(copy: BufferCopy) -> bool:
     if _is_copied_unasked(copy.module, copy.tensor):
         return True
     known, key = _WRITES.setdefault(copy.module, {}), (copy.name, _is_training(copy.module))
-    if key not in known:
+    if key not in known and not is_captured(copy.tensor.device):
         now = copy.module._buffers.get(copy.name)
-        known[key] = now is not copy.tensor or not torch.equal(copy.tensor, copy.copy)
-    return known[key]
+        known[key] = now is not copy.tensor or _send_difference(copy.tensor, copy.copy)
+    return _is_known_to_write(copy.module, key) is not False
+
+
+def _send_difference(a: Tensor, b: Tensor) -> Late | bool:
+    """Whether tensors differ; from a device, that comes later."""
+    return not torch.equal(a, b) if a.is_cpu else Late((a != b).any().reshape(1))
 
 
 # ---- the snapshot ----------------------------------------------------------------------------------------------------
@@ -651,3 +668,11 @@ def _addresses_of(tensors: list[Tensor]) -> list[int]:
 
 
 _WITH_ADDRESS = (Tensor, nn.Parameter, nn.Buffer)
+
+
+@contextmanager
+def undrawn(functions: Iterable[Any], given: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Leave the random numbers to come as they are, whatever functions draw inside."""
+    seen = Snapshot(functions).tensors_in_sight()
+    with RandomState(accelerators([*given, *seen])).restored():
+        yield

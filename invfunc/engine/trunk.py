@@ -20,7 +20,7 @@ of plain autograd: whatever the function closes over, leaves on ``self`` or hand
     (NOTE [Snapshot]), and is compared with it: how many tensors were saved, their shapes and dtypes, and which leaves.
 7.  Double backward is autograd's own: it attaches an unpacked tensor to its place in the graph by itself.
 8.  The state is taken by the thread that rebuilds, and put back: two threads do not wait for each other, and one that
-    finds nothing starts from the output.
+    finds nothing starts from the output, which a trunk on several devices therefore keeps as long as its graph.
 9.  A call that can not run again, since it initialises lazy parameters, holds on to what it has saved, and its input.
 """
 
@@ -94,7 +94,7 @@ class Tail(torch.autograd.Function):
         trunk = output.trunk
         trunk.start(output.kept)
         trunk.levels.is_measured = not torch.is_grad_enabled()
-        if not _torch.keeps_graph():
+        if not (_torch.keeps_graph() or trunk.is_spread()):
             output.trunk = ctx.output = None
 
 
@@ -270,6 +270,13 @@ class Fork:
         """Its trunks let go by themselves."""
 
 
+_NOTHING = (-1, None)
+
+
+def _compares(level: Any) -> bool:
+    return isinstance(level, Stage) and level.op is not None and level.op.compares
+
+
 class Levels:
     """The levels of a trunk, and the state: how far they have been undone. Refers to neither trunk nor frames."""
 
@@ -327,15 +334,17 @@ class Levels:
 
     @property
     def last(self) -> int:
-        """The level whose input nobody wants: the first that has saved anything, unless the meter watches there."""
+        """The level whose input nobody wants: the first that has saved anything, unless it is compared there."""
         if self.is_wanted or self.restore is not None:
             return -1
         first = next((at for at, level in enumerate(self.items) if level.has_saved()), -1)
-        return -1 if self.probed == first else first
+        return -1 if self.probed == first or any(map(_compares, self.items[: first + 1])) else first
 
     def go_down(self, to: int) -> None:
         """Undo levels; only the last is asked for what it has saved. Nobody else has the state meanwhile (rule 8)."""
-        (at, wire), self.state = self.state or (-1, None), None
+        (at, wire), self.state = self.state or _NOTHING, None  # no name of the state's own, which would hold the wire
+        if at < 0:  # another thread has it: who needs something asks anew
+            return
         levels, last = self.items, self.last
         while at > to:
             if at < len(levels):
@@ -407,6 +416,7 @@ class Trunk:
             trunk.parent = self, len(self.levels.items), place
             trunk.levels.is_wanted = True
         self.levels.items.append(Fork([trunk.levels for trunk in trunks]))
+        self.random = None  # they may have drawn
 
     def close(self, y: Wire) -> Wire:
         """Close the trunk: what comes out of it can be used like any other tensor."""
@@ -452,6 +462,12 @@ class Trunk:
         if at < frame.level:
             self._go_to_top()
         levels.go_down(frame.level)
+
+    def is_spread(self) -> bool:
+        """Whether its gradients come by several threads, of which any may have to begin at the output (rule 8)."""
+        if not _torch.has_accelerator():
+            return False
+        return len({t.device for t in self.conditions.snapshot.tensors_in_sight()}) > 1
 
     def _go_to_top(self) -> None:
         """Begin at the output, wherever that is kept."""

@@ -31,7 +31,8 @@ from .. import _torch
 from ..core.op import VJP, name_of
 from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
-from .conditions import PINS, Conditions, Pinned, RandomState, Recorder, accelerators, turn
+from .conditions import PINS, Conditions, Pinned, RandomState, Recorder, turn
+from .devices import accelerators
 from .frame import changed_input
 from .sharding import check_callee
 from .snapshot import Parts, version
@@ -384,7 +385,8 @@ def record_call(
     token = PINS.set(recorder)
     try:
         # With gradients on, as in plain autograd; aliases of x, since a closure may hold the input, too.
-        out = map_residue(_detached, _watched(fn, map_wire(_detached, x), scope))
+        call = fn if before is None else before.watch(fn)
+        out = map_residue(_detached, _watched(call, map_wire(_detached, x), scope))
     finally:
         PINS.reset(token)
     if [version(t) for t in given] != versions:

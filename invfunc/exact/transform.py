@@ -24,7 +24,7 @@ bits when they run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -43,12 +43,14 @@ from ..core.op import VJP, Again, Chain, Invertible, OneWay, Rearrangement, Resi
 from ..core.packing import pack_codes, unpack_codes
 from ..debug import checking
 from ..engine import compiled
-from ..engine.conditions import RandomState, accelerators
+from ..engine.conditions import RandomState
+from ..engine.devices import Late, accelerators, send, when_here
 from ..engine.interface import Run, State
 from ..engine.lower import walk
 from ..errors import DomainError, NotInvertibleError, OptionError, ReplayError, WireError
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested, spread
 from .bits import bit_hash, corrected, difference
+from .escapes import LateDifference
 
 Path: TypeAlias = tuple[str, ...]
 Lift: TypeAlias = Callable[[Invertible, Path], Invertible]  # of a primitive, and where it stands
@@ -105,6 +107,8 @@ def _(op: Exact, state: State, run: Run) -> State:
 class Witnessed(Wrapper):
     """An exact op that keeps a hash of its input, and compares it with that of the input it rebuilds."""
 
+    compares = True
+
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         y, residue = self.op.forward_with_residue(x)
         return y, (() if _torch.active() else _hashes(x), residue)
@@ -125,7 +129,12 @@ class Witnessed(Wrapper):
         return x
 
     def _compare(self, x: Wire, before: tuple[Tensor, ...]) -> None:
-        if before and not all(map(torch.equal, _hashes(x), before)):
+        if before:
+            changed = [send((now != was).reshape(1)) for now, was in zip(_hashes(x), before, strict=True)]
+            when_here(changed, partial(self._judge, changed))
+
+    def _judge(self, changed: Sequence[Late]) -> None:
+        if any([number.values()[0] for number in changed]):
             raise ReplayError(
                 f"{self.op!r} was not rebuilt with the bits of forward",
                 cure="a function gave other bits than in forward: weights or buffers changed in between (even through "
@@ -250,6 +259,8 @@ def _parts(op: Chain | Parallel, lift: Lift, path: Path) -> tuple[Invertible, ..
 class Codes:
     """Differences, one byte an element; lifts primitives to ops that keep them."""
 
+    waits = False  # for a device, to know how much there is to keep
+
     def __call__(self, op: Invertible, path: Path) -> Invertible:
         """Lift a primitive."""
         if isinstance(op, OneWay):
@@ -262,11 +273,16 @@ class Codes:
 
     def encode(self, x: Any, guess: Any) -> Any:
         """What is kept of a leaf."""
-        return self.packed(difference(x, guess)) if is_differentiable(x) else None
+        if not is_differentiable(x):
+            return None
+        return self.packed(difference(x, guess)) if x.is_cpu or self.waits else LateDifference(x, guess)
 
     def decode(self, guess: Any, kept: Any) -> Any:
         """A leaf of which a guess was made."""
-        return guess if kept is None else _through(guess, corrected(guess.detach(), self.unpacked(kept)))
+        if kept is None:
+            return guess
+        plain, is_late = guess.detach(), isinstance(kept, LateDifference)
+        return _through(guess, kept.correct(plain) if is_late else corrected(plain, self.unpacked(kept)))
 
     def packed(self, found: Any) -> Any:
         """A difference as it is kept."""
@@ -280,6 +296,8 @@ class Codes:
 @dataclass(frozen=True)
 class PackedCodes(Codes):
     """Differences, two bits an element where they are at most 1."""
+
+    waits = True
 
     def packed(self, found: Any) -> Any:
         dtype, codes, *escapes = found
@@ -462,7 +480,7 @@ def _noted(path: Path, wire: Wire) -> Wire:
 
 @contextmanager
 def _in_range(grid: Grid) -> Iterator[None]:
-    """Raise where a state that is noted inside was out of range, at the end, so that a device is waited for once."""
+    """Raise where a state that is noted inside was out of range; a device is not waited for, and tells it later."""
     token = _RANGES.set(ranges := [])
     try:
         yield
@@ -472,10 +490,14 @@ def _in_range(grid: Grid) -> Iterator[None]:
         return
     paths, lows, highs = zip(*ranges, strict=True)
     peaks = torch.maximum(torch.stack(highs), -torch.stack(lows))
-    inside = peaks < grid.bound  # NaN is not
-    if not inside.all():
-        first = int((~inside).nonzero()[0])
-        raise _left(grid, paths[first], peaks[first].item())
+    sent = send(peaks)
+    when_here([sent], partial(_check_range, grid, paths, sent))
+
+
+def _check_range(grid: Grid, paths: Sequence[Path], peaks: Late) -> None:
+    for path, peak in zip(paths, peaks.values(), strict=True):
+        if not peak < grid.bound:  # NaN is not
+            raise _left(grid, path, peak)
 
 
 def _left(grid: Grid, path: Path, peak: float) -> DomainError:

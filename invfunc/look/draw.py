@@ -28,13 +28,13 @@ from ..core.op import Chain, Invertible, OneWay, lift, name_of, named
 from ..engine.frame import Frame
 from ..engine.interface import Run, State
 from ..engine.lower import walk
-from ..engine.snapshot import Parts
+from ..engine.snapshot import Parts, undrawn
 from ..errors import OptionError
 from ..exact.transform import Gridded
 from ..plan import report
 from ..plan.costs import show_bytes
 from ..plan.executor import Planned, flat_ops, flat_stages, halves
-from ..plan.inputs import faked, realised
+from ..plan.inputs import faked, home_of, realised
 from ..plan.trials import forward_of
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire
 from .pictures import GAP, GREY, LETTER, ROW, Picture, above, at, beside, box, document, framed, line, text, tinted
@@ -171,7 +171,7 @@ def _readings(op: Invertible, x: Any) -> list[Reading]:
     """Run an op once, on fake tensors if it lets us, and return what flows into it and out of every part."""
     with _undisturbed(op):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = faked(x, mode)
+            fake = faked(x, mode, home_of(op))
             try:
                 return _run(op, fake, mode.from_tensor)
             except LOOKS_AT_VALUES:
@@ -185,7 +185,7 @@ def _undisturbed(op: Invertible) -> Iterator[None]:
     found = Parts(op.functions)
     buffers = [*found.tensors, *(buffer for module in found.roots for buffer in module.buffers())]
     before = [buffer.clone() for buffer in buffers]
-    with torch.random.fork_rng():
+    with undrawn(op.functions):
         yield
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):

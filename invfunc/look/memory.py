@@ -8,8 +8,8 @@ its death, and reports the highest and the last balance.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -32,6 +32,8 @@ class Measurement:
         flops: Floating point operations of matrix products, convolutions and attention, two per multiply-add, by the
             formulas of `torch.utils.flop_counter`. Pointwise operators count as none.
         seconds: Wall time of a plain call, or None if it was not asked for.
+        devices: The peak and the held bytes of each device whose allocator has served the call, by its name. They are
+            counted in the sums above, in which each device, and the CPU, has its peak at a moment of its own.
 
     Example:
         >>> measure(torch.ones, 1000).held_bytes
@@ -42,6 +44,7 @@ class Measurement:
     held_bytes: int
     flops: int
     seconds: float | None = None
+    devices: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
 
 def measure(fn: Callable[..., Any], /, *args: Any, timed: bool = False, **kwargs: Any) -> Measurement:
@@ -54,8 +57,8 @@ def measure(fn: Callable[..., Any], /, *args: Any, timed: bool = False, **kwargs
     extensions, collectives, `copy.deepcopy`) is taken for older than the call. `torch.compile` steps aside while it is
     measured: the function runs eagerly, or raises if it was compiled with `fullgraph=True`.
 
-    If the call allocates on the current CUDA device, the bytes are those of that device's caching allocator instead,
-    kernels' workspaces included, and the device's peak statistics are reset.
+    The bytes of every other device that the call uses are those of its caching allocator, kernels' workspaces included,
+    and the device's peak statistics are reset. Where a device keeps none (MPS), its tensors are counted as the CPU's.
 
     Args:
         fn: What to call.
@@ -75,9 +78,9 @@ def measure(fn: Callable[..., Any], /, *args: Any, timed: bool = False, **kwargs
         >>> measure(torch.mm, x.view(10, 100), x.view(100, 10))
         Measurement(peak_bytes=400, held_bytes=400, flops=20000, seconds=None)
     """
-    with _Allocator() as allocator, StorageLedger() as ledger:
+    with _Allocators() as allocators, StorageLedger(_kind_with_statistics()) as ledger:
         result = fn(*args, **kwargs)
-        measured = (allocator if allocator.used else ledger).close(ledger.flops)
+        measured = allocators.close(ledger.close(ledger.flops))
     del result
     return replace(measured, seconds=_seconds(fn, args, kwargs)) if timed else measured
 
@@ -94,8 +97,9 @@ class StorageLedger(DispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, without: str | None = None) -> None:
         super().__init__()
+        self.without = without  # a type of device that somebody else counts
         self.flops = 0
         self.peak = 0
         self.balance = 0
@@ -138,6 +142,8 @@ class StorageLedger(DispatchMode):
     def _follow(self, storages: Iterable[torch.UntypedStorage], older: bool = False) -> None:
         """Read the sizes of storages; what is older than the call counts by how it changes."""
         for storage in storages:
+            if storage.device.type == self.without:
+                continue
             if ref(storage) not in self._sizes:
                 self._sizes[ref(storage, self._forget)] = storage.nbytes() * older
             self.reread(storage)
@@ -168,13 +174,14 @@ def _resize(self: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
     return self
 
 
-class _Allocator:
-    """The statistics of the caching allocator on the current CUDA device."""
+class _Allocators:
+    """The statistics of the caching allocators of all devices."""
 
-    def __enter__(self) -> _Allocator:
+    def __enter__(self) -> _Allocators:
         _note_peaks()
-        self._served = _statistic("allocation.all.allocated")
-        self._before = self._peak = _statistic("allocated_bytes.all.current")
+        self._served = [_statistic(i, "allocation.all.allocated") for i in _indices()]
+        self._before = [_statistic(i, "allocated_bytes.all.current") for i in _indices()]
+        self._peaks = list(self._before)
         _open_allocators.append(self)
         return self
 
@@ -182,34 +189,54 @@ class _Allocator:
         _note_peaks()
         _open_allocators.remove(self)
 
-    @property
-    def used(self) -> bool:
-        """Whether the allocator has served anything since the call began."""
-        return _statistic("allocation.all.allocated") > self._served
-
     def note(self) -> None:
-        """Remember the peak since it was last reset."""
-        self._peak = max(self._peak, _statistic("allocated_bytes.all.peak"))
+        """Remember the peaks since they were last reset."""
+        self._peaks = [max(peak, _statistic(i, "allocated_bytes.all.peak")) for i, peak in enumerate(self._peaks)]
 
-    def close(self, flops: int) -> Measurement:
-        """Read the statistics while the result of the call is still held."""
+    def close(self, on_the_cpu: Measurement) -> Measurement:
+        """Read the statistics while the result of the call is still held, and add them up."""
         self.note()
-        return Measurement(self._peak - self._before, _statistic("allocated_bytes.all.current") - self._before, flops)
+        found: dict[str, tuple[int, int]] = {}
+        for i, before in enumerate(self._before):
+            held = _statistic(i, "allocated_bytes.all.current") - before
+            if held or _statistic(i, "allocation.all.allocated") > self._served[i]:
+                found[f"{_kind_with_statistics()}:{i}"] = (self._peaks[i] - before, held)
+        return replace(
+            on_the_cpu,
+            peak_bytes=on_the_cpu.peak_bytes + sum(peak for peak, _ in found.values()),
+            held_bytes=on_the_cpu.held_bytes + sum(held for _, held in found.values()),
+            devices=found,
+        )
 
 
-# The allocator has one peak counter. A measurement inside another one resets it, so those outside read it first.
-_open_allocators: list[_Allocator] = []
+# An allocator has one peak counter. A measurement inside another one resets it, so those outside read it first.
+_open_allocators: list[_Allocators] = []
 
 
 def _note_peaks() -> None:
-    for allocator in _open_allocators:
-        allocator.note()
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+    for allocators in _open_allocators:
+        allocators.note()
+    for i in _in_use():
+        torch.accelerator.reset_peak_memory_stats(i)
 
 
-def _statistic(name: str) -> int:
-    return torch.cuda.memory_stats().get(name, 0)  # No statistics before CUDA's first use, or without CUDA.
+def _kind_with_statistics() -> str | None:
+    """The type of the devices whose allocators can be asked."""
+    accelerator = torch.accelerator.current_accelerator()
+    return None if accelerator is None or accelerator.type == "mps" else accelerator.type
+
+
+def _indices() -> range:
+    return range(0 if _kind_with_statistics() is None else torch.accelerator.device_count())
+
+
+def _in_use() -> list[int]:
+    """The devices whose allocators have served anybody; to reset or wait for another would begin to use it."""
+    return [i for i in _indices() if _statistic(i, "allocation.all.allocated")]
+
+
+def _statistic(index: int, name: str) -> int:
+    return torch.accelerator.memory_stats(index).get(name, 0)  # there are none before a first use
 
 
 # `torch.tensor`, `torch.from_numpy`: their argument is made outside every mode, but inside the call.
@@ -248,5 +275,7 @@ def _seconds(fn: Callable[..., Any], args: Any, kwargs: Any) -> float:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    for i in _in_use():
+        torch.accelerator.synchronize(i)
+    if _kind_with_statistics() is None and torch.accelerator.is_available():
+        torch.accelerator.synchronize()

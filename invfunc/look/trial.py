@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.op import Invertible, graph_leaves
+from ..engine.devices import generators
 from ..engine.snapshot import Parts
 from ..wires import Wire, is_differentiable, leaves, map_wire
 
@@ -31,23 +32,19 @@ def untouched(op: Invertible) -> Iterator[None]:
 
 def states() -> tuple[Tensor, ...]:
     """The states of the global generators."""
-    return tuple(generator.get_state() for generator in _generators())
-
-
-def _generators() -> tuple[torch.Generator, ...]:
-    return (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()))
+    return tuple(generator.get_state() for generator in generators())
 
 
 @contextmanager
 def same_dice() -> Iterator[None]:
     """Whatever runs inside draws the same random numbers; the global ones are as they were after."""
-    generators, before = _generators(), states()
-    for generator in generators:
+    found, before = generators(), states()
+    for generator in found:
         generator.manual_seed(0)
     try:
         yield
     finally:
-        for generator, state in zip(generators, before, strict=True):
+        for generator, state in zip(found, before, strict=True):
             generator.set_state(state)
 
 

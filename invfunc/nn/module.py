@@ -22,7 +22,8 @@ from ..checkpoint import Checkpointed, Wrapper, checkpoint, mark
 from ..core.context import Context, bind
 from ..core.op import Inverse, Invertible, Residue, pair
 from ..core.structure import copy_of
-from ..engine.conditions import RandomState, accelerators
+from ..engine.conditions import RandomState
+from ..engine.devices import accelerators
 from ..engine.donation import saved_by_its_maker, why_not_donate
 from ..engine.interface import Run, State
 from ..engine.lower import call_unit, runs_plainly, store, walk

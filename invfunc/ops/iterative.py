@@ -284,18 +284,21 @@ def _only(pull: Callable[[Tensor], tuple[Tensor]], g: Tensor) -> Tensor:
 
 
 def _iterate(step: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, limits: Limits) -> Tensor:
-    """``x <- step(x)`` until it stands still; y sets the scale beside x."""
+    """``x <- step(x)`` until it stands still; y sets the scale beside x. To look at a device is to wait for it."""
     enough, nearly = (limits.tolerance, 0.0) if limits.tolerance else _tolerances(x)
     before, first, moved, ratio, count = float("inf"), 0.0, 0.0, 0.0, 0
-    for count in range(1, limits.max_iterations + 1):
+    apart = 1 if x.is_cpu else min(_BLIND, limits.max_iterations)
+    for count in range(apart, limits.max_iterations + 1, apart):
+        for _ in range(apart - 1):
+            x = step(x)
         new = step(x)
-        moved, length = _sizes(new - x)
-        moved /= max(_sizes(new)[0], _sizes(y)[0], torch.finfo(x.dtype).tiny)
+        (moved, length), (largest, _), (scale, _) = _sizes(new - x, new, y)
+        moved /= max(largest, scale, torch.finfo(x.dtype).tiny)
         x = new
         if moved <= enough or (moved <= nearly and length >= before):
             return x
-        ratio, before = length / before, length
-        first = length if count == 1 else first
+        ratio, before = (length / before) ** (1 / apart), length
+        first = length if count == apart else first
         if not length <= 1e6 * first < float("inf"):  # it diverges, or is NaN
             break
     raise DomainError(
@@ -317,18 +320,23 @@ def _tolerances(x: Tensor) -> tuple[float, float]:
     return 8 * eps if eps < 1e-5 else eps, 1024 * coarse if coarse < 1e-5 else coarse**0.5
 
 
-def _sizes(tensor: Tensor) -> tuple[float, float]:
-    """The largest absolute value and the length, over every sample of every transform."""
-    tensor = _torch.unwrapped(tensor)
-    if not tensor.numel():
-        return 0.0, 0.0
-    flat = tensor.detach().flatten()
-    largest, length = torch.stack((flat.abs().max(), torch.linalg.vector_norm(flat))).tolist()
-    return largest, length
+_BLIND = 4  # iterations on a device between two looks
+
+
+def _sizes(*tensors: Tensor) -> list[list[float]]:
+    """The largest absolute value and the length of each, over every sample of every transform, in one transfer."""
+    return torch.stack(list(map(_sizes_of, tensors))).tolist()
+
+
+def _sizes_of(tensor: Tensor) -> Tensor:
+    flat = _torch.unwrapped(tensor).detach().flatten()
+    if not flat.numel():
+        return flat.new_zeros(2)
+    return torch.stack((flat.abs().max(), torch.linalg.vector_norm(flat)))
 
 
 def _largest(tensor: Tensor) -> float:
-    return _sizes(tensor)[0]
+    return _sizes(tensor)[0][0]
 
 
 def _steps_to_forget(fn: Callable[[Tensor], Tensor], x: Tensor, limits: Limits) -> int:

@@ -144,8 +144,11 @@ def regular(label: str) -> Iterator[None]:
 
 def _solve_dense(label: str, weight: Tensor, y: Tensor) -> Tensor:
     check_regular(label, weight)
+    rows = y.reshape(-1, y.shape[-1])
     with regular(label):
-        return torch.linalg.solve(weight.mT, y.reshape(-1, y.shape[-1]), left=False).reshape(y.shape)
+        # To ask a device whether the weight is singular would wait for it; infinities tell, or `invfunc.debug`.
+        solve = torch.linalg.solve if weight.is_cpu else lambda a, b, left: torch.linalg.solve_ex(a, b, left=left)[0]
+        return solve(weight.mT, rows, left=False).reshape(y.shape)
 
 
 def check_regular(label: str, weight: Tensor) -> None:
@@ -218,7 +221,7 @@ def left_inverse(label: str, matrix: Tensor) -> Tensor:
     check_regular(label, matrix)
     if matrix.shape[-1] == matrix.shape[-2]:
         with regular(label):
-            return torch.linalg.inv(matrix)
+            return torch.linalg.inv(matrix) if matrix.is_cpu else torch.linalg.inv_ex(matrix)[0]  # as above
     q, r = torch.linalg.qr(matrix)
     return torch.linalg.solve_triangular(r, q.mH, upper=True)
 

@@ -58,8 +58,8 @@ def least_seconds(runs: Sequence[Callable[[], Any]], repeats: int, x: Wire) -> l
 
 def _clocked(found: Seconds, name: str, x: Wire, run: Callable[[], Any]) -> Any:
     """What a call returns; its seconds go into a table."""
-    on_cuda = any(isinstance(t, Tensor) and t.is_cuda for t in leaves(x))
-    read = _cuda_clock() if on_cuda else _cpu_clock()
+    device = next((t.device for t in leaves(x) if isinstance(t, Tensor) and not t.is_cpu), None)
+    read = _cpu_clock() if device is None else _device_clock(device)
     result = run()
     found[name] = read()
     return result
@@ -82,12 +82,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _cuda_clock() -> Callable[[], float]:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
+def _device_clock(device: torch.device) -> Callable[[], float]:
+    begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+    begin.record(torch.accelerator.current_stream(device))
 
     def read() -> float:
-        end.record()
+        end.record(torch.accelerator.current_stream(device))
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 

@@ -9,18 +9,26 @@ import torch
 from torch import Tensor
 
 from .._torch import FakeTensor, FakeTensorMode, storage_id, storage_of
+from ..core.op import Invertible
+from ..engine.snapshot import Snapshot
 from ..wires import Wire, is_differentiable, leaves, map_wire
 
 
-def faked(x: Any, mode: FakeTensorMode) -> Wire:
-    """An input, or a shape, as fake tensors."""
+def home_of(op: Invertible) -> torch.device:
+    """Where an input is that is given by its shape: with the first tensor that the op reads."""
+    seen = Snapshot(op.functions).tensors_in_sight()
+    return next((tensor.device for tensor in seen), torch.get_default_device())
+
+
+def faked(x: Any, mode: FakeTensorMode, home: torch.device | None = None) -> Wire:
+    """An input, or a shape on a device, as fake tensors."""
     if isinstance(x, FakeTensor):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
     if isinstance(x, Tensor):
         return mode.from_tensor(x.detach()).requires_grad_(x.requires_grad)
     if is_shape(x):
-        return torch.zeros(tuple(x)).requires_grad_()  # real ones, where torch has no fake ones
-    return tuple(faked(part, mode) for part in x) if isinstance(x, tuple) else x
+        return torch.zeros(tuple(x), device=home).requires_grad_()  # real ones, where torch has no fake ones
+    return tuple(faked(part, mode, home) for part in x) if isinstance(x, tuple) else x
 
 
 def is_shape(x: Any) -> bool:
@@ -93,8 +101,8 @@ def copied(x: Wire) -> Wire:
 def free_bytes(x: Wire) -> float:
     """The memory that is left where an input lies, as far as anybody knows."""
     device = next((leaf.device for leaf in leaves(x) if isinstance(leaf, Tensor)), torch.device("cpu"))
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" and hasattr(torch.get_device_module(device), "mem_get_info"):
+        return torch.get_device_module(device).mem_get_info(device)[0]
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return float("inf")

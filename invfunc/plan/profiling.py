@@ -44,7 +44,7 @@ from ..wires import Wire, is_differentiable, leaves
 from .clock import Clock, beyond_idle, one_thread, timed
 from .costs import Costs, OpCosts, parse_bytes
 from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
-from .inputs import as_input, faked, free_bytes, nbytes, realised, rows, storages
+from .inputs import as_input, faked, free_bytes, home_of, nbytes, realised, rows, storages
 from .model import Blocks, Shown, planned_as, show
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
@@ -164,7 +164,7 @@ class Profiler:
         """What goes through a model, on fake tensors if it does not look at values; its input, and the loss's bytes."""
         model = OneWay(blocks.model)
         with untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            given = faked(x, mode)
+            given = faked(x, mode, home_of(model))
             try:
                 shown = show(blocks, given)
                 return shown, given, _loss_bytes(self.loss, shown.y)
@@ -179,7 +179,7 @@ class Profiler:
         fine = len(ops) <= self.fine
         whole = [1] * len(ops) if fine else [len(halves(stage)) for stage in flat_stages(op)]
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = faked(x, mode)
+            fake = faked(x, mode, home_of(op))
         with untouched(op):  # before anything real comes to what was made of fake tensors
             with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
                 units, inputs = _units(ops, whole, fake)
@@ -265,7 +265,7 @@ def _realised(tree: Any) -> Any:
 def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
     """The costs of ops as they are grouped already, with bytes and without seconds."""
     with untouched(*ops), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        inputs = [faked(x, mode)]
+        inputs = [faked(x, mode, home_of(ops[0]))]
         for op in ops:
             inputs.append(_output(op, inputs[-1])[0])
         loss_bytes = _loss_bytes(mean_square, inputs[-1])

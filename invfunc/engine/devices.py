@@ -1,0 +1,162 @@
+"""What is asked of devices: numbers that travel on their own, generators, and whether a graph is being captured.
+
+Nothing here is CUDA's: `torch.accelerator` and the module of a device answer for every kind of it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+
+# ---- numbers on their way --------------------------------------------------------------------------------------------
+
+
+class Late:
+    """The values of a tensor on a device, on their way to the host: reading them at once would make the host wait.
+
+    Each has an event of its own, on the stream that copies them: the one that is current when they are asked for may be
+    another, on another device.
+    """
+
+    __slots__ = ("event", "host")
+
+    def __init__(self, values: Tensor) -> None:
+        self.host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        self.host.copy_(values, non_blocking=True)
+        self.event = torch.Event(values.device)
+        self.event.record(torch.accelerator.current_stream(values.device))
+
+    def is_here(self) -> bool:
+        """Whether they have arrived; nobody may ask while a graph is captured."""
+        return not is_captured(torch.device(self.event.device)) and self.event.query()
+
+    def values(self, wait: bool = False) -> list[float]:
+        """They themselves."""
+        if wait and not self.event.query():
+            self.event.synchronize()
+        return self.host.tolist()
+
+
+def send(values: Tensor) -> Late:
+    """Begin to send the values of a tensor, wherever that is."""
+    return _Here(values) if values.is_cpu else Late(values)
+
+
+class _Here(Late):
+    """The values of a tensor of the host."""
+
+    __slots__ = ()
+
+    def __init__(self, values: Tensor) -> None:
+        self.host = values
+
+    def is_here(self) -> bool:
+        return True
+
+    def values(self, wait: bool = False) -> list[float]:
+        return self.host.tolist()
+
+
+_QUEUE: deque[tuple[Sequence[Late], Callable[[], None]]] = deque()
+
+
+def when_here(numbers: Sequence[Late], judge: Callable[[], None]) -> None:
+    """Call a function when numbers have arrived: now, or when somebody calls `settle` later."""
+    if all([number.is_here() for number in numbers]):
+        judge()
+    else:
+        _QUEUE.append((numbers, judge))
+
+
+def settle() -> None:
+    """Call those whose numbers have arrived, in order."""
+    while _QUEUE:
+        try:
+            arrived = _QUEUE.popleft()
+        except IndexError:  # another thread was faster
+            return
+        numbers, judge = arrived
+        if not all([number.is_here() for number in numbers]):
+            _QUEUE.appendleft(arrived)
+            return
+        judge()
+
+
+def place_on(device: torch.device, values: Sequence[int]) -> Tensor:
+    """A tensor of whole numbers on a device, made on the host."""
+    with _torch.outside_modes():  # what is kept for later calls must not belong to a mode of this one
+        if device.type == "cpu":
+            return torch.tensor(values, device="cpu")
+        return torch.tensor(values, device="cpu", pin_memory=True).to(device, non_blocking=True)
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what the device is given to do is written down as a graph, and not done."""
+    if device.type in ("cpu", "meta"):
+        return False
+    ask = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return ask is not None and ask()
+
+
+# ---- generators ------------------------------------------------------------------------------------------------------
+
+
+class _OnlyOne:
+    """The generator of a device whose module has but functions for it, and one device (MPS)."""
+
+    def __init__(self, module: Any) -> None:
+        self.get_state, self.set_state = module.get_rng_state, module.set_rng_state
+        self.manual_seed = module.manual_seed
+
+
+@lru_cache
+def _only_one(kind: str) -> _OnlyOne | None:
+    module = torch.get_device_module(kind)
+    return _OnlyOne(module) if hasattr(module, "get_rng_state") else None
+
+
+def generator_of(device: torch.device) -> Any:
+    """What has ``get_state`` and ``set_state``; None where there is nothing to draw from, or the device is not in use.
+
+    To ask a device that is not in use would begin to use it, and take its memory.
+    """
+    if device.type in ("cpu", "meta"):
+        return None
+    found = getattr(torch.get_device_module(device), "default_generators", None)
+    if found is None:
+        return _only_one(device.type)
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    return found[index] if index < len(found) else None
+
+
+def generators() -> tuple[Any, ...]:
+    """Those of all devices that are in use, the CPU's first."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return (torch.default_generator,)
+    found = [generator_of(torch.device(accelerator.type, i)) for i in range(torch.accelerator.device_count())]
+    return (torch.default_generator, *[generator for generator in found if generator is not None])
+
+
+def accelerators(tensors: Iterable[Tensor]) -> Sequence[torch.device]:
+    """The devices to draw from that are in sight, beside the CPU: those of tensors and the default one.
+
+    Where there are none, the current one; it may be another thread's, whose numbers are not to be touched.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return ()
+    devices = {t.device for t in tensors}
+    default = _torch.default_device()
+    if default is not None:
+        devices.add(default)
+    if all([d.type == "cpu" for d in devices]) and generator_of(torch.device(accelerator.type, 0)) is not None:
+        devices.add(torch.device(accelerator.type, torch.accelerator.current_device_index()))
+    return sorted((d for d in devices if generator_of(d) is not None), key=str)

@@ -1,0 +1,350 @@
+"""A step of training on a device is plain autograd's: random numbers, devices, and what belongs to a thread."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kit import TOLERANCE, assert_close, bowl, network, parameters
+from torch import Tensor, nn
+
+import invfunc as inv
+from invfunc.errors import DomainError, ReplayError
+
+from . import sim
+from .cases_sim import NETWORKS
+
+DEVICE = "sim:0"
+
+
+def branch(kind: str = "dropout", device: Any = DEVICE) -> nn.Module:
+    """A small network on a device."""
+    last = {"dropout": nn.Dropout(0.3), "batch norm": nn.BatchNorm1d(4), "plain": nn.Tanh()}[kind]
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), last).to(device)
+
+
+def step(fn: Callable[..., Any], inputs: list[Tensor], tensors: list[Tensor], seed: int = 7) -> list[Tensor]:
+    """Output and gradients of a step from a seed, and the states of all generators behind it."""
+    torch.manual_seed(seed)
+    inputs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    y = fn(*inputs)
+    states = random_states()
+    found = torch.autograd.grad(bowl(y), [*(x for x in inputs if x.requires_grad), *tensors], allow_unused=True)
+    assert_close(random_states(), states)
+    return [y.detach(), *found, *states]
+
+
+def random_states() -> list[Tensor]:
+    """Of the CPU and of both devices."""
+    return [torch.get_rng_state(), *[torch.sim.get_rng_state(i) for i in range(sim.DEVICES)]]
+
+
+LOWERINGS: dict[str, Callable[[inv.Invertible], Callable[..., Any]]] = {
+    "invert": inv.checkpoint,
+    "segments": lambda op: inv.checkpoint(op, segments=2),
+    "recompute": lambda op: inv.checkpoint(op, mode="recompute"),
+    "store": lambda op: inv.checkpoint(op, mode="store"),
+    "function": lambda op: inv.checkpoint(lambda x: op(x)),
+    "donate": lambda op: lambda x: inv.checkpoint(op, donate=True)(x * 1),
+    "exact": lambda op: inv.checkpoint(inv.exact(op, mode="codes")),
+    "mark": lambda op: inv.checkpoint(inv.chain(op.parts[0], inv.mark(op.parts[1], "recompute"), *op.parts[2:])),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "dropout", "batch norm"])
+@pytest.mark.parametrize("lower", LOWERINGS.values(), ids=LOWERINGS)
+def test_a_step_is_plain_autograds(lower: Callable[[inv.Invertible], Callable[..., Any]], kind: str) -> None:
+    branches = [branch(kind) for _ in range(4)]
+    op, x = network(branches, dim=-1), torch.randn(6, 8, device=DEVICE)
+    expected = step(op, [x], parameters(*branches))
+    assert_close(step(lower(op), [x], parameters(*branches)), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_a_region_runs_again_as_it_ran(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    net, x = make()
+    net, x = net.to(DEVICE), x.to(DEVICE)
+    expected = step(net, [x], parameters(net))
+    assert_close(step(inv.checkpoint(net), [x], parameters(net)), expected)
+
+
+def model_parallel() -> tuple[Callable[..., Any], list[Tensor], list[nn.Module]]:
+    first, second = branch(device="sim:0"), branch(device="sim:1")
+    return lambda x: first(x) + second(x.to("sim:1")).to("sim:0"), [torch.randn(6, 4, device="sim:0")], [first, second]
+
+
+def token_ids_on_the_cpu() -> tuple[Callable[..., Any], list[Tensor], list[nn.Module]]:
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Dropout(0.3)).to("sim:1")
+    return lambda ids: net(ids.to("sim:1")), [torch.randint(9, (6,))], [net]
+
+
+def offloaded_stream() -> tuple[Callable[..., Any], list[Tensor], list[nn.Module]]:
+    net = branch(device="sim:1")
+    return lambda x: net(x.to("sim:1")).to("cpu"), [torch.randn(6, 4)], [net]
+
+
+def captured_tensor() -> tuple[Callable[..., Any], list[Tensor], list[nn.Module]]:
+    scale = torch.randn(4, device="sim:1")
+    return (
+        lambda x: nn.functional.dropout(x.to("sim:1") * scale, 0.5).to("sim:0"),
+        [torch.randn(6, 4, device="sim:0")],
+        [],
+    )
+
+
+def device_made_inside() -> tuple[Callable[..., Any], list[Tensor], list[nn.Module]]:
+    return lambda x: x * torch.rand(4, device="sim").to(x.device), [torch.randn(6, 4)], []
+
+
+ELSEWHERE = [model_parallel, token_ids_on_the_cpu, offloaded_stream, captured_tensor, device_made_inside]
+
+
+@pytest.mark.parametrize("make", ELSEWHERE)
+@pytest.mark.parametrize("kind", ["function", "recompute", "couple"])
+def test_random_numbers_are_replayed_on_every_device(make: Callable[[], Any], kind: str) -> None:
+    fn, inputs, modules = make()
+    if kind == "couple":
+        if make is token_ids_on_the_cpu:
+            inputs, base = [torch.randn(6, 4)], fn
+            fn = lambda x: base(x.argmax(-1)).to("cpu") * x  # noqa: E731
+        halves = [torch.cat([x, x], -1) for x in inputs]
+        op = inv.chain(inv.split(2, -1), inv.couple(fn), inv.concat(2, -1))
+        assert_close(
+            step(inv.checkpoint(op), halves, parameters(*modules)), step(op, halves, parameters(*modules)), 1e-9
+        )
+        return
+    fast = inv.checkpoint(fn) if kind == "function" else inv.checkpoint(inv.one_way(fn), mode="recompute")
+    assert_close(step(fast, inputs, parameters(*modules)), step(fn, inputs, parameters(*modules)))
+
+
+@pytest.mark.parametrize("around", ["with", "set"])
+@pytest.mark.parametrize("lower", [inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute")])
+def test_factories_run_again_on_the_default_device(lower: Any, around: str) -> None:
+    op = network([lambda x: torch.tanh(x) * torch.rand(4) + torch.ones(4)] * 4, dim=-1)
+    x = torch.randn(6, 8, device=DEVICE)
+    expected = None
+    for fn in (op, lower(op)):
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        if around == "with":
+            with torch.device(DEVICE):
+                y = fn(leaf)
+        else:
+            torch.set_default_device(DEVICE)
+            try:
+                y = fn(leaf)
+            finally:
+                torch.set_default_device(None)
+        (found,) = torch.autograd.grad(bowl(y), leaf)
+        if expected is not None:
+            assert_close([y, found], expected, TOLERANCE)
+        expected = [y, found]
+
+
+@pytest.mark.parametrize("lower", LOWERINGS.values(), ids=LOWERINGS)
+def test_autocast_is_that_of_forward(lower: Callable[[inv.Invertible], Callable[..., Any]]) -> None:
+    branches = [branch().to(torch.float32) for _ in range(4)]
+    op, x = network(branches, dim=-1), torch.randn(6, 8, device=DEVICE, dtype=torch.float32)
+
+    def under_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def run(x: Tensor) -> Any:
+            with torch.autocast("sim", torch.bfloat16):
+                return fn(x)
+
+        return run
+
+    expected = step(under_autocast(op), [x], parameters(*branches))
+    found = step(under_autocast(lower(op)), [x], parameters(*branches))
+    assert_close(found, expected, 1e-2)
+
+
+def test_a_gradient_inside_of_a_function_runs_again() -> None:
+    w = torch.randn(4, device=DEVICE, requires_grad=True)
+
+    def drift(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda v: (v * w).sin().sum())(x)
+
+    def own(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad((x * w).sin().sum(), x, create_graph=True)[0]
+
+    x = torch.randn(6, 8, device=DEVICE)
+    for fn in (drift, own):
+        op = inv.chain(inv.split(2, -1), inv.couple(fn, fn), inv.concat(2, -1))
+        expected = step(op, [x], [w])
+        for lower in (inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute")):
+            assert_close(step(lower(op), [x], [w]), expected, TOLERANCE)
+
+
+def test_backward_sees_debug() -> None:
+    threads = []
+
+    def inverse(y: Tensor) -> Tensor:
+        threads.append(threading.get_ident())
+        return inv.ops.log()(-y)  # outside of the domain of the logarithm
+
+    x = torch.rand(4, device=DEVICE, requires_grad=True)
+    with inv.debug(True):
+        y = inv.checkpoint(inv.pair(torch.exp, inverse), drift="off")(x)
+    with pytest.raises(DomainError):
+        y.sum().backward()
+    assert threads and threads[0] != threading.get_ident()
+
+
+def test_backward_sees_the_mode() -> None:
+    calls = []
+
+    def inverse(y: Tensor) -> Tensor:
+        calls.append("inverse")
+        return y.log()
+
+    inner = inv.checkpoint(inv.pair(torch.exp, inverse))
+    x = torch.rand(4, device=DEVICE, requires_grad=True)
+    with inv.mode("recompute"):
+        y = inv.checkpoint(lambda x: inner(x).sin())(x)
+    y.sum().backward()
+    assert not calls
+    assert_close(x.grad, x.exp() * x.exp().cos())
+
+
+def test_gradients_nested_across_two_devices_end() -> None:
+    scale = torch.rand(64, device="sim:1")
+
+    def inner(x: Tensor) -> Tensor:
+        other = x.detach().to("sim:1").requires_grad_()
+        y = inv.checkpoint(lambda v: nn.functional.dropout(v.sin() * scale, 0.5))(other)
+        return torch.autograd.grad(y.sum(), other)[0].to("sim:0")
+
+    def fn(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return nn.functional.dropout(x, 0.5) * inner(x)
+
+    done: list[Any] = []
+
+    def run() -> None:
+        x = torch.randn(64, device="sim:0")
+        done.append(step(inv.checkpoint(fn), [x], []))
+        done.append(step(fn, [x], []))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "backward waits for ever"
+    assert_close(done[0], done[1])
+
+
+def test_two_threads_train_on_two_devices() -> None:
+    found: dict[str, Any] = {}
+
+    def run(device: str) -> None:
+        branches = [branch(device=device) for _ in range(4)]
+        op, x = network(branches, dim=-1), torch.randn(6, 8, device=device).requires_grad_()
+        for _ in range(5):
+            y = inv.checkpoint(op)(x)
+            found[device] = torch.autograd.grad(bowl(y), [x, *parameters(*branches)])
+
+    threads = [threading.Thread(target=run, args=(d,)) for d in ("sim:0", "sim:1")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 2 and all(t.isfinite().all() for ts in found.values() for t in ts)
+
+
+def test_the_threads_of_two_devices_may_ask_at_once() -> None:
+    branches = [(branch("plain", "sim:0"), branch("plain", "sim:1")) for _ in range(4)]
+
+    def both(a: nn.Module, b: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: a(x) + b(x.to("sim:1")).to("sim:0")
+
+    couplings = [inv.couple(both(*pair)) for pair in branches]  # all on one half: none waits for another's gradient
+    op = inv.chain(inv.split(2, -1), *couplings, inv.concat(2, -1))
+    x, weights = torch.randn(6, 8, device="sim:0"), parameters(*[module for pair in branches for module in pair])
+    expected = step(op, [x], weights)
+    for _ in range(10):
+        assert_close(step(inv.checkpoint(op), [x], weights), expected, TOLERANCE)
+
+
+def test_the_number_of_threads_is_left_alone() -> None:
+    x = torch.rand(4, device=DEVICE, requires_grad=True)
+    (x * 2).sum().backward()  # its thread has begun
+    torch.set_num_threads(2)
+    try:
+        y = inv.checkpoint(lambda x: nn.functional.dropout(x, 0.5))(x)
+        torch.set_num_threads(1)
+        y.sum().backward()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_errors_in_backward_come_to_the_caller_and_leave_generators_alone() -> None:
+    def fn(x: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("not again")
+        return nn.functional.dropout(x, 0.5)
+
+    x = torch.rand(4, device=DEVICE, requires_grad=True)
+    y, states = inv.checkpoint(fn)(x), random_states()
+    with contextlib.suppress(ValueError):
+        y.sum().backward()
+        raise AssertionError("no error")
+    assert_close(random_states(), states)
+
+
+def test_flags_of_the_process_are_those_of_forward() -> None:
+    seen: list[Any] = []
+
+    def fn(x: Tensor) -> Tensor:
+        flash = torch.backends.cuda.flash_sdp_enabled()
+        seen.append((flash, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()))
+        return x.sin().sin()
+
+    x, precision = torch.rand(4, device=DEVICE, requires_grad=True), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            y = inv.checkpoint(fn)(x)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    y.sum().backward()
+    assert seen == [(False, "high", False)] * 2
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("lower", [inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute")])
+def test_a_graph_is_captured_of_what_draws_nothing(lower: Any) -> None:
+    branches = [branch("batch norm") for _ in range(4)]
+    op, x = network(branches, dim=-1), torch.randn(6, 8, device=DEVICE)
+    expected = step(op, [x], parameters(*branches))
+    step(lower(op), [x], parameters(*branches))  # leaves numbers on their way
+    with sim.capture():
+        leaf = x.clone().requires_grad_()
+        found = torch.autograd.grad(bowl(lower(op)(leaf)), [leaf, *parameters(*branches)])
+    assert_close([*found], expected[1 : len(found) + 1], TOLERANCE)
+
+
+@pytest.mark.parametrize("lower", [inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute")])
+def test_a_graph_is_not_captured_of_what_draws(lower: Any) -> None:
+    op, x = network([branch() for _ in range(4)], dim=-1), torch.randn(6, 8, device=DEVICE, requires_grad=True)
+    with (
+        sim.capture(),
+        pytest.raises(ReplayError, match="native_dropout.* draws random numbers while a graph is captur"),
+    ):
+        lower(op)(x)
+    with sim.capture():
+        inv.checkpoint(op, mode="store")(x).sum().backward()
+        attend = nn.functional.scaled_dot_product_attention
+        inv.checkpoint(lambda q: attend(q, q, q))(x.reshape(2, 3, 8)).sum().backward()
+
+
+def test_torch_func_differentiates_on_a_device() -> None:
+    branches = [branch("plain") for _ in range(2)]
+    op, x = network(branches, dim=-1), torch.randn(8, device=DEVICE)
+    fast = inv.checkpoint(op)
+    for transform in (torch.func.grad, torch.func.hessian):
+        assert_close(transform(lambda x: bowl(fast(x)))(x), transform(lambda x: bowl(op(x)))(x), TOLERANCE)
+    assert_close(torch.func.vmap(fast)(x.expand(3, 8)), torch.func.vmap(op)(x.expand(3, 8)), TOLERANCE)
