@@ -324,6 +324,15 @@ NOISY = {
     **RANDOM,
 }
 
+
+def _log_det_pair() -> inv.Invertible:
+    scale = weight(3)
+    return inv.ops.log_det_pair(
+        lambda x: (x * scale.exp(), scale.sum().expand(len(x))),
+        lambda y: (y / scale.exp(), -scale.sum().expand(len(y))),
+    )
+
+
 EXAMPLES: dict[str, Example] = {
     # ---- core ----
     "identity": Example(inv.chain, tensors((3,), (2, 3), (2, 2, 2))),
@@ -353,6 +362,7 @@ EXAMPLES: dict[str, Example] = {
     "checkpoint, one_way": Example(lambda: inv.chain(mlp(4), inv.checkpoint(closure(weight(4)))), tensors(*ON_PAIRS)),
     # ---- elementwise ----
     "affine": Example(lambda: inv.affine(weight(3) + 2, weight(3)), on_threes(-1e6, 0.0, 1e6)),
+    "log_det_pair": Example(_log_det_pair, tensors((2, 3), (1, 3), (5, 3))),
     "from_transform": Example(
         lambda: inv.ops.from_transform(torch.distributions.transforms.AffineTransform(1.0, 2.0)), on_threes(0.0)
     ),

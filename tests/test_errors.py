@@ -523,6 +523,6 @@ def test_an_op_that_is_asked_for_what_modules_have_names_the_module(name: str) -
 
 def test_an_op_that_is_asked_for_anything_else_says_what_python_says() -> None:
     for value in inv.couple(torch.sin), inv.checkpoint(torch.sin):
-        assert not hasattr(value, "zork") and not hasattr(value, "__deepcopy__")
+        assert not hasattr(value, "zork") and not hasattr(value, "__torch_function__")
         message = f"'{type(value).__name__}' object has no attribute 'zork'"
         assert_refused(AttributeError, message, lambda value=value: value.zork)

@@ -402,10 +402,16 @@ class BlockForward:
         return _run_block(self, args, kwargs)  # pyright: ignore[reportCallIssue]
 
 
-@torch.compiler.disable
 def _run_block(forward: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, context = by_name(forward.block, args, kwargs)
     return forward.stack.run(forward.index, x, context)
+
+
+def _keep_out_of_graphs() -> None:
+    """Not when this file is read: `torch.compiler.disable` imports Dynamo, for seconds."""
+    global _run_block
+    if not hasattr(_run_block, "__wrapped__"):
+        _run_block = torch.compiler.disable(_run_block)
 
 
 # ---- the call --------------------------------------------------------------------------------------------------------
@@ -483,6 +489,7 @@ def reversible(
         Gomez et al., RevNet (2017); Mangalam et al., Reversible Vision Transformers (2022); Sander et al., Momentum
         Residual Neural Networks (2021); Zhang, Lewis and Kleijn (2025); Gal et al. (2025): see the ops.
     """
+    _keep_out_of_graphs()
     handle = Handle(find_blocks(model, blocks))
     stack = Stack(handle.blocks, _scheme(scheme), branches, options)
     for index, (path, block) in enumerate(handle.blocks.items()):
