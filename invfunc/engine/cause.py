@@ -13,6 +13,7 @@ again from there, each twice forward and twice back, and nothing of the size of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -111,6 +112,8 @@ def cause_of(levels: Levels, first: int, x: Wire, error: float) -> Cause:
             f"what saturates; {CHECK}",
         )
     widest = max(trips.trips, key=lambda trip: trip.growth)
+    if not math.isfinite(widest.growth):  # the next number has no inverse
+        return Cause(f"{widest.place} has lost values by saturation", f"bound what it is given; {CHECK}")
     return Cause(f"rounding, which grows most, about {widest.growth:.0e} times, at {widest.place}", f"{CURE}; {CHECK}")
 
 
