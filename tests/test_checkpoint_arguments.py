@@ -369,7 +369,7 @@ def test_the_determinism_check_compares_what_is_saved_twice():
     y = inv.checkpoint(narrows)(x)
     with pytest.raises(inv.errors.ReplayError, match=r"\(1,\).*expected \(2,\).*as in forward"):
         y.backward()
-    y = inv.checkpoint(narrows, determinism_check="none")(x)
+    y = inv.checkpoint(narrows, determinism_check="none", drift="off")(x)
     with pytest.raises(RuntimeError, match="size of tensor"):  # autograd itself, where it can tell
         y.backward()
     with pytest.raises(inv.errors.OptionError, match="expected 'default' or 'none'"):

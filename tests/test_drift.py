@@ -472,3 +472,23 @@ def test_cuts_that_do_not_fit_are_named(options: dict[str, Any], text: str) -> N
 def test_cuts_need_an_inverse() -> None:
     with pytest.raises(NotInvertibleError, match="tanh has no inverse"):
         inv.checkpoint(torch.tanh, cuts=[2])
+
+
+@pytest.mark.parametrize("lower", [inv.checkpoint, lambda f: inv.checkpoint(inv.chain(f), mode="recompute")])
+def test_a_recomputed_function_that_does_something_else_is_told(lower: Callable[[Any], Any]) -> None:
+    dice = torch.Generator().manual_seed(0)
+    x = leaf(3, 8)
+
+    def draws(x: Tensor) -> Tensor:
+        return (x * torch.rand(x.shape, generator=dice, dtype=x.dtype)).exp()
+
+    with pytest.warns(inv.errors.DriftWarning, match="saves for backward.*did something else when it ran again"):
+        lower(draws)(x).sum().backward()
+
+
+def test_a_weight_that_is_written_below_autograd_is_told() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    y = inv.checkpoint(net, drift="raise")(leaf(3, 8))
+    net[0].weight.data.add_(0.1)
+    with pytest.raises(inv.errors.DriftError, match=r"^what checkpoint\(Sequential\) saves for backward"):
+        y.sum().backward()

@@ -188,6 +188,8 @@ class Frame:
             raise changed_input(fn if record.op is None else record.op.forward_with_residue)
         if is_lazy:
             self.held = held  # rule 9
+        if record.op is None and held:
+            self.owner.watch(held)
         if copies:
             record.copies = [copy for copy in copies if worth_keeping(copy)]
         if before is not None:

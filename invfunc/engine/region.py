@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.op import Invertible
-from ..wires import Wire, leaves, map_wire
+from ..wires import Wire, is_differentiable, leaves, map_wire
 from .conditions import Conditions, RandomState
 from .evaluation import evaluate_again, evaluate_quietly, in_backward
 from .frame import Frame, Kept, Record, like_of
-from .interface import Options, Path
+from .interface import Options, Path, places_on
+from .meter import CHECK, Cause, Probe, probe
 from .snapshot import Snapshot
 
 
@@ -33,7 +35,7 @@ class Region:
         options: How it is lowered.
     """
 
-    __slots__ = ("build", "conditions", "fn", "kept", "options", "random", "record")
+    __slots__ = ("build", "conditions", "fn", "kept", "options", "probe", "random", "record", "watched")
 
     def __init__(
         self,
@@ -47,6 +49,8 @@ class Region:
         self.record, self.conditions, self.options = Record(None, path, options), conditions, options
         self.random: RandomState | None = None
         self.kept: Kept | None = None
+        self.probe: Probe | None = None
+        self.watched: int | None = None  # which of the saved tensors is sampled
 
     def run(self, args: Sequence[Any], tensors: Sequence[Any], functions: Iterable[Any]) -> Any:
         """``fn(*args)``, recorded; the tensors are those among its arguments."""
@@ -61,18 +65,50 @@ class Region:
     def rebuild(self, frame: Frame) -> None:
         """Hand the frame its tensors: run again."""
         try:
-            self.conditions.run(in_backward, self._rebuild)
+            watched = self.conditions.run(in_backward, self._rebuild)
         except Exception as error:
             self.record.place(error)
             raise
+        if self.probe is not None and watched is not None:
+            self.probe.compare([watched], (self.fn,), _not_the_same)
 
-    def _rebuild(self) -> None:
+    def watch(self, saved: dict[int, Tensor]) -> None:
+        """Sample the last result that the call has saved: it depends on what was computed before."""
+        results = (number for number in reversed(range(len(saved))) if _is_result(saved[number]))
+        self.watched = next(results, None) if self.options.drift != "off" else None
+        if self.watched is not None:
+            self.probe = probe([saved[self.watched]], self.options.drift, partial(_saved_by, self.record.path))
+
+    def _rebuild(self) -> Tensor | None:
         assert self.kept is not None
         x = tuple(self.kept.tensors("an input"))
-        evaluate_again(self.record, lambda again: again.hand_over(self._again, x, self.record.like))
+        return evaluate_again(self.record, lambda again: self._replay(again, x))
+
+    def _replay(self, again: Any, x: tuple[Any, ...]) -> Tensor | None:
+        again.hand_over(self._again, x, self.record.like)
+        has_watched = self.watched is not None and self.watched < len(again.made)
+        return again.made[self.watched].detach() if has_watched else None
 
     def _again(self, tensors: tuple[Any, ...]) -> Any:
         return self.fn(*self.build(tensors))
+
+
+def _saved_by(path: Path) -> str:
+    return f"what {': '.join(places_on(path)) or 'the pipeline'} saves for backward"
+
+
+def _is_result(tensor: Tensor) -> bool:
+    """Whether a saved tensor was computed: a weight that is saved transposed is not."""
+    base = tensor._base
+    return is_differentiable(tensor) and (base is None or not base.is_leaf)
+
+
+def _not_the_same(error: float) -> Cause:
+    return Cause(
+        "the function did something else when it ran again",
+        "draw its random numbers from torch, change nothing that it reads before backward, and let it keep nothing "
+        f"between calls; {CHECK}",
+    )
 
 
 class RecordedCall:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import invfunc as inv
 from invfunc import ops
 
-from .functions import FUNCTIONS, Parts, WithSide, seed_all
+from .functions import CLOSURES, FUNCTIONS, Parts, WithSide, seed_all
 from .programs import Fn, Program, Stage
 
 SIZE = 4
@@ -234,7 +234,9 @@ class World:
         self.trunk = Trunk(made, parts.modules, program.interleaved)
         self.loose: list[Tensor] = parts.tensors
         self.lowered, self.side = lowered, program.side
-        self.copies = program.face != "function"  # what a closure holds is shared by its copies
+        # In plain Python copies share what a closure holds; copies of ops do not, so that they are the copy's own.
+        has_closures = any(fn.kind in CLOSURES for stage in program.stages for fn in (stage.f, stage.g) if fn)
+        self.copies = program.face != "function" and not has_closures
         self.hooks: list[Any] = []
         self.face = FACES[program.face](program, self.trunk) if lowered else self.trunk
 
