@@ -3,13 +3,19 @@ other words."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from kit import Counted, assert_close, assert_same, count, gradients, leaf, step_gradients
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, set_checkpoint_debug_enabled
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    GraphExecGroup,
+    checkpoint_sequential,
+    set_checkpoint_debug_enabled,
+)
 
 import invfunc as inv
 from invfunc.errors import ReplayError
@@ -45,6 +51,25 @@ def test_nothing_runs_again_for_a_tensor_that_is_at_hand(f: Any, early_stop: boo
     x = leaf(3)
     assert_close(gradients(inv.checkpoint(counted, early_stop=early_stop)(x), [x]), gradients(f(x), [x]))
     assert counted.calls == 1
+
+
+def test_backwards_over_parts_of_a_call_share_its_replay() -> None:
+    """In a group or not; in a group, they may overlap."""
+    x, ones = leaf(3), torch.ones(3, dtype=torch.float64)
+
+    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.sin().cos()
+        return y, y.sin().cos()
+
+    expected = list(torch.autograd.grad(halves(x)[1], x, ones))
+    for context in (nullcontext(), GraphExecGroup()):
+        counted = count(halves)
+        y, z = inv.checkpoint(counted)(x)
+        with context:
+            (gy,) = torch.autograd.grad(z, y, ones, retain_graph=True)
+            assert_close(list(torch.autograd.grad(y, x, gy, retain_graph=True)), expected)
+            assert counted.calls == 2
+            assert_close(list(torch.autograd.grad(z, x, ones)), expected)
 
 
 @pytest.mark.parametrize("option", [True, False])
