@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test fuzz torch-oldest stack lint exact parity flow-peers bench bench-quick docs package clean
+.PHONY: setup demo test fuzz torch-oldest stack lint exact parity parity-torch flow-peers bench bench-quick docs package clean
 
 setup: $(STAMP)
 
@@ -68,6 +68,11 @@ exact: setup
 # The tests that ship with MemCNN, and the U-Nets of a package that is built on it, against our modules of its names.
 parity: setup
 	$(BIN)/python tests/parity/run.py
+
+# Torch's own tests of its checkpoint, against ours, from the folder test of a copy of its repository.
+TORCH_TESTS ?=
+parity-torch: setup
+	$(BIN)/python tests/parity/run_torch.py "$(TORCH_TESTS)"
 
 # Our flows against those of zuko and normflows with the same parameters. `make test` skips these where they are absent.
 flow-peers: setup build/peers

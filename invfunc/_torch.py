@@ -827,6 +827,12 @@ def stops_early(early_stop: bool) -> bool:
     return early_stop if enforced is None else enforced
 
 
+def debugs(debug: bool) -> bool:
+    """Whether operators are noted: `torch.utils.checkpoint.set_checkpoint_debug_enabled` goes before the option."""
+    enforced = getattr(torch_checkpoint, "_checkpoint_debug_enabled", None)
+    return debug if enforced is None else enforced
+
+
 def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     """The saved-tensor hooks that are in force, such as those of `torch.autograd.graph.save_on_cpu`."""
     return _top_hooks(False)

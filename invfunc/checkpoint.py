@@ -287,6 +287,7 @@ def checkpoint(
             compiled graph nothing is kept.
         context_fn: Returns two context managers for every call of a function: one around it, one around its replay.
         debug: Whether an error of a function that is not the same twice tells the first operator that differs.
+            `torch.utils.checkpoint.set_checkpoint_debug_enabled` goes before it.
         stream: The least dtype of what is rebuilt: the input, and what a `one_way` stage returns to one that is not,
             are made as wide. With ``torch.float32`` a stem under autocast does not make the stream half precision,
             which would round at every stage; without it, such a call warns.

@@ -48,6 +48,7 @@ def contract(*paths: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
 UNSEEN = ["_dynamo_marked_constant", "_check_input_dim", "in_compiled_backward", "OptimizedModule"]
 UNSEEN += [
     "torch.utils.checkpoint._enable_checkpoint_early_stop",
+    "torch.utils.checkpoint._checkpoint_debug_enabled",
     "torch.Tensor._base",
     "torch.Tensor._version",
     "torch.nn.Module.__dict__",
@@ -266,6 +267,14 @@ def _() -> None:
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
         assert not _torch.stops_early(True)
     assert _torch.stops_early(True)
+
+
+@contract("torch.utils.checkpoint._checkpoint_debug_enabled")
+def _() -> None:
+    assert found("torch.utils.checkpoint._checkpoint_debug_enabled") is None
+    with torch.utils.checkpoint.set_checkpoint_debug_enabled(True):
+        assert _torch.debugs(False)
+    assert not _torch.debugs(False)
 
 
 @contract("_dynamo_marked_constant")

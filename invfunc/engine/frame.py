@@ -39,8 +39,9 @@ class Record:
         self.op, self.path = op, path
         self.is_checked = options.determinism_check == "default"  # whether what is saved again is compared with `kinds`
         self.stops = _torch.stops_early(options.early_stop)  # whether a replay ends with the last that was saved
-        has_around = options.keep is not None or options.context_fn is not None or options.debug
-        self.around = Around(options.keep, options.context_fn, options.debug) if has_around else None
+        debug = _torch.debugs(options.debug)
+        has_around = options.keep is not None or options.context_fn is not None or debug
+        self.around = Around(options.keep, options.context_fn, debug) if has_around else None
         self.kinds: list[Kind] = []  # of what was packed as a number
         self.leaves: list[Tensor] = []  # what was packed as itself
         self.like: Wire = None

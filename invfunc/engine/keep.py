@@ -127,6 +127,7 @@ class Keeping(_torch.DispatchMode):
             return out
         number, self.count = self.count, self.count + 1
         context = SelectiveCheckpointContext(is_recompute=False)
+        context.op_output = out
         if self.policy(context, func, *args, **kwargs) in _KEPT:
             self._keep(number, func, out)
         elif self.names:
