@@ -750,6 +750,13 @@ def parametrized_as(cache: dict[Any, Any] | None) -> Iterator[None]:
 # Whether a tensor is a view. Otherwise it is one if it has a base.
 is_view: Callable[[Tensor], bool] = _private("torch.Tensor._is_view", lambda tensor: tensor._base is not None)
 
+
+def is_view_of_leaf(tensor: Tensor) -> bool:
+    """Whether a tensor is a view of one that nobody has computed, such as a weight."""
+    base = tensor._base
+    return base is not None and base.is_leaf
+
+
 _DONATION = "the donation of an input"
 
 # Gives two Python tensors each other's insides. Otherwise nothing is donated.

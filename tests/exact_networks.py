@@ -52,7 +52,8 @@ def plain(fs: Modules, x: Tensor, dim: int = 1, law: Callable = lambda x, t: x +
 
 def affine(x: Tensor, t: Tensor) -> Tensor:
     raw, shift = t.chunk(2, 1)
-    return x * torch.exp(torch.tanh(raw)) + shift
+    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))  # a scale is computed in float32, and rounded once
+    return x * torch.exp(torch.tanh(wide)).to(raw.dtype) + shift
 
 
 class Straight(torch.autograd.Function):

@@ -276,7 +276,12 @@ def saved_tensors_are_handed_over_in_reverse(patch: MonkeyPatch) -> None:
 
 @tooth("checkpoint_gradients", exponentials, rows, "pullback_is_vjp", "checkpoint_section", "checkpoint_functional")
 def a_level_that_nobody_asks_is_not_undone(patch: MonkeyPatch) -> None:
-    wrap(patch, trunk.Record, "undo", lambda right, self, y, is_asked: right(self, y, is_asked) if is_asked else y)
+    wrap(
+        patch,
+        trunk.Stage,
+        "undo",
+        lambda right, self, y, is_asked, last: right(self, y, is_asked, last) if is_asked else y,
+    )
 
 
 @tooth("checkpoint_functional", closures, two_rows, "pullback_is_vjp", "checkpoint_section", "checkpoint_gradients")

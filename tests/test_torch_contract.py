@@ -738,6 +738,7 @@ def _() -> None:
 # torch's own means to change what its classes do; ours are not called by a torch that does not know the name, and then:
 OVERRIDES = {
     ("invfunc/nn/lowered.py", "_apply"): "the op of a module that was moved is built at every call, not once",
+    ("invfunc/nn/layers.py", "_apply"): "what a module has computed of its weights is of their dtype before",
     ("invfunc/nn/module.py", "_save_to_state_dict"): "flags that are the default are in the state dict, too",
     ("invfunc/nn/module.py", "_load_from_state_dict"): "a state dict without flags is refused",
     ("invfunc/nn/actnorm.py", "_load_from_state_dict"): "an older state dict has no flag: nothing has started",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..core.op import Invertible
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .conditions import Conditions, RandomState
@@ -99,8 +100,7 @@ def _saved_by(path: Path) -> str:
 
 def _is_result(tensor: Tensor) -> bool:
     """Whether a saved tensor was computed: a weight that is saved transposed is not."""
-    base = tensor._base
-    return is_differentiable(tensor) and (base is None or not base.is_leaf)
+    return is_differentiable(tensor) and not _torch.is_view_of_leaf(tensor)
 
 
 def _not_the_same(error: float) -> Cause:

@@ -399,19 +399,22 @@ class BlockForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.stack.is_kept(self.block.training):
             return self.original(*args, **kwargs)
-        return _run_block(self, args, kwargs)  # pyright: ignore[reportCallIssue]
+        return _run_block(self, args, kwargs)
 
 
-def _run_block(forward: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _traceable(forward: BlockForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     x, context = by_name(forward.block, args, kwargs)
     return forward.stack.run(forward.index, x, context)
+
+
+_run_block: Callable[..., Any] = _traceable
 
 
 def _keep_out_of_graphs() -> None:
     """Not when this file is read: `torch.compiler.disable` imports Dynamo, for seconds."""
     global _run_block
-    if not hasattr(_run_block, "__wrapped__"):
-        _run_block = torch.compiler.disable(_run_block)
+    if _run_block is _traceable:
+        _run_block = torch.compiler.disable(_traceable)
 
 
 # ---- the call --------------------------------------------------------------------------------------------------------
