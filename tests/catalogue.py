@@ -210,9 +210,16 @@ def beside(size: int) -> inv.Invertible:
     return inv.parallel(scale_by(weight(size)), inv.chain())
 
 
-def timed(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+class Timed(nn.Module):
     """A field that depends on the time."""
-    return lambda t, x: net(x) * (1 + t)
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Of the size of x."""
+        return self.net(x) * (1 + t)
 
 
 def increment(start: float, end: float) -> Tensor:
@@ -548,19 +555,19 @@ EXAMPLES: dict[str, Example] = {
     "dequantize, variational": Example(
         lambda: inv.ops.dequantize(17, variational(4)), levels((3, 4), (2, 4), (1, 4)), NOISY
     ),
-    "reversible_heun": Example(lambda: inv.ops.reversible_heun(timed(mlp(4)), [0, 0.1, 0.4]), wide_pairs(*ON_PAIRS)),
+    "reversible_heun": Example(lambda: inv.ops.reversible_heun(Timed(mlp(4)), [0, 0.1, 0.4]), wide_pairs(*ON_PAIRS)),
     "reversible_heun, noise": Example(
-        lambda: inv.ops.reversible_heun(timed(mlp(4)), [0, 0.1, 0.4], diffusion=timed(mlp(4)), noise=increment),
+        lambda: inv.ops.reversible_heun(Timed(mlp(4)), [0, 0.1, 0.4], diffusion=Timed(mlp(4)), noise=increment),
         wide_pairs(*ON_PAIRS),
     ),
     "asynchronous_leapfrog": Example(
-        lambda: inv.ops.asynchronous_leapfrog(timed(mlp(4)), [0, 0.1, 0.4], damping=0.9), wide_pairs(*ON_PAIRS)
+        lambda: inv.ops.asynchronous_leapfrog(Timed(mlp(4)), [0, 0.1, 0.4], damping=0.9), wide_pairs(*ON_PAIRS)
     ),
     "reversible_solver": Example(
-        lambda: inv.ops.reversible_solver(timed(mlp(4)), [0, 0.1, 0.4], coupling=0.9), wide_pairs(*ON_PAIRS)
+        lambda: inv.ops.reversible_solver(Timed(mlp(4)), [0, 0.1, 0.4], coupling=0.9), wide_pairs(*ON_PAIRS)
     ),
     "reversible_solver, coupling 1": Example(
-        lambda: inv.ops.reversible_solver(timed(mlp(4)), [1, 0.8], method="heun", coupling=1.0), wide_pairs(*ON_PAIRS)
+        lambda: inv.ops.reversible_solver(Timed(mlp(4)), [1, 0.8], method="heun", coupling=1.0), wide_pairs(*ON_PAIRS)
     ),
     "enter_streams": Example(inv.ops.enter_streams, wide(*ON_PAIRS)),
     "enter_streams, function": Example(lambda: inv.ops.enter_streams(mlp(4)), wide(*ON_PAIRS)),

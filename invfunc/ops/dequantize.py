@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checkpoint import mark
 from ..core.couple import sum_per_sample
 from ..core.op import Invertible, named, pair
+from ..core.precision import at_least, exactly
 from ..debug import require
 from ..errors import OptionError, WireError
 from ..wires import describe
@@ -48,7 +49,7 @@ def _add_noise(levels: int, noise: Noise | None, x: Tensor) -> Tensor:
     margin = _margin(levels, x)
     require("dequantize", x, _is_level, f"whole numbers from 0 to {levels - 1}", "round them, or divide", levels)
     drawn = torch.rand_like(x) if noise is None else noise.rsample(context=x / levels)
-    return (x + margin + (1 - 2 * margin) * drawn) / levels
+    return exactly(lambda x, drawn: (x + margin + (1 - 2 * margin) * drawn) / levels, x, drawn)
 
 
 def _round_down(levels: int, y: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def _bound(levels: int, noise: Noise | None, x: Tensor, y: Tensor) -> Tensor:
         return sum_per_sample(torch.zeros_like(x)) + scale
     edge = torch.finfo(x.dtype).eps
     drawn = ((levels * y - x - margin) / (1 - 2 * margin)).clamp(edge, 1 - edge)
-    return scale - noise.log_prob(drawn, context=x / levels)
+    return scale - noise.log_prob(drawn, context=x / levels).to(at_least(x.dtype))
 
 
 def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..core.couple import Half, additive, affine
@@ -26,7 +27,7 @@ Step: TypeAlias = Callable[[Callable[..., Tensor], float, Tensor, float], Tensor
 
 @dataclass(frozen=True)
 class Field:
-    """``(t, x) -> fn(t, x)``, with the time as a tensor of the dtype of x."""
+    """``(t, x) -> fn(t, x)``: the time is a tensor of the dtype of x, and what fn returns is at least as wide as x."""
 
     fn: Callable[..., Any]
 
@@ -34,7 +35,7 @@ class Field:
         found = self.fn((x.real if x.is_complex() else x).new_full((), time), x)
         if not isinstance(found, Tensor) or found.shape != x.shape:
             raise WireError(f"{name_of(self.fn)} returned {describe(found)}", expected=f"{describe(x)} like its input")
-        return found
+        return found.to(torch.promote_types(found.dtype, x.dtype))
 
 
 @dataclass(frozen=True)
