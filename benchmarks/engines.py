@@ -178,6 +178,35 @@ def lowered(net: Net) -> Call:
     return inv.checkpoint(pipeline(net))
 
 
+def closures(net: Net) -> Call:
+    """Functions that close over the modules, in a pipeline that is built anew in every call."""
+
+    def call(x: Tensor) -> Tensor:
+        blocks = [inv.couple(lambda x, f=f: f(x), lambda x, g=g: g(x)) for f, g in net.pairs]
+        ends: dict[str, Any] = {"sizes": 2, "dim": net.dim}
+        return inv.checkpoint(inv.chain(inv.split(**ends), *blocks, inv.concat(**ends)))(x)
+
+    return call
+
+
+def module(net: Net) -> Call:
+    return inv.nn.Lowered(pipeline(net))
+
+
+def sequential(net: Net) -> Call:
+    return nn.Sequential(*[inv.nn.Coupling(f, g, dim=net.dim) for f, g in net.pairs])
+
+
+ATTENTION = ["_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"]
+ATTENTION += ["_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"]
+
+
+def attention_kept(net: Net) -> Call:
+    """Where there is attention its result is kept, and it runs once."""
+    operators = [getattr(torch.ops.aten, name) for name in ATTENTION if hasattr(torch.ops.aten, name)]
+    return inv.checkpoint(pipeline(net), keep=operators)
+
+
 def planned(peer: Engine, net: Net) -> Call:
     """The fastest plan in the memory that a peer takes.
 
@@ -236,6 +265,10 @@ ENGINES = (
     Engine("momentumnet", momentum, partial(momentum, use_backprop=True)),
     Engine("by hand", by_hand),
     INVFUNC,
+    Engine("invfunc, closures, built in every call", closures),
+    Engine("invfunc, nn.Lowered", module),
+    Engine("invfunc, nn.Sequential of nn.Coupling", sequential),
+    Engine("invfunc, attention kept", attention_kept),
     Engine("invfunc, planned in the peak of checkpoint, each block", partial(planned, BLOCKWISE)),
     Engine("invfunc, planned in the peak of checkpoint, sqrt", partial(planned, SEGMENTS)),
     Engine("invfunc, exact grid", partial(exact, "grid")),
