@@ -83,12 +83,7 @@ def on_config(config: Any) -> Any:
         {"How to": [*_written("how-to"), *(page for page in _written(".") if page not in ("index.md", "tutorial.md"))]},
         {"Notebooks": [{_title(path): _page_of(path)} for path in _notebooks()]},
         {"Explanation": _written("explanation")},
-        {
-            "Reference": [
-                "reference/index.md",
-                *({reference.title_of(p): f"reference/{p}.md"} for p in reference.pages()),
-            ]
-        },
+        {"Reference": ["reference/index.md", *_reference()]},
         {"Moving here": "migrating.md"},
         {"The project": ["contributing.md", "changelog.md"]},
     ]
