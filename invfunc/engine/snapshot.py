@@ -663,8 +663,12 @@ def _versions_of(tensors: list[Tensor]) -> list[int]:
         return [version(t) for t in tensors]
 
 
-def _addresses_of(tensors: list[Tensor]) -> list[int]:
-    return [t.data_ptr() if type(t) in _WITH_ADDRESS and t.layout is torch.strided else 0 for t in tensors]
+def _addresses_of(tensors: list[Tensor]) -> list[tuple[int, int | torch.SymInt] | None]:
+    """Where tensors live: in a storage, and not at a pointer, since FSDP empties a storage, and fills it again."""
+    return [
+        (_torch.storage_of(t), t.storage_offset()) if type(t) in _WITH_ADDRESS and t.layout is torch.strided else None
+        for t in tensors
+    ]
 
 
 _WITH_ADDRESS = (Tensor, nn.Parameter, nn.Buffer)
