@@ -119,9 +119,10 @@ def modules(inv: Any) -> None:
     assert len(lowered.state_dict()) == len(nets.state_dict())
     plain, norm = nn.BatchNorm1d(8), inv.nn.BatchNorm1d(8)
     close(step(norm, x, [*norm.parameters()]), step(plain, x, [*plain.parameters()]))
-    act = inv.nn.ActNorm(8)
-    act.load_state_dict(act.state_dict())
-    assert act.initialised
+    act, other = inv.nn.ActNorm(8), inv.nn.ActNorm(8)
+    act(x)
+    other.load_state_dict(act.state_dict())
+    assert act.initialised and other.initialised
     f, g = nn.Linear(4, 4), nn.Linear(4, 4)
     wrapped = memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(f, g))
 
