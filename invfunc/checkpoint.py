@@ -45,6 +45,10 @@ class Wrapper(Invertible):
     def rebuild(self, residue: Residue, y: Wire, again: Again) -> Wire:
         return self.op.rebuild(residue, y, again)
 
+    def mapped(self, change: Callable[[Invertible], Invertible]) -> Invertible:
+        """The same around what is made of its op."""
+        return replace(self, op=change(self.op))
+
     @property
     def parts(self) -> tuple[Invertible, ...]:
         return (self.op,)

@@ -262,7 +262,7 @@ def _(op: Half, exact: str | None) -> Invertible:
 
 @lifted.register
 def _(op: Wrapper, exact: str | None) -> Invertible:
-    return replace(op, op=lifted(op.op, exact))
+    return op.mapped(lambda inner: lifted(inner, exact))
 
 
 def _placed(op: Chain | Parallel, index: int, exact: str | None) -> Invertible:

@@ -210,3 +210,34 @@ def test_an_input_without_channels_is_named() -> None:
         "actnorm_init: the input, expected a tensor of at least 2 dims",
         lambda: inn.ActNorm(3)(torch.ones(3)),
     )
+
+
+def test_the_op_of_a_module_has_a_log_determinant_that_follows_the_module() -> None:
+    norm, x = inv.nn.ActNorm(3), torch.randn(64, 3) * 5 + 7
+    flow = inv.flow(norm.op, torch.distributions.Normal(torch.zeros(3), 1.0))
+    before = inv.log_det(norm.op, x)[1]  # starts the module
+    with torch.no_grad():
+        norm.log_scale.add_(1.0)
+    assert_close(inv.log_det(norm.op, x)[1], before + 3)
+    assert_close(inv.log_det(inv.invert(norm.op), norm(x))[1], -before - 3)
+    flow.log_prob(x).sum().backward()
+    assert norm.log_scale.grad is not None and norm.log_scale.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("names", [["started"], ["started", "bias"], ["started", "log_scale"]])
+def test_a_flag_without_its_scale_and_shift_starts_nothing(names: list[str]) -> None:
+    norm, other, x = inv.nn.ActNorm(3), inv.nn.ActNorm(3), torch.randn(64, 3) * 5 + 7
+    norm(x)
+    other.load_state_dict({name: norm.state_dict()[name] for name in names}, strict=False)
+    assert not other.initialised
+    assert_close(other(x).mean(0), torch.zeros(3), 1e-9)
+
+
+def test_an_average_with_buffers_is_updated_more_than_once() -> None:
+    norm = inv.nn.ActNorm(3)
+    norm(torch.randn(64, 3))
+    average = torch.optim.swa_utils.AveragedModel(norm, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(norm)
+    assert_close(average.module.log_scale, norm.log_scale)
+    assert average.module.initialised

@@ -75,7 +75,7 @@ class ActNorm(Layer):
         self.num_features, self.dim, self.process_group = num_features, dim, process_group
         self.log_scale = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=device))
+        self.register_buffer("started", torch.zeros((), dtype=torch.long, device=device))  # a bool can not be averaged
         self._is_started = False  # rule 3 of NOTE [Start]
 
     @property
@@ -113,9 +113,12 @@ class ActNorm(Layer):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Rule 2 of NOTE [Start]."""
         flag, parameters = f"{prefix}started", [state_dict.get(f"{prefix}{name}") for name in ("log_scale", "bias")]
-        if flag not in state_dict and all([tensor is not None for tensor in parameters]):
+        is_whole = all([tensor is not None for tensor in parameters])
+        if flag in state_dict and not is_whole:
+            state_dict = {name: value for name, value in state_dict.items() if name != flag}
+        if flag not in state_dict and is_whole:
             has_started = any([bool((tensor != 0).any()) for tensor in parameters])
-            state_dict = {**state_dict, flag: torch.tensor(has_started, device=parameters[0].device)}
+            state_dict = {**state_dict, flag: torch.tensor(int(has_started), device=parameters[0].device)}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._is_started = False
 

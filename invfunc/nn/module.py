@@ -9,7 +9,7 @@ what the module holds at each call, so that ``.to()``, ``load_state_dict`` and `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -81,6 +81,9 @@ class Live(Wrapper):
     def inverted(self) -> Invertible:
         return Live(self.module, not self.backwards)
 
+    def mapped(self, change: Callable[[Invertible], Invertible]) -> Invertible:
+        return Derived(self, change)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Live) and (self.module, self.backwards) == (other.module, other.backwards)
 
@@ -89,6 +92,42 @@ class Live(Wrapper):
 
     def __repr__(self) -> str:
         return f"invert({type(self.module).__name__})" if self.backwards else type(self.module).__name__
+
+
+class Derived(Wrapper):
+    """What is made of a module's op, such as its log-determinant: anew at each use."""
+
+    def __init__(self, live: Wrapper, change: Callable[[Invertible], Invertible]) -> None:
+        object.__setattr__(self, "live", live)
+        object.__setattr__(self, "change", change)
+
+    live: Wrapper
+    change: Callable[[Invertible], Invertible]
+
+    @property
+    def op(self) -> Invertible:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The op as it is now."""
+        return self.change(self.live.op)
+
+    def inverted(self) -> Invertible:
+        return Derived(self.live.inverted(), self.change)  # pyright: ignore[reportArgumentType]
+
+    def mapped(self, change: Callable[[Invertible], Invertible]) -> Invertible:
+        return Derived(self, change)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Derived) and (self.live, self.change) == (other.live, other.change)
+
+    def __hash__(self) -> int:
+        return hash(self.live)
+
+    def __repr__(self) -> str:
+        return repr(self.op)
+
+
+@walk.register
+def _(op: Derived, state: State, run: Run) -> State:
+    return walk(op.op, state, run)
 
 
 @bind.register
