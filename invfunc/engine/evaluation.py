@@ -132,7 +132,8 @@ class Evaluation(Again):
         made = self.made
         place = len(made)
         if place < self.count and self.record.is_checked and (tensor.shape, tensor.dtype) != self.kinds[place]:
-            raise self._saved_otherwise(f"as number {place} {shown([(tensor.shape, tensor.dtype)])}", place)
+            found = f"as number {place} {shown([(tensor.shape, tensor.dtype)])}"
+            raise self._saved_otherwise(found, shown([self.kinds[place]]))
         made.append(tensor)
         self.versions.append(tensor._version)
         if self.stops and place + 1 == self.count:
@@ -157,28 +158,21 @@ class Evaluation(Again):
                 cure="do not rebind what a function closes over between forward and backward",
             )
 
-    def _saved_otherwise(self, what: str, place: int) -> ReplayError:
+    def _saved_otherwise(self, found: str, expected: str) -> ReplayError:
+        around = self.record.around
         return ReplayError(
-            f"the function saved {what} when it ran again",
-            expected=f"{shown([self.kinds[place]])} as in forward" if place < self.count else "no more",
-            got=self._difference(),
+            f"the function saved {found} when it ran again",
+            expected=f"{expected} as in forward",
+            got="" if around is None else around.difference(),
             cure="the function must do the same twice; test an op with invfunc.testing.check_laws",
         )
-
-    def _difference(self) -> str:
-        return "" if self.record.around is None else self.record.around.difference()
 
     def finish(self) -> None:
         """Hand over what was made, and forget it: the graph of this evaluation is not needed."""
         made = self.made
         self.abandon()
         if len(made) != self.count:
-            raise ReplayError(
-                f"the function saved {len(made)} tensors when it ran again",
-                expected=f"{self.count} as in forward",
-                got=self._difference(),
-                cure="the function must do the same twice; test an op with invfunc.testing.check_laws",
-            )
+            raise self._saved_otherwise(f"{len(made)} tensors", str(self.count))
         frame = self.record.frame()
         if frame is not None:
             frame.saved = {place: t if t.is_leaf else t.detach() for place, t in enumerate(made)}

@@ -234,34 +234,31 @@ class Around:
         self.contexts = None if contexts is None else _checked_pair(contexts)
         self.trace, self.again = (Trace(), Trace()) if debug else (None, None)
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self) -> AbstractContextManager[None]:
         """Around the call."""
-        with ExitStack() as stack:
-            if self.contexts is not None:
-                stack.enter_context(self.contexts[0])
-            if self.keeping is not None:
-                stack.enter_context(self.keeping.around())
-            if self.trace is not None:
-                stack.enter_context(self.trace)
-            yield
+        around = None if self.keeping is None else self.keeping.around()
+        return _within(self.contexts and self.contexts[0], around, self.trace)
 
-    @contextmanager
-    def replay(self) -> Iterator[None]:
+    def replay(self) -> AbstractContextManager[None]:
         """Around the call when it runs again."""
-        with ExitStack() as stack:
-            if self.contexts is not None:
-                stack.enter_context(self.contexts[1])
-            if self.keeping is not None:
-                stack.enter_context(Giving(self.keeping.results))
-            if self.again is not None:
-                self.again.names = []
-                stack.enter_context(self.again)
-            yield
+        if self.again is not None:
+            self.again.names = []
+        giving = None if self.keeping is None else Giving(self.keeping.results)
+        return _within(self.contexts and self.contexts[1], giving, self.again)
 
     def difference(self) -> str:
         """What the trace tells of a replay that was not the same."""
         return "" if self.trace is None or self.again is None else self.again.difference(self.trace)
+
+
+@contextmanager
+def _within(*contexts: AbstractContextManager[Any] | None) -> Iterator[None]:
+    """Inside of those contexts that there are."""
+    with ExitStack() as stack:
+        for context in contexts:
+            if context is not None:
+                stack.enter_context(context)
+        yield
 
 
 def _checked_pair(contexts: Contexts) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
