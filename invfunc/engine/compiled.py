@@ -41,8 +41,8 @@ from ..core.op import Invertible, Residue, name_of
 from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire, nested_error
 from .closures import contents_of, is_object, named_by, with_contents
-from .interface import Engine, Place, Run
-from .strands import State, Strand, begin, close, filled, keep, spec_of, strands, values
+from .interface import Run
+from .strands import OnStrands, State, Strand, begin, filled, keep, spec_of, strands, values
 
 T = TypeVar("T")
 
@@ -506,23 +506,11 @@ def _run_forward(op: Invertible, x: Wire) -> tuple[Wire, Residue, list[Tensor]]:
     return y, residue, masks
 
 
-class Traced(Engine):
+class Traced(OnStrands):
     """Runs pipelines in a graph, or outside of one with every stage compiled on its own."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
-
-    def begin(self, x: Wire, run: Run, place: Place) -> State:
-        return begin(x)
-
-    def close(self, state: State) -> Wire:
-        return close(state)
-
-    def wire(self, state: State) -> Wire:
-        return values(state)
-
-    def opens(self, state: State) -> bool:
-        return all([strand.carrier is None for strand in strands(state)])
 
     def call(self, op: Invertible, state: State, run: Run) -> State:
         return self._call(op, state, self.step)
@@ -540,12 +528,6 @@ class Traced(Engine):
 
     def move(self, op: Invertible, state: State, run: Run) -> State:
         return self._call(op, state, in_place)
-
-    def route(self, op: Any, state: State) -> State:
-        return op.forward_fn(state)
-
-    def fork(self, op: Any, state: State, step: Callable[[Invertible, State], State], run: Run) -> State:
-        return op._each(step, state)
 
     def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
         return recompute(op, x)

@@ -13,14 +13,14 @@ from .. import _torch
 from ..core.couple import Half
 from ..core.op import Invertible, Residue
 from ..wires import Wire, is_differentiable, leaves, map_wire
-from .interface import Engine, Place, Run
+from .interface import Run
 from .snapshot import Parts
 from .strands import (
+    OnStrands,
     State,
     Strand,
     begin,
     carriers,
-    close,
     fill,
     filled,
     keep,
@@ -37,20 +37,8 @@ from .watch import Kind, Recording, Replay, check_kinds, record_call, slots, ten
 # ---- the engine -----------------------------------------------------------------------------------------------------
 
 
-class Functional(Engine):
+class Functional(OnStrands):
     """Runs pipelines below transforms."""
-
-    def begin(self, x: Wire, run: Run, place: Place) -> State:
-        return begin(x)
-
-    def close(self, state: State) -> Wire:
-        return close(state)
-
-    def wire(self, state: State) -> Wire:
-        return values(state)
-
-    def opens(self, state: State) -> bool:
-        return all([strand.carrier is None for strand in strands(state)])
 
     def call(self, op: Invertible, state: State, run: Run) -> State:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not op.implicit):
@@ -61,12 +49,6 @@ class Functional(Engine):
 
     def move(self, op: Invertible, state: State, run: Run) -> State:
         return self.call(op, state, run)
-
-    def route(self, op: Any, state: State) -> State:
-        return op.forward_fn(state)
-
-    def fork(self, op: Any, state: State, step: Callable[[Invertible, State], State], run: Run) -> State:
-        return op._each(step, state)
 
     def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
         y, recording = record_call(fn, x, op.functions, run.options.preserve_rng_state)

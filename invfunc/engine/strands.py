@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..core.op import Residue
+from ..core.op import Invertible, Residue
 from ..errors import ReplayError
 from ..wires import Wire, describe, is_differentiable, leaves
+from .interface import Engine, Place, Run
 
 # ---- what flows along a trunk --------------------------------------------------------------------------------------
 
@@ -203,3 +204,28 @@ def fill(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire
     if isinstance(spec, tuple) and not isinstance(spec, Held):
         return tuple([fill(part, left, kept) for part in spec])
     return None if kept is None else fetch(spec, kept)
+
+
+# ---- what the two engines share --------------------------------------------------------------------------------------
+
+
+class OnStrands(Engine):
+    """Runs pipelines on strands: a wire whose leaves have carriers is the state."""
+
+    def begin(self, x: Wire, run: Run, place: Place) -> State:
+        return begin(x)
+
+    def close(self, state: State) -> Wire:
+        return close(state)
+
+    def wire(self, state: State) -> Wire:
+        return values(state)
+
+    def opens(self, state: State) -> bool:
+        return all([strand.carrier is None for strand in strands(state)])
+
+    def route(self, op: Any, state: State) -> State:
+        return op.forward_fn(state)
+
+    def fork(self, op: Any, state: State, step: Callable[[Invertible, State], State], run: Run) -> State:
+        return op._each(step, state)
