@@ -65,11 +65,13 @@ def main(wheel: Path, folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, str(wheel)], check=True)
     subprocess.run([python, "-c", OUTSIDE], check=True, cwd=folder)
+    (folder / "tests").mkdir()
     for name in NEEDED:
-        shutil.copy(TESTS / name, folder)
-    shutil.copy(TESTS.parent / "pyproject.toml", folder)
+        shutil.copy(TESTS / name, folder / "tests")
+    for name in ("pyproject.toml", "conftest.py"):
+        shutil.copy(TESTS.parent / name, folder)
     quiet = ["-W", "ignore:Failed to initialize NumPy:UserWarning"]  # torch says so where there is none
-    subprocess.run([python, "-m", "pytest", "-q", "-n", "auto", *quiet, *CORE], check=True, cwd=folder)
+    subprocess.run([python, "-m", "pytest", "-q", "-n", "auto", *quiet, *CORE], check=True, cwd=folder / "tests")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every test starts from: float64, the same random numbers, one thread."""
+"""What every test starts from, beside the random numbers: float64, one thread, nothing compiled."""
 
 import gc
 import os
@@ -36,11 +36,11 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    """Give each test the same random numbers whatever ran before it, and hand the global stream back untouched."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        yield
+def fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile each test's functions as if they were the first: Dynamo gives a function up after some compilations."""
+    if request.node.get_closest_marker("compile"):
+        torch._dynamo.reset()
+    yield
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import copy
 import io
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
-from kit import WIDTH, Net, assert_close, every_lowering, leaf, loss
+from kit import WIDTH, Net, assert_close, every_lowering, in_threads, leaf, loss
 from torch import Tensor, nn
 
 import invfunc as inv
@@ -123,29 +122,6 @@ def test_torchs_checkpoint_inside_of_ours(name: str) -> None:
 
 
 # ---- threads -----------------------------------------------------------------------------------------------------------
-
-
-def in_threads(works: list[Callable[[], Any]]) -> list[Any]:
-    """The results of functions that run at once; an error of one is raised."""
-    results: dict[int, Any] = {}
-    errors: list[BaseException] = []
-    gate = threading.Barrier(len(works))
-
-    def run(i: int) -> None:
-        try:
-            gate.wait()
-            results[i] = works[i]()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [results[i] for i in range(len(works))]
 
 
 @every_lowering

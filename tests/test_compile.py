@@ -19,16 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import invfunc as inv
 
-pytestmark = [
-    pytest.mark.compile,
-    # Dynamo instantiates a Function to trace it, and warns of that itself
-    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.compile
 
 
 class Tanh(nn.Module):

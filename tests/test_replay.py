@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import WIDTH, Step, assert_close, leaf, loss, parameters
+from kit import WIDTH, Step, assert_close, in_threads, leaf, loss, parameters
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -100,20 +100,9 @@ def test_two_threads_replay_their_own_numbers() -> None:
     x = leaf(200, 200)
     outs = [fn(x).sum() for _ in range(8)]
     expected = [torch.autograd.grad(out, x, retain_graph=True)[0] for out in outs]
-    found: dict[int, Tensor] = {}
-
-    def work(i: int) -> None:
-        found[i] = torch.autograd.grad(outs[i], x)[0]
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     before = torch.get_rng_state()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, gradient in found.items():
-        assert torch.equal(gradient, expected[i])
-    assert len(found) == 8
+    found = in_threads([lambda out=out: torch.autograd.grad(out, x)[0] for out in outs])
+    assert all(map(torch.equal, found, expected))
     assert torch.equal(torch.get_rng_state(), before)
 
 

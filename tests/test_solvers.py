@@ -174,7 +174,6 @@ def test_the_gradient_under_torch_func_is_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["reversible heun", "alf", "heun"])
 def test_the_gradient_in_a_compiled_graph_is_the_same(name: str) -> None:
     f, x = FieldNet(), torch.randn(3, 4, requires_grad=True)
-    torch._dynamo.reset()
     op = inv.checkpoint(SOLVERS[name][0](f, torch.linspace(0, 1, 4)))
     compiled = torch.compile(lambda x: op(x).sin().sum(), backend="aot_eager", fullgraph=True)
     wrt = [x, *f.parameters()]

@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.compile,
     # what torch warns itself of
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning"),
 ]
 
 SIZE = 2 * WIDTH
@@ -162,7 +161,6 @@ def test_an_exported_program_trains_in_every_mode(own: str, strict: bool, mode: 
 
 def test_a_compiled_module_follows_the_mode() -> None:
     module, counter = coupling(), CompileCounter()
-    torch._dynamo.reset()
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     for mode, graphs in ("invert", 1), ("store", 2), ("recompute", 3), ("store", 3):
         with inv.mode(mode):

@@ -555,21 +555,12 @@ class Snapshot:
     @contextmanager
     def restored(self, copies: Sequence[BufferCopy]) -> Iterator[None]:
         """What there was in forward, put in its place; raises where that is not possible (rule 4)."""
-        changes: list[Any] = []
-        flags: list[tuple[Tensor, bool]] = []
-        if not self.is_same():
-            parts = self.parts
-            changes += [place for place in parts.places if place.now() is not place.value]
-            changes += [contents for contents in parts.contents if not contents.is_same()]
-            classes = [Attribute(m, "__class__", was) for m, was in zip(parts.modules, self.classes, strict=True)]
-            changes += [place for place in classes if place.now() is not place.value]
-            changes += self._changed_names()
-            flags = [] if self._are_tensors_same() else self._changed_flags()
-        changes += [Place(c.module._buffers, c.name, c.copy.clone()) for c in copies]
-        if not (changes or flags):
+        if self.is_same() and not copies:
             yield
             return
-        with turn():
+        with turn():  # before we look: another thread's replay may have put copies of its own in these places
+            changes, flags = self._changes(copies)
+            changes += [Place(c.module._buffers, c.name, c.copy.clone()) for c in copies]
             held = [(place, place.now()) for place in changes]
             for place in changes:
                 place.put(place.value)
@@ -582,6 +573,17 @@ class Snapshot:
                     tensor.requires_grad_(not flag)
                 for place, value in reversed(held):
                     place.put(value)
+
+    def _changes(self, copies: Sequence[BufferCopy]) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
+        """What has to be put back, and the tensors whose flag has to be set."""
+        if self.is_same():
+            return [], []
+        parts = self.parts
+        classes = [Attribute(m, "__class__", was) for m, was in zip(parts.modules, self.classes, strict=True)]
+        changes: list[Any] = [place for place in [*parts.places, *classes] if place.now() is not place.value]
+        changes += [contents for contents in parts.contents if not contents.is_same()]
+        changes += self._changed_names()
+        return changes, [] if self._are_tensors_same() else self._changed_flags(copies)
 
     def _changed_names(self) -> list[Any]:
         """What has to be put in its place in the modules' dicts."""
@@ -611,12 +613,13 @@ class Snapshot:
                 if isinstance(value, Tensor) and was.get(name, _ABSENT) is not value:
                     Place(now, name, None).put(was.get(name, _ABSENT))
 
-    def _changed_flags(self) -> list[tuple[Tensor, bool]]:
+    def _changed_flags(self, copies: Sequence[BufferCopy]) -> list[tuple[Tensor, bool]]:
         """Rule 4 of NOTE [Snapshot]; a tensor that was only frozen, or thawed, is restored."""
         flags: list[tuple[Tensor, bool]] = []
         modules = self.parts.modules
         addresses = _addresses_of(self.tensors)
         copied = {id(t) for m in modules for name, t in m._buffers.items() if t is not None and _may_write(m, name, t)}
+        copied |= {id(copy.tensor) for copy in copies}
         for i, tensor in enumerate(self.tensors):
             if id(tensor) in copied:
                 continue
