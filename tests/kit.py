@@ -7,6 +7,7 @@ import functools
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from catalogue import weight
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import invfunc as inv
 from invfunc.errors import DonatedError
@@ -306,3 +308,15 @@ def in_threads(works: list[Callable[[], Any]]) -> list[Any]:
     if errors:
         raise errors[0]
     return [results[i] for i in range(len(works))]
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket] += 1
+        return func(*args, **(kwargs or {}))

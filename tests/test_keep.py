@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from kit import assert_close
+from kit import Operators, assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -39,18 +38,6 @@ class Attention(nn.Module):
         q, k, v = (t.reshape(*t.shape[:2], 2, WIDTH // 2).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         y = inv.keep("attention", F.scaled_dot_product_attention(q, k, v))
         return self.out(F.dropout(y.transpose(1, 2).reshape(x.shape), 0.3))
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[Any] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func.overloadpacket] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def transformer(depth: int = 2) -> inv.Invertible:

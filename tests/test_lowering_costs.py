@@ -1,12 +1,13 @@
 """What a step of a lowered pipeline costs in calls, arithmetic and memory, and that nothing stays alive after it."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kit import WIDTH, Counted, in_turn, network
+from kit import WIDTH, Counted, Operators, in_turn, network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,6 +46,20 @@ def test_a_frozen_first_half_is_not_rebuilt() -> None:
     inv.checkpoint(inv.chain(inv.split(2), *blocks))(torch.randn(3, 2 * WIDTH))[0].sum().backward()
     assert [module.count for module in modules[:4]] == [1] * 4
     assert all(module.net.weight.grad is not None for module in modules[4:-1])
+
+
+def test_blocks_that_split_what_the_block_before_has_joined_move_it_once() -> None:
+    def operators(op: Callable[[Tensor], Tensor]) -> Counter[Any]:
+        x = torch.randn(3, 2 * WIDTH, requires_grad=True)
+        with Operators() as operators:
+            torch.autograd.grad(op(x).sum(), [x, *weights])
+        return operators.counts
+
+    modules = [nn.Linear(WIDTH, WIDTH) for _ in range(8)]
+    weights = [weight for module in modules for weight in module.parameters()]
+    blocks = [inv.nn.Coupling(f, g) for f, g in zip(modules[::2], modules[1::2], strict=True)]
+    found, expected = operators(inv.nn.Sequential(*blocks)), operators(inv.checkpoint(network(modules)))
+    assert found == expected + Counter({torch.ops.aten.cat: len(blocks) - 1})
 
 
 def conv(channels: int) -> nn.Module:

@@ -15,12 +15,12 @@ from .trunk import Route, Stage, Trunk
 
 
 class OnTrunk:
-    """A wire, and the trunk that it came by."""
+    """A wire, and the trunk that it came by; behind a move, its op and what it moved."""
 
-    __slots__ = ("trunk", "wire")
+    __slots__ = ("moved", "trunk", "wire")
 
-    def __init__(self, trunk: Trunk, wire: Wire) -> None:
-        self.trunk, self.wire = trunk, wire
+    def __init__(self, trunk: Trunk, wire: Wire, moved: tuple[Invertible, Wire] | None = None) -> None:
+        self.trunk, self.wire, self.moved = trunk, wire, moved
 
 
 class Hooked(Engine):
@@ -57,14 +57,18 @@ class Hooked(Engine):
         return OnTrunk(state.trunk, wire)
 
     def call(self, op: Invertible, state: OnTrunk, run: Run) -> OnTrunk:
+        state.moved = None  # let go of it while the op runs
         return OnTrunk(state.trunk, state.trunk.call(op, state.wire, run.path, run.options))
 
     def move(self, op: Invertible, state: OnTrunk, run: Run) -> OnTrunk:
-        x = state.wire
+        x, moved = state.wire, state.moved
+        if moved is not None and moved[0].inverted() == op:  # such as a split behind a concat: it gives what was moved
+            state.trunk.levels.items.pop()
+            return OnTrunk(state.trunk, moved[1])
         y = op.forward(x)
         like = map_wire(like_of, x) if isinstance(x, tuple) and not isinstance(y, tuple) else None
         state.trunk.levels.items.append(Route(op, like))
-        return OnTrunk(state.trunk, y)
+        return OnTrunk(state.trunk, y, (op, x))
 
     def route(self, op: Any, state: OnTrunk) -> OnTrunk:
         y = op.forward_fn(state.wire)
