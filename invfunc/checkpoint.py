@@ -60,7 +60,7 @@ class Wrapper(Invertible):
 
 @bind.register
 def _(op: Wrapper, context: Context) -> Invertible:
-    return replace(op, op=bind(op.op, context))
+    return op.mapped(lambda part: bind(part, context))
 
 
 @dataclass(frozen=True, repr=False)
@@ -238,7 +238,7 @@ def compile_stages(op: Invertible, **options: Any) -> Invertible:
         checkpoint(compile_stages(chain(split(2, dim=1), couple(Linear), concat(2, dim=1)), backend='eager'))
     """
     if isinstance(op, Checkpointed):
-        return replace(op, op=compile_stages(op.op, **options))
+        return op.mapped(partial(compile_stages, **options))
     return CompiledStages(op, compiled.Steps(options))
 
 

@@ -40,7 +40,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a[..., :4] * b
 
 
-COMPOSITIONS = {"rearranged": rearranged, "streams": streams}
+def modules(fs: Modules) -> inv.Invertible:
+    f, g, h, i = fs
+    net = inv.nn.Sequential(inv.nn.Coupling(f, g, dim=2), inv.nn.Coupling(h, dim=2))
+    return inv.chain(net.op, inv.mark(inv.nn.Coupling(i, dim=2).op, "store"), inv.nn.Coupling(f, dim=2).op)
+
+
+COMPOSITIONS = {"rearranged": rearranged, "streams": streams, "modules": modules}
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
@@ -50,6 +56,15 @@ def test_compositions_are_exact(name, mode, segments):
     fs, x, _ = hard("attention")
     op = inv.exact(COMPOSITIONS[name](fs), mode)
     assert same_bits(step(inv.checkpoint(op, segments=segments), fs, x), step(op, fs, x))
+
+
+def test_an_exact_module_follows_the_module() -> None:
+    (f, *_), x, _ = hard("attention")
+    module = inv.nn.Coupling(f, dim=2)
+    op = inv.exact(module.op)
+    before = op(x)
+    module.f = nn.Identity()
+    assert torch.equal(op(x), inv.exact(module.build())(x)) and not torch.equal(op(x), before)
 
 
 def everything() -> inv.Invertible:

@@ -243,7 +243,7 @@ def lifted(op: Invertible, lift: Lift, path: Path = ()) -> Invertible:
     if isinstance(op, Parallel):
         return Parallel(_parts(op, lift, path))
     if isinstance(op, Wrapper):
-        return replace(op, op=lifted(op.op, lift, path))
+        return op.mapped(lambda part: lifted(part, lift, path))
     return lift(op, path)
 
 

@@ -151,7 +151,7 @@ def _(op: Parallel, probe: Callable[[Invertible], Invertible]) -> Invertible:
 @_probed.register(Checkpointed)
 @_probed.register(Marked)
 def _(op: Any, probe: Callable[[Invertible], Invertible]) -> Invertible:
-    return replace(op, op=_probed(op.op, probe))
+    return op.mapped(lambda part: _probed(part, probe))
 
 
 @_probed.register

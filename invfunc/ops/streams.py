@@ -6,7 +6,7 @@ A coupling with one function is one-sided: ``couple(f)`` changes the first compo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -299,7 +299,7 @@ def _passing_log_det(fn: Callable[..., Any], x: Wire, y: Wire) -> Any:
 
 
 def _given_within(op: Checkpointed | Marked) -> Invertible:
-    return replace(op, op=_given(op.op))
+    return op.mapped(_given)
 
 
 _given.cases |= dict.fromkeys((Checkpointed, Marked), _given_within)
