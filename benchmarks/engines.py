@@ -193,8 +193,8 @@ def module(net: Net) -> Call:
     return inv.nn.Lowered(pipeline(net))
 
 
-def sequential(net: Net) -> Call:
-    return nn.Sequential(*[inv.nn.Coupling(f, g, dim=net.dim) for f, g in net.pairs])
+def sequential(container: Callable[..., Call], net: Net) -> Call:
+    return container(*[inv.nn.Coupling(f, g, dim=net.dim) for f, g in net.pairs])
 
 
 ATTENTION = ["_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"]
@@ -267,7 +267,8 @@ ENGINES = (
     INVFUNC,
     Engine("invfunc, closures, built in every call", closures),
     Engine("invfunc, nn.Lowered", module),
-    Engine("invfunc, nn.Sequential of nn.Coupling", sequential),
+    Engine("invfunc, nn.Sequential of nn.Coupling", partial(sequential, inv.nn.Sequential)),
+    Engine("invfunc, nn.Coupling in torch's Sequential", partial(sequential, nn.Sequential)),
     Engine("invfunc, attention kept", attention_kept),
     Engine("invfunc, planned in the peak of checkpoint, each block", partial(planned, BLOCKWISE)),
     Engine("invfunc, planned in the peak of checkpoint, sqrt", partial(planned, SEGMENTS)),
