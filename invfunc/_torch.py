@@ -538,7 +538,7 @@ def _named_children(module: nn.Module) -> Mapping[str, Any]:
     return {name: child for name, child in module.named_modules(remove_duplicate=False) if name and "." not in name}
 
 
-def _perhaps(module: nn.Module) -> bool:
+def _always(item: Any) -> bool:
     return True
 
 
@@ -549,10 +549,10 @@ children_of = _attribute("torch.nn.Module._modules", _MODULE, _named_children)
 
 # Whether a call of a module does more than its ``forward``. Otherwise it is called as if it did.
 _HOOKS = (
-    _attribute("torch.nn.Module._forward_hooks", _MODULE, _perhaps),
-    _attribute("torch.nn.Module._forward_pre_hooks", _MODULE, _perhaps),
-    _attribute("torch.nn.Module._backward_hooks", _MODULE, _perhaps),
-    _attribute("torch.nn.Module._backward_pre_hooks", _MODULE, _perhaps),
+    _attribute("torch.nn.Module._forward_hooks", _MODULE, _always),
+    _attribute("torch.nn.Module._forward_pre_hooks", _MODULE, _always),
+    _attribute("torch.nn.Module._backward_hooks", _MODULE, _always),
+    _attribute("torch.nn.Module._backward_pre_hooks", _MODULE, _always),
 )
 
 
@@ -755,6 +755,18 @@ def is_view_of_leaf(tensor: Tensor) -> bool:
     """Whether a tensor is a view of one that nobody has computed, such as a weight."""
     base = tensor._base
     return base is not None and base.is_leaf
+
+
+# What runs when the gradient of a leaf is there. Otherwise every leaf is said to have some.
+_GRADIENT_HOOKS = (
+    _attribute("torch.Tensor._backward_hooks", Tensor, _always),
+    _attribute("torch.Tensor._post_accumulate_grad_hooks", Tensor, _always),
+)
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether hooks run when a tensor's gradient is there: they may write into the tensor."""
+    return any([hooks(tensor) for hooks in _GRADIENT_HOOKS])
 
 
 _DONATION = "the donation of an input"

@@ -4,10 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.utils.checkpoint
-from kit import WIDTH, Net, assert_close, every_lowering, leaf, loss
-from torch import nn
+from kit import WIDTH, Counted, Net, assert_close, every_lowering, layer, leaf, loss, network, parameters
+from torch import Tensor, nn
 
 import invfunc as inv
 
@@ -76,3 +77,57 @@ def test_gradients_arrive_stage_by_stage() -> None:
     stages = [i for i, _ in order]
     assert stages == sorted(stages, reverse=True)
     assert order[0][1] < 2 * len(net.modules)  # the last block's gradient is there before the first is run again
+
+
+class Shifted(nn.Module):
+    """A function whose last operation saves nothing: the gradient of the shift is there before anything is rebuilt."""
+
+    def __init__(self, net: Callable[..., Any]) -> None:
+        super().__init__()
+        self.net, self.shift = net, nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.shift
+
+
+def step_when_accumulated(p: Tensor) -> None:
+    """As optimizers that step in backward do it."""
+
+    def step(p: Tensor) -> None:
+        with torch.no_grad():
+            p.sub_(0.3 * p.grad)
+        p.grad = None
+
+    p.register_post_accumulate_grad_hook(step)
+
+
+def step_when_hooked(p: Tensor) -> None:
+    def step(g: Tensor) -> None:
+        with torch.no_grad():
+            p.sub_(0.3 * g)
+
+    p.register_hook(step)
+
+
+@pytest.mark.parametrize("hook", [step_when_accumulated, step_when_hooked])
+@pytest.mark.parametrize("identity", [False, True])
+@every_lowering
+def test_a_step_in_backward_comes_behind_what_is_rebuilt(
+    lower: Callable[..., Any], identity: bool, hook: Callable[[Tensor], None]
+) -> None:
+    found = []
+    for fn in lambda op: op, lower:
+        torch.manual_seed(0)
+        nets = [Counted(Shifted(same if identity and i < 2 else layer())) for i in range(5)]
+        nets.append(Counted(layer()))
+        for p in parameters(*nets):
+            hook(p)
+        x = leaf(3, 2 * WIDTH)
+        loss(fn(network(nets, dim=-1))(x)).backward()
+        found.append([x.grad, *[p.detach() for p in parameters(*nets)]])
+        assert all(net.count <= 2 for net in nets)
+    assert_close(*found)
+
+
+def same(x: Tensor) -> Tensor:
+    return x

@@ -412,6 +412,17 @@ def _() -> None:
         assert not _torch.has_hooks(hooked)
 
 
+@contract("torch.Tensor._backward_hooks", "torch.Tensor._post_accumulate_grad_hooks")
+def _() -> None:
+    for kind in ["hook", "post_accumulate_grad_hook"]:
+        weight = torch.zeros(2, requires_grad=True)
+        assert not _torch.has_gradient_hooks(weight)
+        handle = getattr(weight, f"register_{kind}")(lambda g: None)
+        assert _torch.has_gradient_hooks(weight)
+        handle.remove()
+        assert not _torch.has_gradient_hooks(weight)
+
+
 @contract("_check_input_dim")
 def _() -> None:
     _torch.check_input_dim(nn.BatchNorm2d(2), torch.ones(1, 2, 1, 1))

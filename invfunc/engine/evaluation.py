@@ -80,7 +80,7 @@ class Evaluation(Again):
                     conditions.enter_context(_torch.parametrized_as(record.cache))
                 if record.random is not None:
                     conditions.enter_context(record.random.restored())
-                conditions.enter_context(snapshot.restored(record.copies))
+                conditions.enter_context(snapshot.restored(record.copies, record.functions))
                 self.conditions = conditions.pop_all()
 
     # ---- how ----

@@ -31,7 +31,7 @@ class Record:
     """What it takes to evaluate a call again: rule 6 of NOTE [Trunk]."""
 
     __slots__ = (
-        "around", "cache", "conditions", "copies", "frame", "is_checked", "kept", "kinds", "leaves", "like", "op",
+        "around", "cache", "conditions", "copies", "frame", "functions", "is_checked", "kept", "kinds", "leaves", "like", "op",
         "path", "pins", "random", "residue", "stops", "stored",
     )  # fmt: skip
 
@@ -52,6 +52,7 @@ class Record:
         self.stored: tuple[Wire] | None = None  # the input of a call that can not run again
         self.cache: dict[Any, Any] | None = None  # weights that the caller has cached
         self.conditions: Conditions
+        self.functions: Iterable[Any] = ()  # those of the user that it calls
         self.copies: list[BufferCopy] = []
         self.frame: Callable[[], Frame | None] = gone  # nobody asks any more when it is gone
 
@@ -158,7 +159,7 @@ class Frame:
             rng: Whether random numbers are replayed.
         """
         record, snapshot = self.record, self.owner.conditions.snapshot
-        record.conditions = self.owner.conditions
+        record.conditions, record.functions = self.owner.conditions, functions
         copies = copies_of(functions) if snapshot.has_buffers else ()
         is_lazy = snapshot.is_lazy and any(["_initialize_hook" in m.__dict__ for m in Parts(functions).modules])
         if is_any_sharded():
@@ -191,6 +192,8 @@ class Frame:
             self.held = held  # rule 9
         if record.op is None and held:
             self.owner.watch(held)
+        if snapshot.has_gradient_hooks:
+            self._go_before_gradients(out, given)
         if copies:
             record.copies = [copy for copy in copies if worth_keeping(copy)]
         if before is not None:
@@ -222,6 +225,17 @@ class Frame:
             raise
         finally:
             _torch.pop_hooks()
+
+    def _go_before_gradients(self, out: Any, given: Iterable[Tensor]) -> None:
+        """Be rebuilt before the gradients of results go on: rule 10 of NOTE [Trunk]."""
+        known = set(map(id, given))
+        for leaf in _torch.trees.tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None and id(leaf) not in known:
+                leaf.grad_fn.register_prehook(self._be_rebuilt)
+
+    def _be_rebuilt(self, gradients: Any) -> None:
+        if not self.saved and self.owner.is_above(self):
+            _torch.run_backward(self.owner.rebuild, self)
 
     def _begin_again(self, copies: Iterable[BufferCopy], before: RandomState | None) -> None:
         """As if the call had not been made."""

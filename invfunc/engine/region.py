@@ -73,6 +73,10 @@ class Region:
         if self.probe is not None and watched is not None:
             self.probe.compare([watched], (self.fn,), _not_the_same)
 
+    def is_above(self, frame: Frame) -> bool:
+        """Whether anything will be asked for."""
+        return self.kept is not None
+
     def watch(self, saved: dict[int, Tensor]) -> None:
         """Sample the last result that the call has saved: it depends on what was computed before."""
         results = (number for number in reversed(range(len(saved))) if _is_result(saved[number]))

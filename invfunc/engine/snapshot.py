@@ -441,8 +441,9 @@ class Snapshot:
     """The modules and tensors of functions; made before a call, and completed behind it by `note`."""
 
     __slots__ = (
-        "addresses", "attributes", "buffers", "checked", "classes", "dtypes", "flags", "has_buffers", "hooks",
-        "is_lazy", "is_noted", "names", "owned", "parts", "sizes", "slots", "tables", "tensors", "versions", "written",
+        "addresses", "attributes", "buffers", "checked", "classes", "dtypes", "flags", "has_buffers",
+        "has_gradient_hooks", "hooks", "is_lazy", "is_noted", "names", "owned", "parts", "sizes", "slots", "tables",
+        "tensors", "versions", "written",
     )  # fmt: skip
 
     def __init__(self, functions: Iterable[Any]) -> None:
@@ -456,6 +457,7 @@ class Snapshot:
         self.buffers = {id(d["_buffers"]): d["_buffers"].copy() for d in owned if d["_buffers"]}
         self.has_buffers = any(map(may_write, self.parts.modules))
         self.is_lazy = any(["_initialize_hook" in attributes for attributes in owned])
+        self.has_gradient_hooks = any(map(_torch.has_gradient_hooks, self.tensors_in_sight()))
 
     def tensors_in_sight(self) -> Iterator[Tensor]:
         """The tensors that a call may read, beside its arguments."""
@@ -529,6 +531,10 @@ class Snapshot:
         return is_same
 
     def _is_same(self) -> bool:
+        return self._has_same_structure() and self._are_tensors_same()
+
+    def _has_same_structure(self) -> bool:
+        """Whether the same objects are where they were, whatever has been written into them."""
         if not (_is_flat(self.owned, self.attributes) and _is_flat(self.tables, self.slots)):
             return False
         if self.hooks is not None:
@@ -537,8 +543,7 @@ class Snapshot:
             return False
         parts = self.parts
         return (
-            self._are_tensors_same()
-            and all([place.now() is place.value for place in parts.places])
+            all([place.now() is place.value for place in parts.places])
             and all([contents.is_same() for contents in parts.contents])
             and list(map(type, parts.modules)) == self.classes
         )
@@ -553,13 +558,13 @@ class Snapshot:
         )
 
     @contextmanager
-    def restored(self, copies: Sequence[BufferCopy]) -> Iterator[None]:
-        """What there was in forward, put in its place; raises where that is not possible (rule 4)."""
+    def restored(self, copies: Sequence[BufferCopy], functions: Iterable[Any]) -> Iterator[None]:
+        """What these functions found in forward, put in its place; raises where that is not possible (rule 4)."""
         if self.is_same() and not copies:
             yield
             return
         with turn():  # before we look: another thread's replay may have put copies of its own in these places
-            changes, flags = self._changes(copies)
+            changes, flags = self._changes(copies, functions)
             changes += [Place(c.module._buffers, c.name, c.copy.clone()) for c in copies]
             held = [(place, place.now()) for place in changes]
             for place in changes:
@@ -574,7 +579,9 @@ class Snapshot:
                 for place, value in reversed(held):
                     place.put(value)
 
-    def _changes(self, copies: Sequence[BufferCopy]) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
+    def _changes(
+        self, copies: Sequence[BufferCopy], functions: Iterable[Any]
+    ) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
         """What has to be put back, and the tensors whose flag has to be set."""
         if self.is_same():
             return [], []
@@ -583,7 +590,7 @@ class Snapshot:
         changes: list[Any] = [place for place in [*parts.places, *classes] if place.now() is not place.value]
         changes += [contents for contents in parts.contents if not contents.is_same()]
         changes += self._changed_names()
-        return changes, [] if self._are_tensors_same() else self._changed_flags(copies)
+        return changes, [] if self._are_tensors_same() else self._changed_flags(copies, functions)
 
     def _changed_names(self) -> list[Any]:
         """What has to be put in its place in the modules' dicts."""
@@ -613,25 +620,31 @@ class Snapshot:
                 if isinstance(value, Tensor) and was.get(name, _ABSENT) is not value:
                     Place(now, name, None).put(was.get(name, _ABSENT))
 
-    def _changed_flags(self, copies: Sequence[BufferCopy]) -> list[tuple[Tensor, bool]]:
+    def _changed_flags(self, copies: Sequence[BufferCopy], functions: Iterable[Any]) -> list[tuple[Tensor, bool]]:
         """Rule 4 of NOTE [Snapshot]; a tensor that was only frozen, or thawed, is restored."""
         flags: list[tuple[Tensor, bool]] = []
         modules = self.parts.modules
-        addresses = _addresses_of(self.tensors)
-        copied = {id(t) for m in modules for name, t in m._buffers.items() if t is not None and _may_write(m, name, t)}
-        copied |= {id(copy.tensor) for copy in copies}
-        for i, tensor in enumerate(self.tensors):
-            if id(tensor) in copied:
+        unread = {id(t) for m in modules for name, t in m._buffers.items() if t is not None and _may_write(m, name, t)}
+        unread |= {id(copy.tensor) for copy in copies}
+        if self._has_same_structure():  # what others read may have been written: they step in backward
+            unread |= _ids_in_sight(self) - _ids_in_sight(Snapshot(functions))
+        for i, (tensor, address) in enumerate(zip(self.tensors, _addresses_of(self.tensors), strict=True)):
+            if id(tensor) in unread:
                 continue
-            if version(tensor) != self.versions[i]:
-                raise self._written(tensor, "modified by an inplace operation")
-            if tensor.dtype != self.dtypes[i]:
-                raise self._written(tensor, f"moved to {str(tensor.dtype).removeprefix('torch.')}")
-            if addresses[i] != self.addresses[i]:
-                raise self._written(tensor, "given other data")
+            how = self._how_written(i, tensor, address)
+            if how:
+                raise self._written(tensor, how)
             if tensor.requires_grad != self.flags[i]:
                 flags.append((tensor, self.flags[i]))
         return flags
+
+    def _how_written(self, i: int, tensor: Tensor, address: Any) -> str:
+        """What has been done to a tensor since forward; nothing if it holds what it held."""
+        if version(tensor) != self.versions[i]:
+            return "modified by an inplace operation"
+        if tensor.dtype != self.dtypes[i]:
+            return f"moved to {str(tensor.dtype).removeprefix('torch.')}"
+        return "" if address == self.addresses[i] else "given other data"
 
     def _written(self, tensor: Tensor, how: str) -> ReplayError:
         names = [n for table in self.tables for n, value in table.items() if value is tensor]
@@ -657,6 +670,10 @@ def unmoved(functions: Iterable[Any]) -> Iterator[None]:
         with torch.no_grad():
             for copy in copies:
                 copy.module._buffers[copy.name] = copy.tensor.copy_(copy.copy)
+
+
+def _ids_in_sight(snapshot: Snapshot) -> set[int]:
+    return {id(tensor) for tensor in snapshot.tensors_in_sight()}
 
 
 def _versions_of(tensors: list[Tensor]) -> list[int]:

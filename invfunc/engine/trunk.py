@@ -22,6 +22,8 @@ of plain autograd: whatever the function closes over, leaves on ``self`` or hand
 8.  The state is taken by the thread that rebuilds, and put back: two threads do not wait for each other, and one that
     finds nothing starts from the output, which a trunk on several devices therefore keeps as long as its graph.
 9.  A call that can not run again, since it initialises lazy parameters, holds on to what it has saved, and its input.
+10. A hook on a leaf may write into it when its gradient is there, as optimizers that step in backward do. Where there
+    are such hooks, a frame is rebuilt before the gradient of its result goes on.
 """
 
 from __future__ import annotations
@@ -462,6 +464,16 @@ class Trunk:
         if at < frame.level:
             self._go_to_top()
         levels.go_down(frame.level)
+
+    def is_above(self, frame: Frame) -> bool:
+        """Whether the state has not come down to a frame, and somebody needs it to."""
+        levels = self.levels
+        has_to_come = levels.at() < 0 or levels.at() > frame.level
+        return has_to_come and frame.level >= levels.last and self._has_saved()
+
+    def _has_saved(self) -> bool:
+        """Whether anything was saved on the whole way, so that there is an output to begin at."""
+        return self.levels.has_saved() if self.parent is None else self.parent[0]._has_saved()
 
     def is_spread(self) -> bool:
         """Whether its gradients come by several threads, of which any may have to begin at the output (rule 8)."""
