@@ -35,6 +35,21 @@ def test_save_on_cpu_around_it(lower: Callable[..., Any]) -> None:
     assert_close(torch.autograd.grad(loss(out), [x, *net.parameters]), expected)
 
 
+def test_save_on_cpu_around_a_residue_of_tensors_and_numbers() -> None:
+    def forward(x: Tensor) -> tuple[Tensor, tuple[Tensor, int]]:
+        return torch.cat([x[..., 1:].sinh(), x[..., :1]], -1), (x.detach().sign(), x.shape[-1])
+
+    def inverse(residue: tuple[Tensor, int], y: Tensor) -> Tensor:
+        sign, width = residue
+        x = torch.cat([y[..., width - 1 :], y[..., : width - 1].asinh()], -1)
+        return x.abs() * sign
+
+    op, x = inv.pair(forward, inverse, residue=True), leaf(3, WIDTH)
+    with torch.autograd.graph.save_on_cpu():
+        out = inv.checkpoint(op)(x)
+    assert_close(torch.autograd.grad(loss(out), x), torch.autograd.grad(loss(op(x)), x))
+
+
 @every_lowering
 def test_saved_tensors_hooks_see_what_is_kept_and_may_replace_it(lower: Callable[..., Any]) -> None:
     net, x = Net(), leaf(3, 2 * WIDTH)

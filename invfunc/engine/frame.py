@@ -31,8 +31,8 @@ class Record:
     """What it takes to evaluate a call again: rule 6 of NOTE [Trunk]."""
 
     __slots__ = (
-        "around", "cache", "conditions", "copies", "frame", "functions", "is_checked", "kept", "kinds", "leaves", "like", "op",
-        "path", "pins", "random", "residue", "stops", "stored",
+        "around", "cache", "conditions", "copies", "frame", "functions", "is_checked", "kept", "kinds", "leaves", "like",
+        "op", "path", "pins", "random", "residue", "stops", "stored",
     )  # fmt: skip
 
     def __init__(self, op: Invertible | None, path: Path, options: Options) -> None:
@@ -283,8 +283,7 @@ class Like:
         except RuntimeError as error:
             raise without_shape() from error
         # A kernel may be chosen by the strides, and with it what is saved. A subclass (a DTensor) lays itself out.
-        has_strides = tensor.layout is torch.strided and type(tensor) in _PLAIN
-        self.stride = tensor.stride() if has_strides else None
+        self.stride = tensor.stride() if _has_storage(tensor) else None
 
 
 def like_of(leaf: Any) -> Like | None:
@@ -353,22 +352,41 @@ def gone() -> None:
 class Kept:
     """Tensors that are kept for backward as autograd keeps them: below the hooks in force, and with their versions."""
 
-    __slots__ = ("packed", "shape", "unpack", "versions")
+    __slots__ = ("items", "own", "places", "unpack", "versions")
 
-    def __init__(self, tensors: Sequence[Any]) -> None:
+    def __init__(self, items: Sequence[Any]) -> None:
         hooks = _torch.top_hooks()
-        self.unpack = None if hooks is None else hooks[1]
-        self.versions = [version(t) if isinstance(t, Tensor) else 0 for t in tensors]
-        pack = None if hooks is None else hooks[0]
-        self.packed = [pack(t.detach()) if pack is not None and isinstance(t, Tensor) else t for t in tensors]
+        self.items, self.unpack = list(items), None if hooks is None else hooks[1]
+        self.places = [i for i, item in enumerate(items) if isinstance(item, Tensor)]
+        self.own = [self.items[i] for i in self.places]  # what lies in the tensors' memory
+        if hooks is not None:
+            for i in self.places:
+                self.items[i] = hooks[0](items[i].detach())
+            # A hook may keep the tensor itself, as save_on_cpu does on the CPU: autograd would not see that it changes.
+            self.own = [t for i in self.places for t in _shared(self.items[i], items[i])]
+        self.versions = list(map(version, self.own))
 
     def tensors(self, what: str = "a tensor") -> list[Any]:
         """They, unless one has been written in place; what they are, for the error."""
-        if self.unpack is not None:
-            return [self.unpack(packed) if packed is not None else None for packed in self.packed]
-        for tensor, before in zip(self.packed, self.versions, strict=True):
-            if isinstance(tensor, Tensor) and version(tensor) != before:
+        for tensor, before in zip(self.own, self.versions, strict=True):
+            if version(tensor) != before:
                 error = was_changed(tensor, what=what)
                 error.about = self
                 raise error
-        return list(self.packed)
+        found = list(self.items)
+        if self.unpack is not None:
+            for i in self.places:
+                found[i] = self.unpack(found[i])
+        return found
+
+
+def _shared(packed: Any, tensor: Any) -> list[Tensor]:
+    """What a hook has kept of a tensor in the tensor's own memory."""
+    if not _has_storage(tensor):
+        return []
+    kept = filter(_has_storage, _torch.trees.tree_leaves(packed))
+    return [leaf for leaf in kept if _torch.storage_of(leaf) == _torch.storage_of(tensor)]
+
+
+def _has_storage(item: Any) -> bool:
+    return type(item) in _PLAIN and item.layout is torch.strided

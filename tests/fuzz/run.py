@@ -145,7 +145,9 @@ AROUND: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
 
 def call(world: World, step: Step, x: Tensor) -> Tensor:
     """Forward, with what is around it."""
-    with AROUND[step.around]():
+    # Plain autograd does not see what is written into that which save_on_cpu keeps on the CPU: it is that tensor itself.
+    around = None if step.around == "save_on_cpu" and not world.lowered else step.around
+    with AROUND[around]():
         if step.around == "torch_checkpoint":
             return torch_checkpoint(world, x, use_reentrant=False)
         return world(x)
@@ -580,6 +582,8 @@ WRITES = {"input_in_place", "add_in_place", "buffer_in_place"}
 def unharmed(program: Program, i: int, found: Record) -> Verdict | None:
     """Lowered may take a write that plain refuses, if its gradients are those without the write."""
     step = program.steps[i]
+    if step.kind.startswith("two"):  # the second forward sees the write
+        return None
     calm = replace(step, midway=tuple(m for m in step.midway if m.kind not in WRITES))
     if calm == step:
         return None
