@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kit import assert_close
+from kit import assert_close, loss
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -209,3 +211,29 @@ def test_what_closures_and_globals_are_bound_to(lower: Callable[[Any], Any], mon
         return x.grad
 
     assert_close(gradient(True), gradient(False))
+
+
+def test_the_default_dtype_of_forward_is_used() -> None:
+    fast = inv.checkpoint(inv.couple(lambda x: torch.tanh(x) + torch.full((WIDTH,), 0.1)))
+    x = [torch.randn(3, WIDTH, requires_grad=True) for _ in range(2)]
+    expected = torch.autograd.grad(loss(fast(*x)), x)
+    y, before = fast(*x), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        assert_close(torch.autograd.grad(loss(y), x), expected)
+        assert torch.get_default_dtype() is torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_tensor_in_containers_inside_of_each_other_is_found() -> None:
+    w = torch.randn(WIDTH, requires_grad=True)
+    held = SimpleNamespace(all={"some": [({"one": {"shift": (w,)}},)]})
+    fast = inv.checkpoint(
+        inv.couple(partial(lambda held, x: x.tanh() + held.all["some"][0][0]["one"]["shift"][0], held))
+    )
+    y = fast(*[torch.randn(3, WIDTH, requires_grad=True) for _ in range(2)])
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(ReplayError, match="a tensor of shape .* of its closure changed"):
+        loss(y).backward()

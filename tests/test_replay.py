@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -299,6 +300,32 @@ def test_autocast_of_backward_does_not_leak_in() -> None:
         loss(out).backward()
         assert torch.is_autocast_enabled("cpu")
     assert f.dtypes == [torch.float32] * 2
+
+
+class Loop(nn.Module):
+    """A model whose own loop computes every second block in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = partial(nn.TransformerEncoderLayer, 8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
+        self.layers = nn.ModuleList([layer(dtype=torch.float32) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.layers):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=i % 2 == 1):
+                x = block(x)
+        return x
+
+
+def test_autocast_between_the_blocks_of_a_model_is_that_of_each_block() -> None:
+    model = Loop()
+    inv.nn.reversible(model, "layers.*")
+    x, found = torch.randn(2, 3, 8, dtype=torch.float32, requires_grad=True), []
+    for mode in "store", "invert":
+        with inv.mode(mode):
+            out = model(x)
+        found.append([out, torch.autograd.grad(loss(out), [x, *model.parameters()])])
+    assert_close(*found, tolerance=2e-2)
 
 
 # ---- compiled functions ------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ NOTE [Conditions] A function that runs again has to find what it found in forwar
     backward may run elsewhere, and no other thread's setting is touched. The *flags* of the process that choose a
     kernel (of attention, matrix products, cuDNN, determinism) are those of forward while a function runs again.
 3.  *Context variables*: a replay runs in a copy of forward's context, so that `invfunc.mode`, `invfunc.debug` and the
-    user's own are what they were.
+    user's own are what they were. It is the context in which the pipeline was called, for each of its calls; autocast
+    and the default device may be others at a call: a model's own loop sets them between blocks.
 4.  *Discrete decisions* are pinned by `pin`.
 5.  Generators belong to the process. So one replay at a time that needs them has its *turn*, and with it all that is
     nested in that replay, on whatever thread: nested gradients on several devices do not wait for each other.
@@ -181,6 +182,14 @@ class Conditions:
         self.device = _torch.default_device()
         self.flags, self.task, self.has_same_flags = flags(), -1, True
         self.thread, self.threads = threading.get_ident(), torch.get_num_threads()
+
+    def here(self) -> Conditions:
+        """The conditions of a call that begins now: themselves, unless autocast or the default device is another."""
+        if self.autocast == autocast_state() and self.device == _torch.default_device():
+            return self
+        found = Conditions(self.snapshot)
+        found.context = self.context  # not a later one: that may hold what this graph computes, and is never let go
+        return found
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
         """``fn(*args)`` as if it were called where the conditions were noted."""

@@ -209,6 +209,10 @@ _NO_PINS = Pinned(())
 
 def evaluate_again(record: Record, rebuild: Callable[[Again], Any]) -> Any:
     """What ``rebuild(again)`` returns, with gradients off; what it evaluates with gradients is handed over."""
+    return record.run(_evaluate_again, record, rebuild)
+
+
+def _evaluate_again(record: Record, rebuild: Callable[[Again], Any]) -> Any:
     again = Evaluation(record)
     try:
         out = rebuild(again)
@@ -221,6 +225,10 @@ def evaluate_again(record: Record, rebuild: Callable[[Again], Any]) -> Any:
 
 def evaluate_quietly(record: Record, fn: Callable[..., Any], *args: Any) -> Any:
     """``fn(*args)`` as the call ran, with gradients off."""
+    return record.run(_evaluate_quietly, record, fn, args)
+
+
+def _evaluate_quietly(record: Record, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     again = Evaluation(record)
     try:
         return again.quietly(fn, *args)

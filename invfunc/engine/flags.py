@@ -1,4 +1,7 @@
-"""The flags of the process that choose a kernel, and with it what it saves, how it rounds, and how it draws."""
+"""The flags of the process that choose a kernel, and with it what it saves, how it rounds, and how it draws.
+
+The default dtype is one of them: that of the tensors that a function makes.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ _FLAGS: dict[Callable[[], Any], Callable[[Any], Any]] = {
     _torch.attention_order: _torch.set_attention_order,
     _matmul_precision: _set_matmul_precision,
     lambda: (cudnn.enabled, cudnn.benchmark, cudnn.deterministic): _set_cudnn,
+    torch.get_default_dtype: torch.set_default_dtype,
     torch.get_deterministic_debug_mode: torch.set_deterministic_debug_mode,
 }
 

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from textwrap import shorten
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .sharding import check_callees, checking_calls, is_any_sharded
 from .snapshot import BufferCopy, Parts, copies_of, version, worth_keeping
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype]
+T = TypeVar("T")
 
 
 # ---- what is known of a call ----
@@ -31,8 +32,8 @@ class Record:
     """What it takes to evaluate a call again: rule 6 of NOTE [Trunk]."""
 
     __slots__ = (
-        "around", "cache", "conditions", "copies", "frame", "functions", "is_checked", "kept", "kinds", "leaves", "like",
-        "op", "path", "pins", "random", "residue", "stops", "stored",
+        "around", "cache", "conditions", "copies", "frame", "functions", "has_own_conditions", "is_checked", "kept",
+        "kinds", "leaves", "like", "op", "path", "pins", "random", "residue", "stops", "stored",
     )  # fmt: skip
 
     def __init__(self, op: Invertible | None, path: Path, options: Options) -> None:
@@ -52,9 +53,14 @@ class Record:
         self.stored: tuple[Wire] | None = None  # the input of a call that can not run again
         self.cache: dict[Any, Any] | None = None  # weights that the caller has cached
         self.conditions: Conditions
+        self.has_own_conditions = False  # and not those of the pipeline
         self.functions: Iterable[Any] = ()  # those of the user that it calls
         self.copies: list[BufferCopy] = []
         self.frame: Callable[[], Frame | None] = gone  # nobody asks any more when it is gone
+
+    def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """``fn(*args)`` under the conditions of the call; those of its pipeline are in force."""
+        return self.conditions.run(fn, *args) if self.has_own_conditions else fn(*args)
 
     def place(self, error: Exception) -> None:
         """Tell an error where in the pipeline it happened."""
@@ -159,7 +165,9 @@ class Frame:
             rng: Whether random numbers are replayed.
         """
         record, snapshot = self.record, self.owner.conditions.snapshot
-        record.conditions, record.functions = self.owner.conditions, functions
+        conditions = self.owner.conditions
+        record.conditions, record.functions = conditions.here(), functions
+        record.has_own_conditions = record.conditions is not conditions
         copies = copies_of(functions) if snapshot.has_buffers else ()
         is_lazy = snapshot.is_lazy and any(["_initialize_hook" in m.__dict__ for m in Parts(functions).modules])
         if is_any_sharded():

@@ -135,7 +135,7 @@ class Table(NamedTuple):
 
 _EMPTY_CELL = CellType()
 _ABSENT = object()  # nothing has that name
-_DEPTH = 4  # of functions and objects inside of each other
+_DEPTH = 4  # of functions and objects inside of each other; containers and partials do not count
 
 
 class Parts:
@@ -228,15 +228,15 @@ class Parts:
             self._add_closure(item, depth)
         elif kind is partial:
             for part in (item.func, *item.args, *item.keywords.values()):
-                self.add(part, depth)
+                self.add(part, depth - 1)
         elif hasattr(item, "functions"):  # the package's own values and wrappers
             for part in item.functions:
-                self.add(part, depth)
+                self.add(part, depth - 1)
         elif isinstance(item, tuple):
             for part in item:
-                self.add(part, depth)
+                self.add(part, depth - 1)
         elif isinstance(item, (list, dict, set)):
-            self._add_items(item, depth)
+            self._add_items(item, depth - 1)
         elif not isinstance(item, (type, ModuleType, BuiltinFunctionType)):
             self.is_opaque |= callable(item)
             if _has_values(item):

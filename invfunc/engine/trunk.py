@@ -133,10 +133,11 @@ class Stage(Record):
         Raises:
             Stop: Where it is the last: when they are handed over, though x is not known.
         """
+        return self.stored[0] if self.stored is not None else self.run(self._undo, y, is_asked, is_last)
+
+    def _undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
         op, again = self.op, None
         assert op is not None
-        if self.stored is not None:
-            return self.stored[0]
         try:
             again = Evaluation(self)
             again.is_last = is_last
