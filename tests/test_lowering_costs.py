@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import invfunc as inv
+from invfunc.errors import ReplayError
 from invfunc.look.memory import measure
 
 # ---- what is evaluated -----------------------------------------------------------------------------------------------
@@ -129,6 +130,61 @@ def test_a_forward_without_a_backward_leaves_nothing_alive(no_gc: None) -> None:
     assert [ref() for ref in (*seen, *kept)] == [None] * (len(seen) + 2)
     x = weakref.ref(x)
     assert x() is None
+
+
+class Leaves(nn.Module):
+    """Leaves a result where others take it from."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.layer, self.place = nn.Linear(WIDTH, WIDTH), place
+        self.boxed: dict[str, Tensor] = {}
+        self.register_buffer("state", torch.zeros(3, WIDTH), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.layer(x))
+        if self.place == "dict":
+            self.boxed["state"] = y * 1
+        else:
+            setattr(self, self.place, y * 1)
+        return y
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("place", ["aux", "state", "dict"])
+def test_a_result_that_is_left_on_a_module_keeps_one_graph_alive(place: str, mode: str, no_gc: None) -> None:
+    nets = [Leaves(place), nn.Linear(WIDTH, WIDTH), Leaves(place), nn.Tanh()]
+    op, inputs = inv.checkpoint(network(nets, dim=-1), mode=mode), []
+    for _ in range(4):
+        x = torch.randn(3, 2 * WIDTH, requires_grad=True)
+        inputs.append(weakref.ref(x))
+        op(x)
+        del x
+    assert [ref() is None for ref in inputs] == [True, True, True, False]  # as in plain autograd
+    for net in nets[::2]:
+        vars(net).pop("aux", None)
+        net.state = torch.zeros(3, WIDTH)  # pyright: ignore
+        net.boxed.clear()  # pyright: ignore
+    assert inputs[-1]() is None
+
+
+def test_a_lazy_module_keeps_nothing_alive(no_gc: None) -> None:
+    lazy = nn.Sequential(nn.LazyLinear(WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    x = torch.randn(3, 2 * WIDTH, requires_grad=True)
+    y = inv.checkpoint(network([nn.Tanh(), lazy], dim=-1))(x)
+    kept = [weakref.ref(t) for t in (x, y)]
+    del x, y
+    assert [ref() for ref in kept] == [None] * 2
+
+
+def test_what_the_first_call_of_a_lazy_module_saved_is_checked_for_writes() -> None:
+    x = torch.randn(3, WIDTH)
+    y = inv.checkpoint(nn.Sequential(nn.LazyLinear(WIDTH), nn.Tanh()))(x)
+    x.add_(1)
+    with pytest.raises(
+        ReplayError, match=r"Sequential.*: a tensor of shape \(3, 4\) that backward needs has been modified"
+    ):
+        y.sum().backward()
 
 
 def test_a_step_leaves_nothing_alive(no_gc: None) -> None:

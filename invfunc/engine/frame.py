@@ -22,6 +22,7 @@ from .sharding import check_callees, checking_calls, is_any_sharded
 from .snapshot import BufferCopy, Parts, copies_of, version, worth_keeping
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype]
+Held: TypeAlias = tuple[Tensor, int]  # and its version when it was saved
 T = TypeVar("T")
 
 
@@ -50,7 +51,7 @@ class Record:
         self.kept: Kept | None = None  # the residue's tensors, where hooks around the pipeline take them
         self.pins: list[tuple[str, Any]] = []
         self.random: RandomState | None = None
-        self.stored: tuple[Wire] | None = None  # the input of a call that can not run again
+        self.stored: Kept | None = None  # the input of a call that can not run again
         self.cache: dict[Any, Any] | None = None  # weights that the caller has cached
         self.conditions: Conditions
         self.has_own_conditions = False  # and not those of the pipeline
@@ -94,6 +95,11 @@ def _finds(functions: Iterable[Any], tensor: Tensor) -> bool:
     return any([t is tensor for t in (*parts.tensors, *own)])
 
 
+def _without_node(tensor: Tensor, version: int) -> Held:
+    """A saved tensor that does not keep the graph alive which has saved it; it has the version of its original."""
+    return tensor if tensor.is_leaf else tensor.detach(), version
+
+
 class Frame:
     """The hooks of one call: what its graph has saved; rule 1 of NOTE [Trunk].
 
@@ -107,7 +113,7 @@ class Frame:
 
     def __init__(self, owner: Any, level: int, record: Record) -> None:
         self.owner, self.level, self.record = owner, level, record
-        self.held: dict[int, Tensor] | None = {}  # while the call runs, and for good where it can not run again
+        self.held: dict[int, Held] | None = {}  # while the call runs, and for good where it can not run again
         self.saved: dict[int, Any] = {}  # handed over, and not yet unpacked; then weak references
         record.frame = weakref.ref(self)
 
@@ -119,7 +125,7 @@ class Frame:
         held, kinds = self.held, self.record.kinds
         assert held is not None
         number = len(kinds)
-        held[number] = tensor
+        held[number] = tensor, tensor._version
         try:
             kinds.append((tensor.shape, tensor.dtype))
         except RuntimeError as error:
@@ -130,23 +136,28 @@ class Frame:
         """The hook: the tensor again."""
         if type(packed) is tuple:
             tensor, before, dtype = packed
-            if tensor._version != before or tensor.dtype is not dtype:
-                how = WRITTEN if tensor.dtype is dtype else f"moved to {shown_dtype(tensor.dtype)}"
-                error = was_changed(tensor, how)
-                self.record.place(error)
-                raise error
-            return tensor
+            if tensor.dtype is not dtype:
+                raise self._placed(was_changed(tensor, f"moved to {shown_dtype(tensor.dtype)}"))
+            return self._checked(tensor, before)
         if self.held is not None:
-            return self.held[packed]
+            return self._checked(*self.held[packed])
         tensor = self._take(packed)
         while tensor is None:  # again, where another thread has taken what was handed over
             _torch.run_backward(self.owner.rebuild, self)
             tensor = self._take(packed)
         if isinstance(tensor, ReplayError):  # the function wrote into what its graph had saved
-            self.record.place(tensor)
-            raise tensor
+            raise self._placed(tensor)
         self.saved[packed] = weakref.ref(tensor)
         return tensor
+
+    def _checked(self, tensor: Tensor, before: int) -> Tensor:
+        if tensor._version != before:
+            raise self._placed(was_changed(tensor))
+        return tensor
+
+    def _placed(self, error: ReplayError) -> ReplayError:
+        self.record.place(error)
+        return error
 
     def _take(self, packed: int) -> Tensor | None:
         tensor = self.saved.pop(packed, None)
@@ -197,9 +208,9 @@ class Frame:
         if [t._version for t in given] != versions:
             raise changed_input(fn if record.op is None else record.op.forward_with_residue)
         if is_lazy:
-            self.held = held  # rule 9
+            self.held = {number: _without_node(*item) for number, item in (held or {}).items()}  # rule 9
         if record.op is None and held:
-            self.owner.watch(held)
+            self.owner.watch([tensor for tensor, _ in held.values()])
         if snapshot.has_gradient_hooks:
             self._go_before_gradients(out, given)
         if copies:

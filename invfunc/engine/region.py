@@ -77,7 +77,7 @@ class Region:
         """Whether anything will be asked for."""
         return self.kept is not None
 
-    def watch(self, saved: dict[int, Tensor]) -> None:
+    def watch(self, saved: Sequence[Tensor]) -> None:
         """Sample the last result that the call has saved: it depends on what was computed before."""
         results = (number for number in reversed(range(len(saved))) if _is_result(saved[number]))
         self.watched = next(results, None) if self.options.drift != "off" else None

@@ -7,6 +7,7 @@ NOTE [Snapshot] No gradient depends on what is found here: it only tells what ha
 2.  *Slots, flags, hooks, submodules, attributes*, the classes of modules, what is in the lists, dicts, sets and objects
     that they or closures hold, and what closures and globals are bound to, are noted behind the call: what it writes
     itself, such as a counter, is not put back, but for buffers that it assigns: it runs again with those that it found.
+    What it has computed and left somewhere is not held here: it holds its graph, which holds the snapshot.
     Where one of them has changed since, what it was is put in its place while the call runs again.
 3.  *Buffers* that a module may write move once a step: the call runs again on copies of them as they were before it.
     (Batch norm's kernels do not bump the version counter, so that nothing tells what was written.) Large ones, and
@@ -472,14 +473,16 @@ class Snapshot:
         if not (all([p.now() is p.value for p in parts.places]) and all([c.is_same() for c in parts.contents])):
             self._forget_written()
         owned = self.owned
-        before, self.attributes = self.attributes, _flat(owned)
-        if len(before) != len(self.attributes) or not all(map(is_, before, self.attributes)):
-            self._note_written(before)
+        if not _is_flat(owned, self.attributes):
+            self._note_written()
+        unwritten = self._unwritten()
+        self.attributes = _flat(unwritten)
         self.tables = tables = [table for attributes in owned for table in _tables_of(attributes)]
-        was = [self.buffers.get(id(table), table) for table in tables] if self.buffers else tables
+        was = [_replaced(table, self.buffers.get(id(table), table)) for table in tables] if self.buffers else tables
+        self.buffers = {}
         self.slots = slots = _flat(was)
-        self.sizes = list(map(len, owned)), list(map(len, was))
-        self.names = tuple(_chained(owned)), tuple(_chained(was))
+        self.sizes = list(map(len, unwritten)), list(map(len, was))
+        self.names = tuple(_chained(unwritten)), tuple(_chained(was))
         has_hooks = any([table for attributes in owned for table in _HOOKS_THAT_RUN(attributes)])
         self.hooks = [{name: attributes[name].copy() for name in _HOOKS} for attributes in owned] if has_hooks else None
         self.tensors = tensors = [t for t in slots if isinstance(t, Tensor)]
@@ -491,9 +494,15 @@ class Snapshot:
         self.classes = list(map(type, parts.modules))
         self.is_noted = True
 
-    def _note_written(self, before: tuple[Any, ...]) -> None:
+    def _unwritten(self) -> list[dict[str, Any]]:
+        """The attributes that the call has left alone; of the others, it may hold on to none: they hold its graph."""
+        if not self.written:
+            return self.owned
+        return [{n: v for n, v in d.items() if (i, n) not in self.written} for i, d in enumerate(self.owned)]
+
+    def _note_written(self) -> None:
         """What the call has written on its modules; as they were is known in order only, and what is new comes last."""
-        known = {id(value) for value in before}
+        known = set(map(id, self.attributes))
         for i, attributes in enumerate(self.owned):
             for name, value in attributes.items():
                 if id(value) not in known:
@@ -535,7 +544,7 @@ class Snapshot:
 
     def _has_same_structure(self) -> bool:
         """Whether the same objects are where they were, whatever has been written into them."""
-        if not (_is_flat(self.owned, self.attributes) and _is_flat(self.tables, self.slots)):
+        if not (_is_flat(self._unwritten(), self.attributes) and _is_flat(self.tables, self.slots)):
             return False
         if self.hooks is not None:
             return False
@@ -670,6 +679,16 @@ def unmoved(functions: Iterable[Any]) -> Iterator[None]:
         with torch.no_grad():
             for copy in copies:
                 copy.module._buffers[copy.name] = copy.tensor.copy_(copy.copy)
+
+
+def _replaced(now: dict[str, Any], was: dict[str, Any]) -> dict[str, Any]:
+    """What the buffers of a module were; one that the call has replaced is let go with its graph."""
+    return {n: t if now.get(n) is t or t is None or t.is_leaf else _with_own_graph(t) for n, t in was.items()}
+
+
+def _with_own_graph(tensor: Tensor) -> Tensor:
+    """The values of a result, as another result: what is computed from it saves the same."""
+    return tensor.detach().requires_grad_().view_as(tensor)
 
 
 def _ids_in_sight(snapshot: Snapshot) -> set[int]:

@@ -133,7 +133,15 @@ class Stage(Record):
         Raises:
             Stop: Where it is the last: when they are handed over, though x is not known.
         """
-        return self.stored[0] if self.stored is not None else self.run(self._undo, y, is_asked, is_last)
+        return self._input() if self.stored is not None else self.run(self._undo, y, is_asked, is_last)
+
+    def _input(self) -> Wire:
+        assert self.stored is not None
+        try:
+            return unflatten(self.like, self.stored.tensors("an input"))
+        except ReplayError as error:
+            self.place(error)
+            raise
 
     def _undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
         op, again = self.op, None
@@ -405,7 +413,7 @@ class Trunk:
             levels.probe = probe([t for t in given if is_differentiable(t)], options.drift, self.place)
         record.keep_residue(residue)
         if frame.held is not None:  # rule 9 of NOTE [Trunk]
-            record.stored = (map_wire(_without_graph, x),)
+            record.stored = Kept(list(map(_without_graph, flat)))
         levels.items.append(record)
         return y
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, func, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import invfunc as inv
@@ -133,9 +133,14 @@ def copied(t: Tensor) -> Tensor:
     return t.clone()
 
 
+def saved_on_cpu() -> AbstractContextManager[Any]:
+    """`save_on_cpu` as it is on a device: on the CPU it keeps the tensor itself, and nobody sees that it is written."""
+    return saved_tensors_hooks(lambda t: (t.device, copied(t.cpu())), lambda packed: packed[1].to(packed[0]))
+
+
 AROUND: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     None: nullcontext,
-    "save_on_cpu": save_on_cpu,
+    "save_on_cpu": saved_on_cpu,
     "hooks": lambda: saved_tensors_hooks(copied, same),
     "torch_checkpoint": nullcontext,
     "mode_recompute": lambda: inv.mode("recompute"),
@@ -145,9 +150,7 @@ AROUND: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
 
 def call(world: World, step: Step, x: Tensor) -> Tensor:
     """Forward, with what is around it."""
-    # Plain autograd does not see what is written into that which save_on_cpu keeps on the CPU: it is that tensor itself.
-    around = None if step.around == "save_on_cpu" and not world.lowered else step.around
-    with AROUND[around]():
+    with AROUND[step.around]():
         if step.around == "torch_checkpoint":
             return torch_checkpoint(world, x, use_reentrant=False)
         return world(x)
