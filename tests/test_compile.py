@@ -610,3 +610,20 @@ def test_a_transform_inside_of_a_call_leaves_dynamo_its_names() -> None:
     assert_close(x.grad, -x.detach().sin())
     pulled = torch.compile(lambda t: torch.func.vjp(torch.sin, t)[1](t)[0], backend="aot_eager", fullgraph=True)
     assert_close(pulled(x.detach()), x.detach().cos() * x.detach())
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute", "store"])
+def test_a_mode_that_is_entered_in_a_graph(mode: str) -> None:
+    net, x = nn.Linear(WIDE, WIDE), torch.randn(3, 2 * WIDE, requires_grad=True)
+
+    def fn(x: Tensor) -> Tensor:
+        with inv.mode(mode):
+            return inv.checkpoint(between(inv.couple(net, torch.tanh)))(x)
+
+    found = [
+        torch.autograd.grad(f(x).sin().sum(), [x, *net.parameters()])
+        for f in (fn, torch.compile(fn, backend="aot_eager", fullgraph=True))
+    ]
+    assert_close(*found, tolerance=TOLERANCE)
+    with inv.mode("store"):  # as outside of graphs
+        assert inv.checkpoint(inv.ops.exp())(x).grad_fn.name() == "ExpBackward0"

@@ -39,12 +39,13 @@ def mode(name: str) -> Iterator[None]:
         'ExpBackward0'
     """
     global _LATEST
-    token, before = _MODE.set(checked_mode(name)), _LATEST
-    _LATEST = name
+    before, _LATEST = _LATEST, checked_mode(name)
+    token = None if torch.compiler.is_compiling() else _MODE.set(name)
     try:
         yield
     finally:
-        _MODE.reset(token)
+        if token is not None:
+            _MODE.reset(token)
         _LATEST = before
 
 
