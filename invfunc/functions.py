@@ -15,8 +15,8 @@ from torch import Size, Tensor
 
 from . import _torch
 from .core.context import copy_state, has_state
+from .core.copies import copy_object
 from .core.op import OneWay, missing_attribute, name_of
-from .core.structure import copy_of
 from .engine.interface import Options, Run
 from .engine.lower import engine_for, runs_plainly
 from .engine.mode import current
@@ -90,7 +90,7 @@ class CheckpointedFunction:
         return CheckpointedFunction(MethodType(self.__wrapped__, instance), self.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self if global_name(self) else copy_of(self, memo)
+        return self if global_name(self) else copy_object(self, memo)
 
     def __reduce__(self) -> Any:
         return global_name(self) or (_checkpointed, (self.__wrapped__, self.options))

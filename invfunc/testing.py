@@ -22,7 +22,7 @@ from .core.combine import _concat, _split, parallel
 from .core.compare import largest, largest_difference
 from .core.couple import Half
 from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, invert, pair
-from .engine.snapshot import Parts
+from .engine.parts import Parts
 from .errors import DriftWarning, NotDifferentiableError
 from .log_det import log_det
 from .look.trial import (

@@ -167,7 +167,7 @@ def test_of_an_infinity_an_elementwise_op_makes_its_limit_or_no_number(name: str
 )
 def test_of_a_parameter_that_is_nan_an_op_makes_nan(name: str) -> None:
     op = EXAMPLES[name].make()
-    parameters = [t for t in inv.engine.snapshot.Parts(op.functions).tensors if is_differentiable(t)]
+    parameters = [t for t in inv.engine.parts.Parts(op.functions).tensors if is_differentiable(t)]
     with torch.no_grad():
         parameters[0].view(-1)[0] = NAN
     y = op(torch.full((1, 3), 0.5))

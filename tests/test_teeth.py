@@ -301,7 +301,7 @@ def backward_moves_the_random_numbers_on(patch: MonkeyPatch) -> None:
 
 @tooth("checkpoint_effects", normalised_coupling, two_rows, "checkpoint_gradients")
 def backward_moves_the_statistics_again(patch: MonkeyPatch) -> None:
-    wrap(patch, snapshot.Snapshot, "restored", lambda right, self, copies: nullcontext())
+    wrap(patch, snapshot.Snapshot, "restored", lambda right, self, copies, functions: nullcontext())
 
 
 @tooth("checkpoint_section", coupling, two_rows, "checkpoint_gradients")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import NotInvertibleError, OptionError, place_error
 from ..wires import Wire, is_differentiable, leaves, map_wire, spread
-from .structure import copy_of
+from .copies import copy_object
 
 Residue: TypeAlias = Any  # what an op's function loses and its inverse needs; None where nothing is lost
 
@@ -164,7 +164,7 @@ class Invertible(abc.ABC):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy whose functions use copies of what they close over."""
-        return copy_of(self, memo)
+        return copy_object(self, memo)
 
     def _repr_html_(self) -> str:
         """The structure as a notebook shows it; see `invfunc.draw`."""

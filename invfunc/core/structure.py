@@ -1,177 +1,62 @@
-"""Copies: what a function closes over is copied with it.
-
-For `copy.deepcopy` a function is a constant. So the copy of a module whose op is made of closures would go on to call
-the modules that it was copied from, and the average of a model would be the model.
-"""
+"""Structure: what a function holds, and what it finds among its globals. The one place where cells are read."""
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import dis
-from functools import lru_cache, partial
-from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from collections.abc import Mapping
+from functools import lru_cache
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
-from torch import Tensor, nn
-
-from ..errors import OptionError
+LIBRARIES = ("torch", "invfunc")
+"""Whose functions find nothing of the user's among their globals."""
 
 _EMPTY_CELL = CellType()
 
 
-def contents_of(fn: FunctionType) -> dict[str, Any]:
-    """What a function closes over, and the defaults of its arguments, by name."""
-    cells = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
-    held = {name: cell.cell_contents for name, cell in cells.items() if cell != _EMPTY_CELL}
+def is_empty(cell: CellType) -> bool:
+    """Whether a cell holds nothing yet: its variable has no value."""
+    return cell == _EMPTY_CELL
+
+
+def is_of_library(module: str | None) -> bool:
+    """Whether the module of a function or a class, by its name, is one of torch or of this package."""
+    return (module or "").partition(".")[0] in LIBRARIES
+
+
+def cells_of(fn: FunctionType) -> dict[str, CellType]:
+    """The cells of a function that hold something, by name."""
+    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+    return {name: cell for name, cell in cells if not is_empty(cell)}
+
+
+def defaults_of(fn: FunctionType) -> dict[str, Any]:
+    """The defaults of a function's arguments, by name."""
     defaults, code = fn.__defaults__ or (), fn.__code__
     names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
-    return {**held, **dict(zip(names, defaults, strict=True)), **(fn.__kwdefaults__ or {})}
+    return {**dict(zip(names, defaults, strict=True)), **(fn.__kwdefaults__ or {})}
+
+
+def contents_of(fn: FunctionType) -> dict[str, Any]:
+    """What a function closes over, and the defaults of its arguments, by name."""
+    return {**{name: cell.cell_contents for name, cell in cells_of(fn).items()}, **defaults_of(fn)}
 
 
 def globals_of(fn: FunctionType) -> dict[str, Any]:
     """What a function of the user's finds among its globals, by name."""
-    if (fn.__module__ or "").partition(".")[0] in ("torch", "invfunc"):
+    return globals_in(fn.__code__, fn.__globals__)
+
+
+def globals_in(code: CodeType, names: Mapping[str, Any]) -> dict[str, Any]:
+    """`globals_of`, from a function's code and its globals."""
+    if is_of_library(names.get("__name__")):
         return {}
-    return {name: fn.__globals__[name] for name in _loaded(fn.__code__) if name in fn.__globals__}
+    return {name: names[name] for name in _loaded_names(code) if name in names}
 
 
 @lru_cache(2**10)
-def _loaded(code: CodeType) -> tuple[str, ...]:
+def _loaded_names(code: CodeType) -> tuple[str, ...]:
     """The global names that code loads; names of attributes stand beside them in ``co_names``."""
     own = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _loaded(part)]
+    inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _loaded_names(part)]
     return tuple(dict.fromkeys([*own, *inner]))
-
-
-# ---- copies ----------------------------------------------------------------------------------------------------------
-
-
-def copied(item: Any, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy` of an item, its functions among it; ``memo`` has what is copied already, by id.
-
-    Raises:
-        OptionError: When a function finds among its globals what the copy has another of.
-    """
-    if id(item) in memo:
-        return memo[id(item)]
-    kind = type(item)
-    if kind is FunctionType:
-        return _copied_function(item, memo)
-    if kind is MethodType or (kind is BuiltinMethodType and isinstance(item.__self__, Tensor)):
-        return _copied_method(item, memo)
-    if kind is partial:
-        return partial(*[copied(part, memo) for part in (item.func, *item.args)], **copied(item.keywords, memo))
-    if kind is tuple:
-        parts = tuple([copied(part, memo) for part in item])
-        return parts if any([a is not b for a, b in zip(parts, item, strict=True)]) else item
-    if kind is list:
-        memo[id(item)] = parts = []
-        parts += [copied(part, memo) for part in item]
-        return parts
-    if kind is dict:
-        memo[id(item)] = named = {}
-        named.update({copied(name, memo): copied(part, memo) for name, part in item.items()})
-        return named
-    return copy_of(item, memo) if _is_plain(item) else copy.deepcopy(item, memo)
-
-
-def copy_of(item: Any, memo: dict[int, Any]) -> Any:
-    """A copy of an object, attribute by attribute: the ``__deepcopy__`` of a class with functions."""
-    memo[id(item)] = again = object.__new__(type(item))
-    again.__dict__.update({name: copied(value, memo) for name, value in item.__dict__.items()})
-    return again
-
-
-def _is_plain(item: Any) -> bool:
-    """Whether an item is an object that is called, of a class that says nothing about copies."""
-    kind = type(item)
-    is_known = isinstance(item, (type, nn.Module)) or hasattr(kind, "__deepcopy__") or kind in copyreg.dispatch_table
-    says = any([getattr(kind, name, None) is not getattr(object, name, None) for name in _PROTOCOL])
-    return callable(item) and hasattr(item, "__dict__") and not (is_known or says or _has_slots(kind))
-
-
-_PROTOCOL = "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__new__"
-
-
-def _has_slots(kind: type) -> bool:
-    return any([getattr(base, "__slots__", ()) for base in kind.__mro__])
-
-
-def _copied_method(method: MethodType | BuiltinMethodType, memo: dict[int, Any]) -> Any:
-    owner: Any = copied(method.__self__, memo)
-    if isinstance(method, MethodType) and type(owner) is type(method.__self__):
-        return MethodType(method.__func__, owner)
-    return getattr(owner, method.__name__)  # of what has been put in the owner's place
-
-
-def _copied_function(fn: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    """A function with cells of its own for what is copied; others, such as a counter's, stay shared with the first."""
-    if not _is_copied(fn, memo):
-        return fn
-    cells = [(cell, _cell_for(cell, memo)) for cell in fn.__closure__ or ()]
-    again = FunctionType(fn.__code__, fn.__globals__, fn.__name__, None, tuple([new for _, new in cells]))
-    memo[id(fn)] = again  # it may close over itself
-    for old, new in cells:
-        if new is not old and new == _EMPTY_CELL:
-            new.cell_contents = copied(old.cell_contents, memo)
-    again.__qualname__ = fn.__qualname__
-    again.__defaults__, again.__kwdefaults__ = _held(fn.__defaults__, memo), _held(fn.__kwdefaults__, memo)
-    again.__dict__.update(_held(fn.__dict__, memo))
-    return again
-
-
-def _cell_for(cell: CellType, memo: dict[int, Any]) -> CellType:
-    is_shared = cell == _EMPTY_CELL or not _is_copied(cell.cell_contents, memo)
-    return cell if is_shared else memo.setdefault(id(cell), CellType())
-
-
-def _held(item: Any, memo: dict[int, Any]) -> Any:
-    return copied(item, memo) if _is_copied(item, memo) else item
-
-
-def _is_copied(item: Any, memo: dict[int, Any]) -> bool:
-    """Whether the copy of a function holds another one: if there are tensors inside, or what is copied already."""
-    seen: set[int] = set()
-    left = [item]
-    while left:
-        part = left.pop()
-        if id(part) in memo:
-            if memo[id(part)] is not part:
-                return True
-        elif isinstance(part, (nn.Module, Tensor)):
-            return True
-        elif id(part) not in seen:
-            seen.add(id(part))
-            left += _parts_of(part)
-            if isinstance(part, FunctionType):
-                _check_globals(part, memo, set())
-    return False
-
-
-def _parts_of(item: Any) -> list[Any]:
-    if isinstance(item, FunctionType):
-        return list(contents_of(item).values())
-    if isinstance(item, (MethodType, BuiltinMethodType)):
-        return [item.__self__]
-    if isinstance(item, partial):
-        return [item.func, *item.args, *item.keywords.values()]
-    if isinstance(item, (tuple, list)):
-        return list(item)
-    if isinstance(item, dict):
-        return list(item.values())
-    return [] if isinstance(item, (type, ModuleType)) else list(getattr(item, "__dict__", {}).values())
-
-
-def _check_globals(fn: FunctionType, memo: dict[int, Any], seen: set[int]) -> None:
-    """Raise where a function, or one that it calls, finds among its globals what the copy has another of."""
-    for name, value in globals_of(fn).items():
-        if memo.get(id(value), value) is not value:
-            raise OptionError(
-                f"{fn.__name__} finds {name}, a {type(value).__name__}, among its globals, and a copy has another",
-                expected="a function that is told what to use",
-                cure="pass the module itself, a bound method or a functools.partial, or let the function close over it",
-            )
-        if type(value) is FunctionType and id(value) not in seen:
-            seen.add(id(value))
-            _check_globals(value, memo, seen)

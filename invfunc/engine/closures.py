@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
-
-_EMPTY_CELL = CellType()
-_LIBRARIES = ("torch", "invfunc")
+from ..core.structure import LIBRARIES, globals_in, is_empty
 
 
 def contents_of(fn: FunctionType) -> list[Any]:
@@ -29,7 +27,7 @@ def contents_of(fn: FunctionType) -> list[Any]:
         found: list[Any] = []
         _torch.at_compile_time(_read)
         return found
-    cells = [None if cell == _EMPTY_CELL else cell.cell_contents for cell in fn.__closure__ or ()]
+    cells = [None if is_empty(cell) else cell.cell_contents for cell in fn.__closure__ or ()]
     return [*cells, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
 
 
@@ -59,9 +57,7 @@ def named_by(fn: FunctionType) -> list[Any]:
 
 
 def _named(code: Any, names: dict[str, Any]) -> list[tuple[str, Any]]:
-    if names.get("__name__", "").partition(".")[0] in _LIBRARIES:
-        return []
-    found = [(name, names[name]) for name in code.co_names if name in names]
+    found = globals_in(code, names).items()
     return [(name, value) for name, value in found if isinstance(value, (nn.Module, FunctionType, Tensor))]
 
 
@@ -77,7 +73,7 @@ def is_object(item: Any) -> bool:
 def _is_called(item: Any) -> bool:
     home = type(item).__module__.partition(".")[0]
     is_known = isinstance(item, (type, nn.Module, Tensor)) or is_dataclass(item)
-    return callable(item) and not is_known and home not in (*_LIBRARIES, "builtins", "functools", "types")
+    return callable(item) and not is_known and home not in (*LIBRARIES, "builtins", "functools", "types")
 
 
 # ---- while Dynamo traces: the locals are those of the function above that asks ---------------------------------------
@@ -144,7 +140,7 @@ def _existing_cell(tx: Any, source: Any, index: int, cell: CellType) -> Any:
     effects = tx.output.side_effects
     if cell in effects:
         return effects[cell]
-    if cell == _EMPTY_CELL:
+    if is_empty(cell):
         content, place = variables.DeletedVariable(), None
     elif source is None:
         content, place = variables.base.VariableTracker.build(tx, cell.cell_contents), None

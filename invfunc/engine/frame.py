@@ -15,11 +15,12 @@ from .. import _torch
 from ..core.op import Invertible, Residue, name_of
 from ..errors import ReplayError, WireError, place_error
 from ..wires import Wire
+from .buffers import BufferCopy, copies_of, worth_keeping
 from .conditions import PINS, Conditions, RandomState, Recorder, random_state
 from .interface import Options, Path, places_on
 from .keep import Around
+from .parts import Parts, version
 from .sharding import check_callees, checking_calls, is_any_sharded
-from .snapshot import BufferCopy, Parts, copies_of, version, worth_keeping
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype]
 Held: TypeAlias = tuple[Tensor, int]  # and its version when it was saved

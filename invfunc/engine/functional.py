@@ -14,7 +14,7 @@ from ..core.couple import Half
 from ..core.op import Invertible, Residue
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .interface import Run
-from .snapshot import Parts
+from .parts import Parts
 from .strands import (
     OnStrands,
     State,

@@ -20,390 +20,22 @@ NOTE [Snapshot] No gradient depends on what is found here: it only tells what ha
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain, islice
 from operator import is_, itemgetter
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _torch
 from ..errors import ReplayError
+from .buffers import BufferCopy, copies_of, may_write, may_write_into
 from .conditions import RandomState, turn
-from .devices import Late, accelerators, is_captured
+from .devices import accelerators
+from .parts import ABSENT, Attribute, Parts, Place, Table, version
 from .sharding import is_any_sharded, is_sharded
-
-# ---- what a function is made of: rule 1 of NOTE [Snapshot] ----------------------------------------------------------
-
-
-class Place(NamedTuple):
-    """Where a function finds a module or a tensor: a closure's cell, or a name in a dict."""
-
-    table: Any
-    name: Any
-    value: Any
-
-    def now(self) -> Any:
-        """What is there now."""
-        if type(self.table) is CellType:
-            return self.table.cell_contents if self.table != _EMPTY_CELL else _ABSENT
-        if type(self.table) is list:
-            return self.table[self.name] if self.name < len(self.table) else _ABSENT
-        return self.table.get(self.name, _ABSENT)
-
-    def put(self, value: Any) -> None:
-        """Put something there."""
-        if type(self.table) is CellType:
-            self.table.cell_contents = value
-        elif type(self.table) is list:
-            if self.name < len(self.table) and value is not _ABSENT:
-                self.table[self.name] = value
-        elif value is _ABSENT:
-            self.table.pop(self.name, None)
-        else:
-            self.table[self.name] = value
-
-
-class Attribute(NamedTuple):
-    """A slot of an object, or the class of a module."""
-
-    table: Any
-    name: str
-    value: Any
-
-    def now(self) -> Any:
-        """What is there now."""
-        return getattr(self.table, self.name, _ABSENT)
-
-    def put(self, value: Any) -> None:
-        """Put something there, though the object be frozen."""
-        if value is _ABSENT:
-            object.__delattr__(self.table, self.name)
-        else:
-            object.__setattr__(self.table, self.name, value)
-
-
-class Contents(NamedTuple):
-    """What a list, a dict or a set consists of."""
-
-    table: Any
-    value: Any
-
-    def now(self) -> Any:
-        """What it consists of now."""
-        return self.table.copy()
-
-    def is_same(self) -> bool:
-        """Whether it consists of the same objects as then, in the same order."""
-        now, was = self.table, self.value
-        if len(now) != len(was):
-            return False
-        return all(map(is_, now, was)) and (not isinstance(now, dict) or all(map(is_, now.values(), was.values())))
-
-    def put(self, value: Any) -> None:
-        """Put something in its place."""
-        self.table.clear()
-        (self.table.extend if isinstance(self.table, list) else self.table.update)(value)
-
-    def unwritten(self) -> list[Place]:
-        """Where the call has written into it: the places that it has left alone."""
-        if not isinstance(self.table, dict):
-            return []
-        return [Place(self.table, n, v) for n, v in self.value.items() if self.table.get(n, _ABSENT) is v]
-
-
-class Table(NamedTuple):
-    """All that a module has of a kind, in its order."""
-
-    table: dict[str, Any]
-    value: dict[str, Any]
-
-    def now(self) -> dict[str, Any]:
-        """What there is now."""
-        return self.table.copy()
-
-    def put(self, value: dict[str, Any]) -> None:
-        """Put something in its place."""
-        self.table.clear()
-        self.table.update(value)
-
-
-_EMPTY_CELL = CellType()
-_ABSENT = object()  # nothing has that name
-_DEPTH = 4  # of functions and objects inside of each other; containers and partials do not count
-
-
-class Parts:
-    """The modules and tensors of functions, and where closures find them.
-
-    Attributes:
-        roots: Modules that the functions are, or are made of.
-        called: Those of them that are called, and not only asked for a method.
-        nearby: Modules that a closure or an object can see: it may call them, or read their tensors.
-        modules: All of these, and every submodule, each once.
-        tensors: Tensors outside of modules.
-        places: Where closures and globals find what they are bound to, and slots.
-        contents: The lists, dicts, sets and objects that they or their modules hold.
-    """
-
-    __slots__ = ("called", "contents", "is_opaque", "modules", "nearby", "places", "roots", "seen", "tensors")
-
-    def __init__(self, functions: Iterable[Any]) -> None:
-        self.is_opaque = False  # whether there may be more than is seen
-        self.roots: list[nn.Module] = []
-        self.called: list[nn.Module] = []
-        self.nearby: list[nn.Module] = []
-        self.modules: list[nn.Module] = []
-        self.tensors: list[Tensor] = []
-        self.places: list[Any] = []
-        self.contents: list[Contents] = []
-        self.seen: set[int] = set()
-        for fn in functions:
-            self.add(fn, 0)
-
-    def add(self, item: Any, depth: int) -> None:
-        """Look through an item."""
-        if isinstance(item, nn.Module):
-            self.roots.append(item)
-            self.called.append(item)
-            self._add_module(item)
-        elif isinstance(item, Tensor):
-            if id(item) not in self.seen:
-                self.seen.add(id(item))
-                self.tensors.append(item)
-        elif type(item) not in _PLAIN and id(item) not in self.seen and depth < _DEPTH:
-            self.seen.add(id(item))
-            self._look_into(item, depth + 1)
-
-    def _add_module(self, module: nn.Module) -> None:
-        if id(module) in self.seen:
-            return
-        self.seen.add(id(module))
-        attributes = module.__dict__
-        if "_parameters" not in attributes:  # TorchScript keeps them elsewhere
-            return
-        self.modules.append(module)
-        for child in attributes["_modules"].values():
-            if child is not None:
-                self._add_module(child)
-        for value in islice(attributes.values(), _OWN_ATTRIBUTES, None):  # a list hides modules from torch
-            if type(value) in _CONTAINERS or isinstance(value, (list, dict, set)):
-                self.add(value, 1)
-            elif isinstance(value, Tensor):
-                name = next(name for name, item in attributes.items() if item is value)
-                self._add_at(Place(attributes, name, value), 1)
-            else:
-                self._add_values(value, 1)
-
-    def _add_values(self, item: Any, depth: int) -> None:
-        """What an object that a module holds consists of; what it calls is not looked for."""
-        if type(item) in _PLAIN or id(item) in self.seen or depth > _DEPTH:
-            return
-        self.seen.add(id(item))
-        if isinstance(item, (list, dict, set)):
-            if self._note_contents(item):
-                for part in item.values() if isinstance(item, dict) else item:
-                    self._add_values(part, depth + 1)
-        elif _has_values(item) and not isinstance(item, (nn.Module, Tensor)):
-            self._add_values(getattr(item, "__dict__", None), depth + 1)
-            self.places += _slots_of(item)
-
-    def _note_contents(self, table: list[Any] | dict[Any, Any] | set[Any]) -> bool:
-        """Unless it is large: it is copied in every call."""
-        if len(table) > _MANY:
-            return False
-        self.contents.append(Contents(table, table.copy()))
-        return True
-
-    def _look_into(self, item: Any, depth: int) -> None:
-        kind = type(item)
-        if kind is MethodType:
-            self._add_owner(item, depth)
-        elif kind is FunctionType:
-            self._add_closure(item, depth)
-        elif kind is partial:
-            for part in (item.func, *item.args, *item.keywords.values()):
-                self.add(part, depth - 1)
-        elif hasattr(item, "functions"):  # the package's own values and wrappers
-            for part in item.functions:
-                self.add(part, depth - 1)
-        elif isinstance(item, tuple):
-            for part in item:
-                self.add(part, depth - 1)
-        elif isinstance(item, (list, dict, set)):
-            self._add_items(item, depth - 1)
-        elif not isinstance(item, (type, ModuleType, BuiltinFunctionType)):
-            self.is_opaque |= callable(item)
-            if _has_values(item):
-                self._add_object(item, depth)
-
-    def _add_items(self, table: Any, depth: int) -> None:
-        is_whole = self._note_contents(table)
-        for name, part in list(table.items() if isinstance(table, dict) else enumerate(table)):
-            if not (is_whole or isinstance(table, set)) and isinstance(part, (nn.Module, Tensor)):
-                self.places.append(Place(table, name, part))
-            self.add(part, depth)
-
-    def _add_object(self, item: Any, depth: int) -> None:
-        table = getattr(item, "__dict__", _NOTHING)
-        is_whole = self._note_contents(table)
-        for name, value in list(table.items()):
-            if is_whole:
-                self._add_near(value, depth)
-            elif isinstance(value, (nn.Module, Tensor)):
-                self._add_at(Place(table, name, value), depth)
-        for place in _slots_of(item):
-            self._add_at(place, depth)
-
-    def _add_owner(self, method: MethodType, depth: int) -> None:
-        owner = method.__self__
-        if isinstance(owner, nn.Module) and method.__func__ is not nn.Module.__call__:
-            self.roots.append(owner)
-            self._add_module(owner)
-        else:
-            self.add(owner, depth)
-
-    def _add_closure(self, fn: FunctionType, depth: int) -> None:
-        self.is_opaque |= bool(fn.__closure__) or fn.__module__.partition(".")[0] not in _LIBRARIES
-        for cell in fn.__closure__ or ():
-            if cell != _EMPTY_CELL:
-                self._add_at(Place(cell, None, cell.cell_contents), depth)
-        for value in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or _NOTHING).values()):
-            self.add(value, depth)
-        if fn.__module__.partition(".")[0] not in _LIBRARIES:
-            names = fn.__globals__
-            for name in fn.__code__.co_names:
-                if name in names and (isinstance(names[name], _INTERESTING) or _is_value(names[name])):
-                    self._add_at(Place(names, name, names[name]), depth)
-
-    def _add_at(self, place: Place | Attribute, depth: int) -> None:
-        self.places.append(place)
-        self._add_near(place.value, depth)
-
-    def _add_near(self, value: Any, depth: int) -> None:
-        if isinstance(value, nn.Module):
-            self.nearby.append(value)
-            self._add_module(value)
-        else:
-            self.add(value, depth)
-
-
-_NOTHING: dict[str, Any] = {}
-_OWN_ATTRIBUTES = len(vars(nn.Module()))  # every module's own, which come first
-_CONTAINERS = frozenset((tuple, FunctionType, MethodType, partial))
-_PLAIN = frozenset((
-    int, float, str, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device, torch.Generator,
-))  # fmt: skip
-_LIBRARIES = ("torch", "invfunc")
-_INTERESTING = (nn.Module, Tensor, FunctionType, MethodType, partial)
-_CLOSED = sys.stdlib_module_names - {"types", "argparse", "builtins"}  # whose objects are no values: loggers, locks
-_MANY = 256  # items
-
-
-def _has_values(item: Any) -> bool:
-    """Whether an object is one of the user's, with attributes that a function may read."""
-    kind = type(item)
-    is_open = kind.__module__.partition(".")[0] not in _CLOSED
-    return is_open and (hasattr(item, "__dict__") or hasattr(kind, "__slots__"))
-
-
-def _slots_of(item: Any) -> list[Attribute]:
-    names = getattr(type(item), "__slots__", ())
-    return [Attribute(item, name, getattr(item, name)) for name in names if hasattr(item, name)]
-
-
-def _is_value(item: Any) -> bool:
-    """Whether a function reads a global, and does not call it."""
-    return type(item) in _PLAIN or not (callable(item) or isinstance(item, ModuleType))
-
-
-def version(tensor: Tensor) -> int:
-    """A tensor's version counter; inference tensors have none and can not change under autograd."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-# ---- buffers before a call: rule 3 of NOTE [Snapshot] ---------------------------------------------------------------
-
-
-_SMALL = 2**13  # elements: cheaper to copy than to ask
-_WRITES: WeakKeyDictionary[nn.Module, dict[tuple[str, bool], bool | Late]] = WeakKeyDictionary()
-"""Whether a module writes a buffer when it is called: by name, and by whether it is in training. Not for small buffers
-in training, which are copied without asking."""
-
-
-class BufferCopy(NamedTuple):
-    """A buffer of a module, as it was before a call."""
-
-    module: nn.Module
-    name: str
-    tensor: Tensor
-    copy: Tensor
-
-
-def _is_training(module: nn.Module) -> bool:
-    return module.__dict__.get("training", False)  # a compiled module asks the one inside
-
-
-def _is_copied_unasked(module: nn.Module, tensor: Tensor) -> bool:
-    return _is_training(module) and tensor.numel() <= _SMALL
-
-
-def may_write(module: nn.Module) -> bool:
-    """Whether a module may write one of its buffers when it is called."""
-    return any([_may_write(module, name, t) for name, t in module.__dict__["_buffers"].items() if t is not None])
-
-
-def _may_write(module: nn.Module, name: str, tensor: Tensor) -> bool:
-    if tensor.requires_grad:
-        return False
-    return _is_copied_unasked(module, tensor) or _is_known_to_write(module, (name, _is_training(module))) is not False
-
-
-def _is_known_to_write(module: nn.Module, key: tuple[str, bool]) -> bool | None:
-    """Whether a module writes a buffer; None where nobody has asked, or the answer is still on its way."""
-    known = _WRITES.get(module) or {}
-    found = known.get(key)
-    if not isinstance(found, Late):
-        return found
-    if not found.is_here():
-        return None
-    known[key] = wrote = any(found.values())
-    return wrote
-
-
-def copies_of(functions: Iterable[Any]) -> list[BufferCopy]:
-    """The buffers that a call of functions may write, as they are."""
-    return [
-        BufferCopy(module, name, tensor, tensor.detach().clone())
-        for module in Parts(functions).modules
-        for name, tensor in module.__dict__["_buffers"].items()
-        if tensor is not None and _may_write(module, name, tensor)
-    ]
-
-
-def worth_keeping(copy: BufferCopy) -> bool:
-    """Whether a copy is worth keeping: only if the buffer was written, which is asked once for a module."""
-    if _is_copied_unasked(copy.module, copy.tensor):
-        return True
-    known, key = _WRITES.setdefault(copy.module, {}), (copy.name, _is_training(copy.module))
-    if key not in known and not is_captured(copy.tensor.device):
-        now = copy.module._buffers.get(copy.name)
-        known[key] = now is not copy.tensor or _send_difference(copy.tensor, copy.copy)
-    return _is_known_to_write(copy.module, key) is not False
-
-
-def _send_difference(a: Tensor, b: Tensor) -> Late | bool:
-    """Whether tensors differ; from a device, that comes later."""
-    return not torch.equal(a, b) if a.is_cpu else Late((a != b).any().reshape(1))
-
-
-# ---- the snapshot ----------------------------------------------------------------------------------------------------
 
 _HOOKS = (
     "_forward_hooks",
@@ -606,8 +238,8 @@ class Snapshot:
         changes: list[Any] = []
         attributes = _by_table(self.names[0], self.sizes[0], self.attributes)
         for i, (now, was) in enumerate(zip(self.owned, attributes, strict=True)):
-            names = [n for n in {**now, **was} if now.get(n, _ABSENT) is not was.get(n, _ABSENT)]
-            changes += [Place(now, n, was.get(n, _ABSENT)) for n in names if (i, n) not in self.written]
+            names = [n for n in {**now, **was} if now.get(n, ABSENT) is not was.get(n, ABSENT)]
+            changes += [Place(now, n, was.get(n, ABSENT)) for n in names if (i, n) not in self.written]
         for now, was in zip(self.tables, _by_table(self.names[1], self.sizes[1], self.slots), strict=True):
             if not _is_flat([now], tuple(was.values())):
                 changes.append(Table(now, was))
@@ -626,14 +258,16 @@ class Snapshot:
         """Rule 5 of NOTE [Snapshot]: tensors that were not there before the call ran again."""
         for now, was in zip(self.owned, before, strict=True):
             for name, value in list(now.items()):
-                if isinstance(value, Tensor) and was.get(name, _ABSENT) is not value:
-                    Place(now, name, None).put(was.get(name, _ABSENT))
+                if isinstance(value, Tensor) and was.get(name, ABSENT) is not value:
+                    Place(now, name, None).put(was.get(name, ABSENT))
 
     def _changed_flags(self, copies: Sequence[BufferCopy], functions: Iterable[Any]) -> list[tuple[Tensor, bool]]:
         """Rule 4 of NOTE [Snapshot]; a tensor that was only frozen, or thawed, is restored."""
         flags: list[tuple[Tensor, bool]] = []
         modules = self.parts.modules
-        unread = {id(t) for m in modules for name, t in m._buffers.items() if t is not None and _may_write(m, name, t)}
+        unread = {
+            id(t) for m in modules for name, t in m._buffers.items() if t is not None and may_write_into(m, name, t)
+        }
         unread |= {id(copy.tensor) for copy in copies}
         if self._has_same_structure():  # what others read may have been written: they step in backward
             unread |= _ids_in_sight(self) - _ids_in_sight(Snapshot(functions))

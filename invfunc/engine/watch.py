@@ -34,8 +34,8 @@ from ..wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
 from .conditions import PINS, Conditions, Pinned, RandomState, Recorder, turn
 from .devices import accelerators
 from .frame import changed_input
+from .parts import Parts, version
 from .sharding import check_callee
-from .snapshot import Parts, version
 from .strands import fetch
 
 T = TypeVar("T")

@@ -29,8 +29,8 @@ from ..core.couple import Affine, Half
 from ..core.op import Chain, Invertible, LiveVJP, Pair, Residue, graph_leaves
 from ..engine.conditions import threads
 from ..engine.lower import cut_points
+from ..engine.parts import Parts
 from ..engine.region import RecordedCall
-from ..engine.snapshot import Parts
 from ..errors import DomainError, place_error
 from ..plan.executor import Planned, has_inverse
 from ..wires import Wire, is_differentiable, leaves, map_wire, spread

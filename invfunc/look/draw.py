@@ -28,7 +28,8 @@ from ..core.op import Chain, Invertible, OneWay, lift, name_of, named
 from ..engine.frame import Frame
 from ..engine.interface import Run, State
 from ..engine.lower import walk
-from ..engine.snapshot import Parts, undrawn
+from ..engine.parts import Parts
+from ..engine.snapshot import undrawn
 from ..errors import OptionError
 from ..exact.transform import Gridded
 from ..plan import report

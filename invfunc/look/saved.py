@@ -16,7 +16,7 @@ from ..core.combine import Parallel
 from ..core.op import Chain, Invertible
 from ..engine.frame import OBSERVER, Observed, Record
 from ..engine.interface import places_on
-from ..engine.snapshot import Parts
+from ..engine.parts import Parts
 from ..engine.trunk import is_tail, kept_by_tail
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.op import Invertible, graph_leaves
 from ..engine.devices import generators
-from ..engine.snapshot import Parts
+from ..engine.parts import Parts
 from ..wires import Wire, is_differentiable, leaves, map_wire
 
 

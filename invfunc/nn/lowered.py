@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from .. import _torch
 from ..checkpoint import Wrapper, checkpoint
 from ..core.combine import Parallel, split
+from ..core.copies import deep_copy
 from ..core.couple import Half, additive, as_law, couple
 from ..core.op import Chain, Invertible, OneWay, Pair, chain
-from ..core.structure import contents_of, copied, globals_of
+from ..core.structure import contents_of, globals_of
 from ..errors import OptionError
 from ..wires import Wire
 from .module import InvertibleModule, Live, Module, op_of
@@ -304,7 +305,7 @@ def rebuilt(op: Invertible, now: Callable[[Path, Owner], Any], path: Path = ()) 
         return replace(op, op=parts[0])
     if isinstance(op, (Chain, Parallel)):
         return replace(op, _parts=tuple(parts))
-    return copied(op, {id(old): new for new, (_, old) in zip(parts, inner, strict=True)})
+    return deep_copy(op, {id(old): new for new, (_, old) in zip(parts, inner, strict=True)})
 
 
 def _primitive_with(op: Invertible, uses: list[tuple[Owner, Any]]) -> Invertible:
@@ -314,7 +315,7 @@ def _primitive_with(op: Invertible, uses: list[tuple[Owner, Any]]) -> Invertible
         _, module = uses[0]
         one = Live(module) if isinstance(module, Module) else chain(module)
         return one.inverted() if op.backwards else one
-    return copied(op, {id(old): new for old, new in uses})
+    return deep_copy(op, {id(old): new for old, new in uses})
 
 
 def _named_parts(op: Invertible) -> list[tuple[str, Invertible]]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .. import _torch
 from ..checkpoint import Checkpointed, Wrapper, checkpoint, mark
 from ..core.context import Context, bind
+from ..core.copies import copy_object
 from ..core.op import Inverse, Invertible, Residue, pair
-from ..core.structure import copy_of
 from ..engine.conditions import RandomState
 from ..engine.devices import accelerators
 from ..engine.donation import saved_by_its_maker, why_not_donate
@@ -173,7 +173,7 @@ class Module(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy whose functions use copies of what they close over."""
-        return copy_of(self, memo)
+        return copy_object(self, memo)
 
     def build(self) -> Invertible:
         """The op as the module is now."""
