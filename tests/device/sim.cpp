@@ -434,7 +434,7 @@ struct Call {
   }
   std::vector<c10::Storage> kept;  // so that an address means one storage
 
-  // What a kernel has resized is so for us.
+  // What a kernel has resized, or conjugated by its flag, is so for us.
   void follow() {
     for (auto& [own, borrowed] : lent) {
       auto* mine = own.storage().unsafeGetStorageImpl();
@@ -447,6 +447,7 @@ struct Call {
         own.unsafeGetTensorImpl()->set_sizes_and_strides(
             borrowed.sizes(), borrowed.strides(), borrowed.storage_offset());
       }
+      if (own.is_conj() != borrowed.is_conj()) own._set_conj(borrowed.is_conj());
     }
   }
 };
