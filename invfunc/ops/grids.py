@@ -89,7 +89,8 @@ class Mixed:
 
     def draw(self, x: Tensor) -> Tensor:
         """A gamma for each sample, of a shape that broadcasts."""
-        gammas = torch.tensor(self.gammas, dtype=x.dtype, device=x.device)
+        # Filled there: a copy from the host's memory waits for a device.
+        gammas = torch.stack([torch.full((), gamma, dtype=x.dtype, device=x.device) for gamma in self.gammas])
         shape = (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else ()
         if len(self.gammas) == 1:
             return gammas.expand(shape)
