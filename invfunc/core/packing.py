@@ -36,18 +36,38 @@ def _places(like: Tensor) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
-def pack_codes(codes: Tensor) -> tuple[Tensor, Tensor]:
+def pack_codes(codes: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """An int8 tensor whose values are mostly -1, 0 and 1: four to a byte, and a list of the others in their order.
+
+    Args:
+        codes: The tensor.
+        count: How many others there are, if it is known: to find out is to wait for a device.
 
     Example:
         >>> pack_codes(torch.tensor([0, 1, -1, 0, 7], dtype=torch.int8))
         (tensor([49,  6], dtype=torch.uint8), tensor([7], dtype=torch.int8))
     """
-    flat = codes.reshape(-1)
-    small = (flat + 1).view(torch.uint8).clamp_(max=_ELSE)  # whatever is not -1, 0 or 1 wraps or lies above
+    small = _small(codes)
     quarters = torch.cat([small, small.new_zeros(-small.shape[0] % 4)]).view(4, -1)
     packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
-    return packed, flat[small == _ELSE]
+    others = small == _ELSE
+    places = others.nonzero() if count is None else torch.nonzero_static(others, size=count)
+    return packed, codes.reshape(-1)[places[:, 0]]
+
+
+def count_others(codes: Tensor) -> Tensor:
+    """How many values of an int8 tensor are not -1, 0 or 1.
+
+    Example:
+        >>> count_others(torch.tensor([0, 1, -1, 0, 7], dtype=torch.int8))
+        tensor(1)
+    """
+    return (_small(codes) == _ELSE).sum()
+
+
+def _small(codes: Tensor) -> Tensor:
+    flat = codes.reshape(-1) + 1
+    return flat.view(torch.uint8).clamp_(max=_ELSE)  # whatever is not -1, 0 or 1 wraps or lies above
 
 
 def unpack_codes(packed: Tensor, others: Tensor, shape: Sequence[int]) -> Tensor:

@@ -259,7 +259,7 @@ def _parts(op: Chain | Parallel, lift: Lift, path: Path) -> tuple[Invertible, ..
 class Codes:
     """Differences, one byte an element; lifts primitives to ops that keep them."""
 
-    waits = False  # for a device, to know how much there is to keep
+    is_packed = False
 
     def __call__(self, op: Invertible, path: Path) -> Invertible:
         """Lift a primitive."""
@@ -275,7 +275,7 @@ class Codes:
         """What is kept of a leaf."""
         if not is_differentiable(x):
             return None
-        return self.packed(difference(x, guess)) if x.is_cpu or self.waits else LateDifference(x, guess)
+        return self.packed(difference(x, guess)) if x.is_cpu else LateDifference(x, guess, self.is_packed)
 
     def decode(self, guess: Any, kept: Any) -> Any:
         """A leaf of which a guess was made."""
@@ -297,7 +297,7 @@ class Codes:
 class PackedCodes(Codes):
     """Differences, two bits an element where they are at most 1."""
 
-    waits = True
+    is_packed = True
 
     def packed(self, found: Any) -> Any:
         dtype, codes, *escapes = found
