@@ -6,7 +6,7 @@ Nothing here is CUDA's: `torch.accelerator` and the module of a device answer fo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,8 +28,8 @@ class Late:
     __slots__ = ("event", "host")
 
     def __init__(self, values: Tensor) -> None:
-        self.host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-        self.host.copy_(values, non_blocking=True)
+        host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        self.host = _torch.unwrapped(host.copy_(values, non_blocking=True))  # it may be read when a transform has ended
         self.event = torch.Event(values.device)
         self.event.record(torch.accelerator.current_stream(values.device))
 
@@ -62,6 +62,25 @@ class _Here(Late):
 
     def values(self, wait: bool = False) -> list[float]:
         return self.host.tolist()
+
+
+class Answers:
+    """What a device answers to a question that is asked again and again, in order.
+
+    The host is at most some answers ahead: there it waits for the oldest, while the device still has work.
+    """
+
+    AHEAD = 4
+
+    def __init__(self) -> None:
+        self.late: deque[Late] = deque()
+
+    def ask(self, values: Tensor) -> Iterator[list[float]]:
+        """Send one more answer, and hear those that have arrived: none while a graph is captured."""
+        if not is_captured(values.device):
+            self.late.append(Late(values))
+        while self.late and (self.late[0].is_here() or len(self.late) > self.AHEAD):
+            yield self.late.popleft().values(wait=True)
 
 
 _QUEUE: deque[tuple[Sequence[Late], Callable[[], None]]] = deque()

@@ -14,6 +14,10 @@ NOTE [Implicit] An op y = F(x) whose inverse is found by iteration:
     steps follow as a vector without structure needs to vanish under repeated application of f's Jacobian.
 5.  Weights are computed once for all evaluations of one solve: spectral normalisation moves its estimate, and with it
     the weights, in every evaluation in training, so that there would be no fixed point.
+6.  To ask a device whether an iteration has ended is to wait for it. So the answers travel on their own, every few
+    steps, and the host goes on meanwhile, some answers ahead. From the step on that ends it, the device keeps x as it
+    is: the result does not depend on when the answer comes. If none has come after the last step, x is NaN where the
+    iteration has not ended, and the error comes late, as that of `invfunc.exact` does.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from ..core.context import Context, bind, tell
 from ..core.couple import add_wires, affine, as_law, sum_per_sample
 from ..core.op import VJP, Again, Inverse, Invertible, Pair, Residue, graph_leaves, name_of
 from ..debug import checking
+from ..engine.devices import Answers, when_here
 from ..engine.interface import Options, Run
 from ..engine.lower import engine_for, runs_plainly
 from ..engine.snapshot import unmoved
@@ -284,30 +289,51 @@ def _only(pull: Callable[[Tensor], tuple[Tensor]], g: Tensor) -> Tensor:
 
 
 def _iterate(step: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, limits: Limits) -> Tensor:
-    """``x <- step(x)`` until it stands still; y sets the scale beside x. To look at a device is to wait for it."""
+    """``x <- step(x)`` until it stands still, or an error; y sets the scale beside x."""
     enough, nearly = (limits.tolerance, 0.0) if limits.tolerance else _tolerances(x)
-    before, first, moved, ratio, count = float("inf"), 0.0, 0.0, 0.0, 0
-    apart = 1 if x.is_cpu else min(_BLIND, limits.max_iterations)
-    for count in range(apart, limits.max_iterations + 1, apart):
-        for _ in range(apart - 1):
-            x = step(x)
-        new = step(x)
-        (moved, length), (largest, _), (scale, _) = _sizes(new - x, new, y)
-        moved /= max(largest, scale, torch.finfo(x.dtype).tiny)
-        x = new
-        if moved <= enough or (moved <= nearly and length >= before):
-            return x
-        ratio, before = (length / before) ** (1 / apart), length
-        first = length if count == apart else first
-        if not length <= 1e6 * first < float("inf"):  # it diverges, or is NaN
-            break
+    hear = partial(_has_ended, limits, enough)
+    x, ended = _until(_Standstill(y, enough, nearly), hear, step, x, limits.max_iterations)
+    return x if ended is True else torch.where(ended, x, float("nan"))
+
+
+def _has_ended(limits: Limits, enough: float, answer: Iterable[Any]) -> bool:
+    """Whether an iteration has ended; raises if it never will."""
+    ends, goes_on, moved, ratio, count = answer
+    if ends or (goes_on and count < limits.max_iterations):
+        return bool(ends)
     raise DomainError(
-        f"{limits.subject}: its inverse did not converge in {count} iterations",
+        f"{limits.subject}: its inverse did not converge in {count:.0f} iterations",
         expected=f"f with a Lipschitz constant below 1, and steps down to {enough:.2g} of x",
         got=f"a step of {moved:.2g}, {ratio:.3g} of the one before it",
         cure="bound every layer of f with torch.nn.utils.parametrizations.spectral_norm (and scale it below 1), leave "
         "dropout out of it, or raise max_iterations or tolerance",
     )
+
+
+def _until(
+    judge: _Standstill, hear: Callable[[Iterable[Any]], bool], step: Callable[[Tensor], Tensor], x: Tensor, most: int
+) -> tuple[Tensor, Any]:
+    """``x <- step(x)`` until it is heard that it has ended, or a number of times; and whether it has.
+
+    Rule 6 of NOTE [Implicit]: a device tells it late. So x stays there as it was when it had ended.
+    """
+    ended, made, apart, answers = False, 0, _apart(x), Answers()
+    while made < most:
+        last, new = x, step(x)
+        for _ in range(min(apart, most - made) - 1):
+            last, new = new, step(new)
+        made = min(made + apart, most)
+        ends, *more = judge(last, new)
+        x, ended = new if ended is False else torch.where(ended, x, new), ends | ended
+        answer = (ended, *more, made)
+        if any(map(hear, [answer] if x.is_cpu else answers.ask(_numbers(*answer)))):
+            return x, True
+    when_here(answers.late, lambda: any(map(hear, [late.values() for late in answers.late])))
+    return x, ended
+
+
+def _numbers(ended: Tensor, goes_on: Tensor, moved: Tensor, ratio: Tensor, made: int) -> Tensor:
+    return torch.stack([ended.to(moved.dtype), goes_on.to(moved.dtype), moved, ratio, torch.full_like(moved, made)])
 
 
 def _tolerances(x: Tensor) -> tuple[float, float]:
@@ -320,23 +346,51 @@ def _tolerances(x: Tensor) -> tuple[float, float]:
     return 8 * eps if eps < 1e-5 else eps, 1024 * coarse if coarse < 1e-5 else coarse**0.5
 
 
-_BLIND = 4  # iterations on a device between two looks
+def _apart(x: Tensor) -> int:
+    """How many steps lie between two answers."""
+    return 1 if x.is_cpu else 4
 
 
-def _sizes(*tensors: Tensor) -> list[list[float]]:
-    """The largest absolute value and the length of each, over every sample of every transform, in one transfer."""
-    return torch.stack(list(map(_sizes_of, tensors))).tolist()
+@dataclass
+class _Standstill:
+    """Judges an iteration by its steps: their size beside that of x and y, and whether they still grow shorter."""
+
+    y: Tensor
+    enough: float
+    nearly: float = 0.0
+    before: Any = float("inf")
+    first: Any = None
+
+    def __call__(self, last: Tensor, new: Tensor) -> tuple[Any, ...]:
+        """Whether it stands still, whether it may yet, and the step beside x and beside the one before."""
+        moved, length, scale = _sizes(new - last, new, self.y)
+        moved = moved / scale
+        ends = (moved <= self.enough) | ((moved <= self.nearly) & (length >= self.before))
+        self.first = length if self.first is None else self.first
+        goes_on = (length <= 1e6 * self.first) & (1e6 * self.first < float("inf"))  # it does not diverge, nor is NaN
+        ratio, self.before = (length / self.before) ** (1 / _apart(new)), length
+        return ends, goes_on, moved, ratio
 
 
-def _sizes_of(tensor: Tensor) -> Tensor:
-    flat = _torch.unwrapped(tensor).detach().flatten()
-    if not flat.numel():
-        return flat.new_zeros(2)
-    return torch.stack((flat.abs().max(), torch.linalg.vector_norm(flat)))
+def _sizes(step: Tensor, *others: Tensor) -> Iterable[Any]:
+    """The largest absolute value and the length of a step, and the largest value of others: over all samples of every
+    transform, and in one transfer."""
+    scale = torch.stack(list(map(_largest_of, others))).max().clamp(min=torch.finfo(step.dtype).tiny)
+    sizes = torch.stack((_largest_of(step), torch.linalg.vector_norm(_flat(step)), scale))
+    return sizes.tolist() if sizes.is_cpu else sizes.to(torch.promote_types(sizes.dtype, torch.float32)).unbind()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return _torch.unwrapped(tensor).detach().flatten()
+
+
+def _largest_of(tensor: Tensor) -> Tensor:
+    flat = _flat(tensor).abs()
+    return flat.max() if flat.numel() else flat.new_zeros(())
 
 
 def _largest(tensor: Tensor) -> float:
-    return _sizes(tensor)[0][0]
+    return _largest_of(tensor).item()
 
 
 def _steps_to_forget(fn: Callable[[Tensor], Tensor], x: Tensor, limits: Limits) -> int:
@@ -554,7 +608,7 @@ class SeriesLogDet:
 def _geometric(keep: float) -> int:
     """How often a coin that falls on "go on" with this probability does so before it does not."""
     count = 0
-    while torch.rand(()).item() < keep:
+    while torch.rand((), device="cpu").item() < keep:
         count += 1
     return count
 
@@ -690,12 +744,12 @@ class Autoregressive:
         t = self.given(x, context)
         transposed = _transposed(partial(self._alone, context), x)
         diagonal = _transposed(self.op(t).forward, x)(torch.ones_like(x))
-        g, stops = gx / diagonal, not torch.is_grad_enabled() and not _torch.forward_mode()
-        for _ in range(x.shape[self.dim]):
-            new = g + (gx - transposed(g)) / diagonal
-            if stops and _largest(new - g) <= 2 * torch.finfo(g.dtype).eps * _largest(new):
-                return new
-            g = new
+        g, step, count = gx / diagonal, partial(_jacobi_step, transposed, gx, diagonal), x.shape[self.dim]
+        if not torch.is_grad_enabled() and not _torch.forward_mode():
+            judge = _Standstill(gx.new_zeros(()), 2 * torch.finfo(g.dtype).eps)
+            return _until(judge, _is_first, step, g, count)[0]
+        for _ in range(count):
+            g = step(g)
         return g
 
     def _alone(self, context: tuple[Wire, ...], x: Tensor) -> Tensor:
@@ -727,6 +781,14 @@ class Autoregressive:
                 got=f"a change by {apart:.3g} when elements from {i} on change",
                 cure="mask the net, and shift its output by one element if element i sees itself",
             )
+
+
+def _jacobi_step(transposed: Callable[[Tensor], Tensor], gx: Tensor, diagonal: Tensor, g: Tensor) -> Tensor:
+    return g + (gx - transposed(g)) / diagonal
+
+
+def _is_first(answer: Iterable[Any]) -> bool:
+    return bool(next(iter(answer)))
 
 
 def autoregressive(
