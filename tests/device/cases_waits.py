@@ -10,7 +10,7 @@ from kit import TOLERANCE, assert_close, bowl, network
 from torch import Tensor, nn
 
 import invfunc as inv
-from invfunc.errors import DriftError, DriftWarning, ReplayError
+from invfunc.errors import DomainError, DriftError, DriftWarning, ReplayError
 
 from . import sim
 from .cases_training import DEVICE, LOWERINGS, branch
@@ -45,17 +45,89 @@ def test_an_op_does_not_wait(make: Callable[[], tuple[Any, Tensor]]) -> None:
     assert_no_waits(inv.checkpoint(op), x)
 
 
-def test_an_iteration_looks_at_the_device_now_and_then() -> None:
-    f = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).to(DEVICE)
-    with torch.no_grad():
-        f[0].weight.mul_(0.5)
-    calls = []
-    op = inv.ops.residual_flow(lambda x: calls.append(1) or f(x))
-    y = torch.randn(6, 8, device=DEVICE)
-    with sim.waits() as seen, torch.no_grad():
+# ---- iterations ------------------------------------------------------------------------------------------------------
+
+
+def flow_of(calls: list[int], device: str, **options: Any) -> tuple[inv.Invertible, Tensor]:
+    """A residual flow whose branch counts its calls, and an input; the same numbers on every device."""
+    torch.manual_seed(3)
+    f = nn.Linear(8, 8).requires_grad_(False).to(device)
+    f.weight.mul_(0.5 / torch.linalg.matrix_norm(f.weight, 2))
+    branch = lambda x: calls.append(1) or torch.tanh(f(x))  # noqa: E731
+    return inv.ops.residual_flow(branch, **options), torch.randn(6, 8).to(device)
+
+
+def test_an_iteration_ends_where_it_does_on_the_cpu_some_steps_late() -> None:
+    counts, found = {}, {}
+    for device in ("cpu", DEVICE):
+        calls: list[int] = []
+        op, y = flow_of(calls, device)
+        with sim.waits(raising=True):
+            found[device] = op.inverse(y)
+        counts[device] = len(calls)
+    assert_close(found[DEVICE].cpu(), found["cpu"])
+    assert counts["cpu"] < counts[DEVICE] <= counts["cpu"] + 4 * (inv.engine.devices.Answers.AHEAD + 1)
+
+
+@pytest.mark.parametrize("queries", [0, 1, 5])
+def test_a_result_does_not_depend_on_when_the_answer_comes(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, y = flow_of([], DEVICE)
+    expected = op.inverse(y)
+    left: dict[Any, int] = {}
+
+    def is_here(late: Any) -> bool:
+        left[late] = left.get(late, queries) - 1
+        return left[late] < 0 and late.event.query()
+
+    monkeypatch.setattr(inv.engine.devices.Late, "is_here", is_here)
+    assert torch.equal(op.inverse(y), expected)
+
+
+def test_a_host_is_only_some_answers_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    op, y = flow_of(calls, DEVICE)
+    monkeypatch.setattr(inv.engine.devices.Late, "is_here", lambda late: False)
+    with sim.waits() as seen:
+        op.inverse(y)
+    assert set(seen) == {"synchronize an event"} and len(calls) < 100
+
+
+@pytest.mark.parametrize(
+    ("f", "most", "count"), [(lambda x: -x, 500, 500), (lambda x: 2 * x, 500, 24), (lambda x: 2 * x, 6, 6)]
+)
+def test_an_iteration_that_does_not_end_is_an_error_or_nan_and_then_an_error(f: Any, most: int, count: int) -> None:
+    op, y = inv.ops.residual_flow(f, max_iterations=most), torch.randn(6, 8, device=DEVICE)
+    with pytest.raises(DomainError, match=f"its inverse did not converge in {count} iterations"):
+        assert op.inverse(y).isnan().all()
+        torch.accelerator.synchronize()
+        inv.checkpoint(inv.ops.exp())(y.requires_grad_())
+
+
+def test_an_iteration_takes_all_of_its_steps_while_a_graph_is_captured() -> None:
+    calls: list[int] = []
+    op, y = flow_of(calls, DEVICE, max_iterations=70)
+    expected = op.inverse(y)
+    calls.clear()
+    with sim.capture():
         x = op.inverse(y)
-    assert_close(op.forward(x), y, TOLERANCE)
-    assert 0 < seen.total <= len(calls) / 4
+    assert_close(x, expected)
+    assert len(calls) == 70 + 1  # and once for the gradient at the solution
+
+
+def test_the_length_of_a_series_is_drawn_on_the_host() -> None:
+    fn, x = lambda x: 0.3 * torch.sin(x), torch.randn(6, 8, device=DEVICE)
+    op = inv.with_log_det(inv.ops.residual_flow(fn, log_det=inv.ops.roulette_log_det(2, 0.5)))
+    found = []
+    for run in (op, inv.checkpoint(op)):
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        with torch.device(DEVICE), sim.waits(raising=True):
+            y, total = run((leaf, torch.zeros(6)))
+            found.append([y, total, *torch.autograd.grad(bowl(y) + bowl(total), leaf)])
+    assert_close(found[1], found[0], TOLERANCE)
+
+
+# ---- sizes that depend on data ---------------------------------------------------------------------------------------
 
 
 def test_new_sizes_do_not_wait() -> None:
@@ -64,11 +136,12 @@ def test_new_sizes_do_not_wait() -> None:
         assert_no_waits(fast, torch.randn(size, 8, device=DEVICE))
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e6])
-def test_what_escapes_its_byte_comes_back(scale: float) -> None:
+def test_what_escapes_its_byte_comes_back(scale: float, pack: bool) -> None:
     op = network([lambda x: scale * torch.sin(x)] * 20, dim=-1)  # of a large step little is left of what was small
     x = torch.randn(50, 8, device=DEVICE)
-    fast = inv.checkpoint(inv.exact(op, mode="codes"))
+    fast = inv.checkpoint(inv.exact(op, mode="codes", pack=pack))
     for _ in range(2):
         with sim.waits() as seen:
             leaf = x.clone().requires_grad_()

@@ -476,6 +476,11 @@ IValue mapped(const IValue& value, Fn fn) {
   return out;
 }
 
+bool takes(const c10::Argument& argument, c10::TypeKind kind) {
+  auto optional = argument.type()->cast<c10::OptionalType>();
+  return (optional ? optional->getElementType() : argument.type())->kind() == kind;
+}
+
 void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   const auto& schema = op.schema();
   const auto count = schema.arguments().size();
@@ -498,8 +503,7 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   }
   for (size_t i = 0; i < count; ++i) {
     auto& value = (*stack)[begin + i];
-    auto type = schema.arguments()[i].type();
-    bool is_generator = type->str().find("Generator") != std::string::npos;
+    bool is_generator = takes(schema.arguments()[i], c10::TypeKind::GeneratorType);
     takes_generator = takes_generator || is_generator;
     if (is_generator && !value.isNone()) value = inner_of(value.toGenerator());
     else if (is_generator && draws) value = inner_of(generator_of(device.index()));
