@@ -561,7 +561,7 @@ def _is_shape(given: Any) -> bool:
 def _uniform(module: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     device = next((p.device for p in module.parameters()), None)
-    return tuple(torch.rand(shape, generator=generator, dtype=dtype).to(device) for shape in shapes)
+    return tuple(torch.rand(shape, generator=generator, dtype=dtype, device="cpu").to(device) for shape in shapes)
 
 
 def _packed(out: Any) -> tuple[Any, ...]:

@@ -6,12 +6,13 @@ Nothing here is CUDA's: `torch.accelerator` and the module of a device answer fo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _torch
 
@@ -114,6 +115,20 @@ def place_on(device: torch.device, values: Sequence[int]) -> Tensor:
         if device.type == "cpu":
             return torch.tensor(values, device="cpu")
         return torch.tensor(values, device="cpu", pin_memory=True).to(device, non_blocking=True)
+
+
+_COPIES: MutableMapping[Tensor, dict[torch.device, Tensor]] = WeakIdKeyDictionary()
+
+
+def beside(constant: Tensor, x: Tensor) -> Tensor:
+    """A tensor that never changes, on the device of another one: copied there once, so that nobody waits for it."""
+    if not constant.is_cpu or x.is_cpu or torch.compiler.is_compiling() or is_captured(x.device):
+        return constant.to(x.device)
+    copies = _COPIES.setdefault(constant, {})
+    if x.device not in copies:
+        with _torch.outside_modes():
+            copies[x.device] = _torch.unwrapped(constant.pin_memory().to(x.device, non_blocking=True))
+    return copies[x.device]
 
 
 def is_captured(device: torch.device) -> bool:

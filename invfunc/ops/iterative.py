@@ -373,8 +373,7 @@ class _Standstill:
 
 
 def _sizes(step: Tensor, *others: Tensor) -> Iterable[Any]:
-    """The largest absolute value and the length of a step, and the largest value of others: over all samples of every
-    transform, and in one transfer."""
+    """The largest value and the length of a step, and the largest value of others: over all samples of all transforms."""
     scale = torch.stack(list(map(_largest_of, others))).max().clamp(min=torch.finfo(step.dtype).tiny)
     sizes = torch.stack((_largest_of(step), torch.linalg.vector_norm(_flat(step)), scale))
     return sizes.tolist() if sizes.is_cpu else sizes.to(torch.promote_types(sizes.dtype, torch.float32)).unbind()

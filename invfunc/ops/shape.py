@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.op import Invertible, Rearrangement, chain, named, pair
-from ..debug import require
+from ..debug import checking, require
+from ..engine.devices import beside
 from ..errors import OptionError, WireError
 from ..wires import describe
 from .embedding import embedding
@@ -327,7 +328,7 @@ def roll(shifts: int | Sequence[int], dims: int | Sequence[int]) -> Invertible:
 
 def _select(order: Tensor, dim: int, x: Tensor) -> Tensor:
     check_size("permute_channels", x, dim, len(order))
-    return x.index_select(dim, order.to(x.device))
+    return x.index_select(dim, beside(order, x))
 
 
 def permute_channels(order: Sequence[int] | Tensor, dim: int = 1) -> Invertible:
@@ -346,10 +347,11 @@ def permute_channels(order: Sequence[int] | Tensor, dim: int = 1) -> Invertible:
         All of it, onto all of it. Elements are moved and not changed: the log-determinant is 0.
 
     Cost:
-        One copy in each direction; nothing is kept. Put ``order`` on the device of the input to save a small copy.
+        One copy in each direction; nothing is kept.
 
     Raises:
-        OptionError: When ``order`` is not a permutation.
+        OptionError: When ``order`` is not a permutation; of an order on a device only in debug mode, since to look at
+            it is to wait for the device.
         WireError: When the dimension has another size.
 
     Example:
@@ -369,8 +371,10 @@ def permute_channels(order: Sequence[int] | Tensor, dim: int = 1) -> Invertible:
 
 
 def _is_permutation(order: Tensor) -> bool:
-    """Whether each of 0..C-1 is there once; a graph can not look at values."""
-    return torch.compiler.is_compiling() or order.sort().values.tolist() == list(range(len(order)))
+    """Whether each of 0..C-1 is there once; a graph can not look at values, and to look at a device is to wait."""
+    if torch.compiler.is_compiling() or not (order.is_cpu or checking()):
+        return True
+    return order.sort().values.tolist() == list(range(len(order)))
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ..checkpoint import Checkpointed, Marked
 from ..core.combine import Parallel, Plumbing, check_components, parallel, split
 from ..core.couple import Half, additive, as_law, couple
 from ..core.op import ByKind, Chain, Inverse, Invertible, Rearrangement, chain, invert, lift, name_of, named
+from ..engine.devices import beside
 from ..errors import OptionError, WireError
 from ..log_det import Joint
 from ..wires import Wire, describe
@@ -374,14 +375,14 @@ class Mask:
         """The inverse of `split`."""
         check_components("merge_mask", y, 2)
         self._check_parts(y)
-        flat = torch.cat(y, -1).index_select(-1, self.order.to(y[0].device))
+        flat = torch.cat(y, -1).index_select(-1, beside(self.order, y[0]))
         return flat.unflatten(-1, self.shape)
 
     def gather(self, side: int, t: Tensor, dims: int) -> Tensor:
         """The elements of one side; dimensions of t beyond ``dims`` belong to each element."""
         first = dims - len(self.shape)
         flat = t.flatten(first, dims - 1) if len(self.shape) > 1 else t
-        return flat.index_select(first, self.places[side].to(t.device))
+        return flat.index_select(first, beside(self.places[side], t))
 
     def alone(self, kept: Tensor) -> Tensor:
         """The elements under the mask in their places, zero elsewhere."""
