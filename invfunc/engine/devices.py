@@ -29,6 +29,8 @@ class Late:
     __slots__ = ("event", "host")
 
     def __init__(self, values: Tensor) -> None:
+        if _torch.on_fake_tensors():
+            values.tolist()  # raises here, where it is known what to do without them, and not where they would be read
         host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         self.host = _torch.unwrapped(host.copy_(values, non_blocking=True))  # it may be read when a transform has ended
         self.event = torch.Event(values.device)

@@ -53,7 +53,8 @@ class ActNorm(Layer):
         ``fully_shard``. `fully_shard_blocks` checks that.
 
         A first batch with one value in each channel tells no scale: the module waits for the next one. An average of
-        models (EMA) that starts before the first batch averages the 0 that parameters had before it.
+        models (EMA) that starts before the first batch averages the 0 that parameters had before it. On a device the
+        module waits until it has learned that it has started: in its first call, and in each one before that.
 
     Example:
         >>> import torch, invfunc as inv
