@@ -31,6 +31,20 @@ def _set_matmul_precision(value: str) -> None:
         cuda.matmul.fp32_precision = value
 
 
+def _convolution_precision() -> Any:
+    try:
+        return cudnn.allow_tf32
+    except RuntimeError:  # convolutions and recurrent networks differ, and the older name has but one value
+        return cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+
+def _set_convolution_precision(value: Any) -> None:
+    if isinstance(value, bool):
+        cudnn.allow_tf32 = value
+    else:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = value
+
+
 def _set_cudnn(values: tuple[bool, bool, bool]) -> None:
     cudnn.enabled, cudnn.benchmark, cudnn.deterministic = values
 
@@ -42,6 +56,7 @@ _FLAGS: dict[Callable[[], Any], Callable[[Any], Any]] = {
     cuda.cudnn_sdp_enabled: cuda.enable_cudnn_sdp,
     _torch.attention_order: _torch.set_attention_order,
     _matmul_precision: _set_matmul_precision,
+    _convolution_precision: _set_convolution_precision,
     lambda: (cudnn.enabled, cudnn.benchmark, cudnn.deterministic): _set_cudnn,
     torch.get_default_dtype: torch.set_default_dtype,
     torch.get_deterministic_debug_mode: torch.set_deterministic_debug_mode,

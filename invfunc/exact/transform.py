@@ -486,12 +486,10 @@ def _in_range(grid: Grid) -> Iterator[None]:
         yield
     finally:
         _RANGES.reset(token)
-    if not ranges:
-        return
-    paths, lows, highs = zip(*ranges, strict=True)
-    peaks = torch.maximum(torch.stack(highs), -torch.stack(lows))
-    sent = send(peaks)
-    when_here([sent], partial(_check_range, grid, paths, sent))
+    for device in dict.fromkeys([low.device for _, low, _ in ranges]):
+        paths, lows, highs = zip(*[noted for noted in ranges if noted[1].device == device], strict=True)
+        sent = send(torch.maximum(torch.stack(highs), -torch.stack(lows)))
+        when_here([sent], partial(_check_range, grid, paths, sent))
 
 
 def _check_range(grid: Grid, paths: Sequence[Path], peaks: Late) -> None:

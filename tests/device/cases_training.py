@@ -2,13 +2,14 @@
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from kit import TOLERANCE, assert_close, bowl, network, parameters
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import invfunc as inv
 from invfunc.errors import DomainError, ReplayError
@@ -117,6 +118,65 @@ def test_random_numbers_are_replayed_on_every_device(make: Callable[[], Any], ki
         return
     fast = inv.checkpoint(fn) if kind == "function" else inv.checkpoint(inv.one_way(fn), mode="recompute")
     assert_close(step(fast, inputs, parameters(*modules)), step(fn, inputs, parameters(*modules)))
+
+
+def of_two_devices() -> tuple[inv.Invertible, list[nn.Module]]:
+    """Couplings between a wire on one device and a wire on the other one."""
+    nets = [[branch(device=f"sim:{i}") for _ in range(2)] for i in (0, 1)]
+
+    def across(net: nn.Module, device: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: net(x).to(device)
+
+    couplings = [inv.couple(across(g, "sim:0"), across(f, "sim:1")) for f, g in zip(*nets, strict=True)]
+    return inv.chain(*couplings), [net for pair in nets for net in pair]
+
+
+WIDE_LOWERINGS = {
+    **{name: LOWERINGS[name] for name in ("invert", "segments", "recompute", "exact")},
+    "packed codes": lambda op: inv.checkpoint(inv.exact(op, mode="codes", pack=True)),
+}
+
+
+@pytest.mark.parametrize("lower", WIDE_LOWERINGS.values(), ids=WIDE_LOWERINGS)
+def test_a_wire_lies_on_two_devices(lower: Any) -> None:
+    op, modules = of_two_devices()
+    inputs = [torch.randn(6, 4, device=f"sim:{i}") for i in (0, 1)]
+
+    def joined(fn: Any) -> Callable[..., Tensor]:
+        return lambda *x: torch.cat([t.to("sim:0") for t in fn(x)], -1)
+
+    expected = step(joined(op), inputs, parameters(*modules))
+    assert_close(step(joined(lower(op)), inputs, parameters(*modules)), expected, TOLERANCE)
+
+
+def test_a_grid_lies_on_two_devices() -> None:
+    op, x = inv.exact(of_two_devices()[0]), tuple(torch.randn(6, 4, device=f"sim:{i}") for i in (0, 1))
+    torch.manual_seed(3)
+    expected = op(x)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, inv.checkpoint(op)(tuple(t.requires_grad_() for t in x)), expected))
+
+
+@pytest.mark.parametrize("place", ["another stream", "another current device"])
+@pytest.mark.parametrize("lower", LOWERINGS.values(), ids=LOWERINGS)
+def test_a_step_runs_where_its_tensors_are(lower: Any, place: str) -> None:
+    branches = [branch() for _ in range(4)]
+    op, x = network(branches, dim=-1), torch.randn(6, 8, device=DEVICE)
+    expected = step(op, [x], parameters(*branches))
+    with torch.Stream(DEVICE) if place == "another stream" else torch.accelerator.device_index(1):
+        found = step(lower(op), [x], parameters(*branches))
+    assert_close(found, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("place", ["around", "inside"])
+def test_torchs_checkpoint_replays_with_ours(place: str) -> None:
+    branches = [branch() for _ in range(4)]
+    op, x = network(branches, dim=-1), torch.randn(6, 8, device=DEVICE)
+    expected = step(op, [x], parameters(*branches))
+    inner = network([lambda x, net=net: torch_checkpoint(net, x, use_reentrant=False) for net in branches], dim=-1)
+    around = lambda x: torch_checkpoint(inv.checkpoint(op), x, use_reentrant=False)  # noqa: E731
+    found = step(around if place == "around" else inv.checkpoint(inner), [x], parameters(*branches))
+    assert_close(found, expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("around", ["with", "set"])
@@ -295,27 +355,50 @@ def test_errors_in_backward_come_to_the_caller_and_leave_generators_alone() -> N
     assert_close(random_states(), states)
 
 
-def test_flags_of_the_process_are_those_of_forward() -> None:
-    seen: list[Any] = []
+def flags() -> list[Any]:
+    """Of the process, those that choose a kernel."""
+    cudnn = torch.backends.cudnn
+    return [
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32],
+    ]
 
-    def fn(x: Tensor) -> Tensor:
-        flash = torch.backends.cuda.flash_sdp_enabled()
-        seen.append((flash, torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()))
-        return x.sin().sin()
 
-    x, precision = torch.rand(4, device=DEVICE, requires_grad=True), torch.get_float32_matmul_precision()
+@contextlib.contextmanager
+def other_flags() -> Iterator[None]:
+    """All of them are others inside."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(True)
+    cudnn = torch.backends.cudnn.flags(enabled=False, benchmark=True, deterministic=True, allow_tf32=False)
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            y = inv.checkpoint(fn)(x)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), cudnn:
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-    y.sum().backward()
-    assert seen == [(False, "high", False)] * 2
-    assert torch.backends.cuda.flash_sdp_enabled() and torch.get_float32_matmul_precision() == precision
+        torch.set_float32_matmul_precision(before)
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("lower", [inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute")])
+def test_flags_of_the_process_are_those_of_forward(lower: Any) -> None:
+    seen: list[Any] = []
+
+    def fn(x: Tensor) -> Tensor:
+        seen.append(flags())
+        return x.sin().sin()
+
+    x, before = torch.rand(4, 8, device=DEVICE, requires_grad=True), flags()
+    with other_flags():
+        inside = flags()
+        y = lower(inv.chain(inv.split(2, -1), inv.couple(fn), inv.concat(2, -1)))(x)
+    y.sum().backward()
+    assert seen == [inside] * 2 and flags() == before
+    assert all(a != b for a, b in zip(inside[:3] + inside[3], before[:3] + before[3], strict=True))
+
+
+@pytest.mark.parametrize("lower", LOWERINGS.values(), ids=LOWERINGS)
 def test_a_graph_is_captured_of_what_draws_nothing(lower: Any) -> None:
     branches = [branch("batch norm") for _ in range(4)]
     op, x = network(branches, dim=-1), torch.randn(6, 8, device=DEVICE)
@@ -327,14 +410,18 @@ def test_a_graph_is_captured_of_what_draws_nothing(lower: Any) -> None:
     assert_close([*found], expected[1 : len(found) + 1], TOLERANCE)
 
 
-@pytest.mark.parametrize("lower", [inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute")])
-def test_a_graph_is_not_captured_of_what_draws(lower: Any) -> None:
+@pytest.mark.parametrize("how", sorted(LOWERINGS.keys() - {"store"}))
+def test_a_graph_is_not_captured_of_what_draws(how: str) -> None:
     op, x = network([branch() for _ in range(4)], dim=-1), torch.randn(6, 8, device=DEVICE, requires_grad=True)
     with (
         sim.capture(),
         pytest.raises(ReplayError, match="native_dropout.* draws random numbers while a graph is captur"),
     ):
-        lower(op)(x)
+        LOWERINGS[how](op)(x)
+
+
+def test_a_graph_is_captured_of_what_draws_and_is_stored() -> None:
+    op, x = network([branch() for _ in range(4)], dim=-1), torch.randn(6, 8, device=DEVICE, requires_grad=True)
     with sim.capture():
         inv.checkpoint(op, mode="store")(x).sum().backward()
         attend = nn.functional.scaled_dot_product_attention

@@ -70,9 +70,11 @@ def _module() -> ModuleType:
     module.device_count = lambda: DEVICES
     module.is_available = module.is_initialized = lambda: True
     module._is_in_bad_fork = lambda: False
+    module._initialized = True  # what torch's own checkpoint asks before it keeps a generator's state
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     module.is_current_stream_capturing = lambda: _sim.is_capturing()
     module.current_device = torch.accelerator.current_device_index
+    module.device = torch.accelerator.device_index
     module.set_device = torch.accelerator.set_device_index
     module.synchronize = torch.accelerator.synchronize
     module.current_stream = torch.accelerator.current_stream
