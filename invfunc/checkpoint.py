@@ -278,7 +278,9 @@ def checkpoint(
             that keep what is rebuilt within a tolerance.
         drift: What to do when the input of a trunk is rebuilt too far from what it was, estimated from 64 of its
             values: ``"warn"`` (a `DriftWarning`), ``"raise"`` (a `DriftError`) or ``"off"``; from a relative error of
-            1e-6 on in float64, 1e-3 in float32, 3e-2 in half precision. A number warns from that on.
+            1e-6 on in float64, 1e-3 in float32, 3e-2 in half precision. A number warns from that on. On a device
+            nothing waits for the numbers: a warning may come in the next step. Only ``"raise"`` waits, in the backward
+            of each trunk, since its error belongs there.
         donate: Free the storage of the input, too, until backward rebuilds it: True, or the places on the wire.
         preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
         determinism_check: Whether the shapes and dtypes of what a function saves when it runs again are compared with
@@ -308,7 +310,7 @@ def checkpoint(
 
     Raises:
         ReplayError: In backward, when a function does not do what it did in forward.
-        DriftError: With ``drift="raise"``, in the backward that drifted; on CUDA at its end.
+        DriftError: With ``drift="raise"``, in the backward that drifted.
         DonatedError: When a donated tensor can not be freed, or is read while it is empty.
         DriftWarning: With ``drift="warn"``, likewise, with the cause: rounding, a wrong inverse, or a function that is
             not the same twice. To find it, the trunk runs three more times, once for each function and message.

@@ -15,9 +15,10 @@ NOTE [Implicit] An op y = F(x) whose inverse is found by iteration:
 5.  Weights are computed once for all evaluations of one solve: spectral normalisation moves its estimate, and with it
     the weights, in every evaluation in training, so that there would be no fixed point.
 6.  To ask a device whether an iteration has ended is to wait for it. So the answers travel on their own, every few
-    steps, and the host goes on meanwhile, some answers ahead. From the step on that ends it, the device keeps x as it
-    is: the result does not depend on when the answer comes. If none has come after the last step, x is NaN where the
-    iteration has not ended, and the error comes late, as that of `invfunc.exact` does.
+    steps, and the host goes on meanwhile; some answers ahead it waits for the oldest, while the device still has work.
+    From the step on that ends it, the device keeps x as it is: the result does not depend on when the answer comes. If
+    none has come after the last step, x is NaN where the iteration has not ended, and the error comes late, as that of
+    `invfunc.exact` does.
 """
 
 from __future__ import annotations
@@ -482,17 +483,21 @@ def residual_flow(
         in float32 at Lip = 0.5 and 130 at 0.9, in float64 50 and 330. Lowered: nothing is kept but what f closes over,
         and backward takes one inverse and one evaluation with its vjp. ``checkpoint(invert(op))`` keeps as little; its
         backward evaluates f twice, and its vjp about as often as forward has evaluated f. Gradients through the inverse
-        are implicit in plain autograd too: no iteration is taped.
+        are implicit in plain autograd too: no iteration is taped. On a device the host does not wait to be told that
+        an iteration has ended: some evaluations more are made, at most 20, and change nothing.
 
     Raises:
         OptionError: When ``fn`` is no function, or a limit is not positive.
-        DomainError: When the iteration does not converge: always, never silently. In debug mode, also in forward when
-            f's Jacobian at x has a norm of 1 or more.
+        DomainError: When the iteration does not converge: always, never silently. On a device it may come with a later
+            pipeline; until then x is NaN. In debug mode, also in forward when f's Jacobian at x has a norm of 1 or
+            more.
         WireError: When f returns another shape than it was given.
 
     Limits:
         Outside of debug mode nothing proves that f is a contraction. If it is not, an iteration that converges all the
         same may have found another x. In half precision and under autocast, x comes back to about ``eps / (1 - Lip)``.
+        While a CUDA graph is captured nothing is told: ``max_iterations`` are made, and x is NaN if they are too few.
+        In forward mode the derivative waits for the device in each iteration.
         The number of iterations depends on data, so the inverse does not compile with ``fullgraph=True``, and its
         gradient is not one for ``torch.autograd.grad(..., is_grads_batched=True)``: `torch.func.jacrev` is.
 
