@@ -16,6 +16,8 @@ from .. import _torch
 
 Flags = tuple[Any, ...]
 
+_dnn: Any = cudnn  # whose parts have no types
+
 
 def _matmul_precision() -> Any:
     try:
@@ -35,14 +37,14 @@ def _convolution_precision() -> Any:
     try:
         return cudnn.allow_tf32
     except RuntimeError:  # convolutions and recurrent networks differ, and the older name has but one value
-        return cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+        return _dnn.conv.fp32_precision, _dnn.rnn.fp32_precision
 
 
 def _set_convolution_precision(value: Any) -> None:
     if isinstance(value, bool):
         cudnn.allow_tf32 = value
     else:
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = value
+        _dnn.conv.fp32_precision, _dnn.rnn.fp32_precision = value
 
 
 def _set_cudnn(values: tuple[bool, bool, bool]) -> None:

@@ -38,7 +38,7 @@ from ..core.context import Context, bind, tell
 from ..core.couple import add_wires, affine, as_law, sum_per_sample
 from ..core.op import VJP, Again, Inverse, Invertible, Pair, Residue, graph_leaves, name_of
 from ..debug import checking
-from ..engine.devices import Answers, when_here
+from ..engine.devices import Answers, Late, when_here
 from ..engine.interface import Options, Run
 from ..engine.lower import engine_for, runs_plainly
 from ..engine.snapshot import unmoved
@@ -324,17 +324,21 @@ def _until(
         for _ in range(min(apart, most - made) - 1):
             last, new = new, step(new)
         made = min(made + apart, most)
-        ends, *more = judge(last, new)
+        ends, goes_on, moved, ratio = judge(last, new)
         x, ended = new if ended is False else torch.where(ended, x, new), ends | ended
-        answer = (ended, *more, made)
+        answer = (ended, goes_on, moved, ratio, made)
         if any(map(hear, [answer] if x.is_cpu else answers.ask(_numbers(*answer)))):
             return x, True
-    when_here(answers.late, lambda: any(map(hear, [late.values() for late in answers.late])))
+    when_here(answers.late, partial(_hear, hear, answers.late))
     return x, ended
 
 
 def _numbers(ended: Tensor, goes_on: Tensor, moved: Tensor, ratio: Tensor, made: int) -> Tensor:
     return torch.stack([ended.to(moved.dtype), goes_on.to(moved.dtype), moved, ratio, torch.full_like(moved, made)])
+
+
+def _hear(hear: Callable[[Iterable[Any]], bool], late: Iterable[Late]) -> None:
+    any(hear(answer.values()) for answer in late)
 
 
 def _tolerances(x: Tensor) -> tuple[float, float]:
@@ -374,7 +378,7 @@ class _Standstill:
 
 
 def _sizes(step: Tensor, *others: Tensor) -> Iterable[Any]:
-    """The largest value and the length of a step, and the largest value of others: over all samples of all transforms."""
+    """The largest value and the length of a step, and the largest value of others, over all samples."""
     scale = torch.stack(list(map(_largest_of, others))).max().clamp(min=torch.finfo(step.dtype).tiny)
     sizes = torch.stack((_largest_of(step), torch.linalg.vector_norm(_flat(step)), scale))
     return sizes.tolist() if sizes.is_cpu else sizes.to(torch.promote_types(sizes.dtype, torch.float32)).unbind()

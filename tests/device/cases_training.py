@@ -398,6 +398,20 @@ def test_flags_of_the_process_are_those_of_forward(lower: Any) -> None:
     assert all(a != b for a, b in zip(inside[:3] + inside[3], before[:3] + before[3], strict=True))
 
 
+def test_precisions_that_convolutions_do_not_share_are_those_of_forward() -> None:
+    conv, rnn = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    seen: list[Any] = []
+    fn = lambda x: seen.append((conv.fp32_precision, rnn.fp32_precision)) or x.sin().sin()  # noqa: E731
+    before = conv.fp32_precision, rnn.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        y = inv.checkpoint(fn)(torch.rand(4, device=DEVICE, requires_grad=True))
+    finally:
+        conv.fp32_precision = before[0]
+    y.sum().backward()
+    assert seen == [("ieee", before[1])] * 2 and before == (conv.fp32_precision, rnn.fp32_precision)
+
+
 @pytest.mark.parametrize("lower", LOWERINGS.values(), ids=LOWERINGS)
 def test_a_graph_is_captured_of_what_draws_nothing(lower: Any) -> None:
     branches = [branch("batch norm") for _ in range(4)]
