@@ -26,7 +26,7 @@ def build() -> None:
     """Compile what runs on the devices, unless it has been; half a minute on one core."""
     BUILD.mkdir(parents=True, exist_ok=True)
     cpp_extension.load(
-        "sim", [str(HERE / "sim.cpp")], extra_cflags=["-O0", "-g0"], build_directory=str(BUILD), is_python_module=False
+        "sim", [str(HERE / "sim.cpp")], extra_cflags=["-O1", "-g0"], build_directory=str(BUILD), is_python_module=False
     )
 
 
