@@ -40,7 +40,7 @@ class CheckpointedFunction:
     def __getattr__(self, name: str) -> Any:
         """What modules have and functions have not: the error says where to find it."""
         face = "it is a function; module.forward = inv.checkpoint(module.forward) leaves the module one"
-        raise missing_attribute(self, name, face)
+        return missing_attribute(self, name, face)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""

@@ -521,6 +521,16 @@ def test_an_op_that_is_asked_for_what_modules_have_names_the_module(name: str) -
     assert_refused(AttributeError, message, lambda: getattr(inv.checkpoint(nn.Linear(2, 2)), name), anywhere=True)
 
 
+@pytest.mark.parametrize("hold", [nn.Sequential, lambda value: nn.ModuleList([value])])
+def test_an_op_that_is_put_among_modules_names_the_module(hold: Callable[[Any], Any]) -> None:
+    op = inv.couple(nn.Linear(2, 2))
+    for value in op, inv.checkpoint(op):
+        message = f"{type(value).__name__} (an op is a value and no module; inv.nn.Lowered(op) is one"
+        assert_refused(TypeError, message, lambda value=value: hold(value), anywhere=True)
+    message = "CheckpointedFunction (it is a function; module.forward = inv.checkpoint(module.forward) leaves"
+    assert_refused(TypeError, message, lambda: hold(inv.checkpoint(nn.Linear(2, 2))), anywhere=True)
+
+
 def test_an_op_that_is_asked_for_anything_else_says_what_python_says() -> None:
     for value in inv.couple(torch.sin), inv.checkpoint(torch.sin):
         assert not hasattr(value, "zork") and not hasattr(value, "__torch_function__")

@@ -175,7 +175,7 @@ class Invertible(abc.ABC):
     def __getattr__(self, name: str) -> Any:
         """What modules have and values have not: the error says where to find it."""
         face = "an op is a value and no module; inv.nn.Lowered(op) is one, with the parameters of its functions"
-        raise missing_attribute(self, name, face)
+        return missing_attribute(self, name, face)
 
     def __invert__(self) -> Invertible:
         """``~op`` is ``invert(op)``."""
@@ -190,10 +190,12 @@ class Invertible(abc.ABC):
         return chain(other, self)
 
 
-def missing_attribute(value: object, name: str, face: str) -> AttributeError:
-    """What ``value.name`` raises; ``face`` tells where there is what a module has."""
+def missing_attribute(value: object, name: str, face: str) -> str:
+    """Raise for ``value.name``; ``face`` tells where there is what a module has."""
+    if name == "__qualname__":  # by which torch names what it refuses as a submodule: "... is not a Module subclass"
+        return f"{type(value).__qualname__} ({face})"
     belongs = not name.startswith("_") and hasattr(torch.nn.Module, name)
-    return AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}" + f": {face}" * belongs)
+    raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}" + f": {face}" * belongs)
 
 
 def _pack(xs: tuple[Wire, ...]) -> Wire:

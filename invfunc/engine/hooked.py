@@ -53,7 +53,11 @@ class Hooked(Engine):
     def opens(self, state: OnTrunk) -> bool:
         return not any([isinstance(level, Stage) for level in state.trunk.levels.items])
 
+    def resume(self, state: OnTrunk) -> None:
+        state.trunk.random = None
+
     def with_wire(self, state: OnTrunk, wire: Wire) -> OnTrunk:
+        self.resume(state)
         return OnTrunk(state.trunk, wire)
 
     def call(self, op: Invertible, state: OnTrunk, run: Run) -> OnTrunk:

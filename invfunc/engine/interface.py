@@ -108,6 +108,9 @@ class Engine(abc.ABC):
     def opens(self, state: State) -> bool:
         """Whether a trunk begins with this state: nobody upstream wants it rebuilt."""
 
+    def resume(self, state: State) -> None:  # noqa: B027 - most engines have nothing to do
+        """Go on after others have run, who may have drawn random numbers."""
+
     def with_wire(self, state: State, wire: Wire) -> State:
         """A state with another wire of the same values, as a module's hooks return it."""
         return wire

@@ -104,6 +104,7 @@ class Passage:
             if self.run is None:
                 self.state = part.forward(self.state)
             else:
+                self.run.engine.resume(self.state)
                 self.state = walk(part, self.state, self.run.at(self.op, index))
         except Exception as error:
             place_error(error, self.op.place(index))

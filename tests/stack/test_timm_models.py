@@ -46,7 +46,7 @@ def test_the_recipe_takes_the_block_apart() -> None:
 
 def test_bdia_evaluates_the_model_itself() -> None:
     model = vit().float().eval()
-    x = torch.randn(2, 3, 16, 16)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float32)
     expected = model(x)
     inv.nn.reversible(model, "blocks.*", scheme="bdia")
     assert torch.equal(model(x), expected)
