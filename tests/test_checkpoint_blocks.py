@@ -57,6 +57,23 @@ def test_undoing_goes_back_to_what_was_before(model: Llama) -> None:
     assert all("forward" not in vars(layer) for layer in model.layers)
 
 
+def test_what_was_done_last_is_undone_first(model: Llama) -> None:
+    outer = inv.nn.checkpoint_blocks(model, "layers.*")
+    inner = inv.nn.checkpoint_blocks(model, "layers.*")
+    assert_refused(OptionError, "layers.0 has been changed again; undo what was done to it last first", outer.remove)
+    inner.remove()
+    outer.remove()
+    assert all("forward" not in vars(layer) for layer in model.layers)
+
+
+@pytest.mark.parametrize("change", [inv.nn.checkpoint_blocks, inv.nn.reversible])
+def test_nothing_is_put_around_reversible_blocks(model: Llama, change: Callable[..., Any]) -> None:
+    inv.nn.reversible(model, "layers.[23]")
+    message = "layers.2 is reversible already; call remove() of its handle"
+    assert_refused(OptionError, message, lambda: change(model, "layers.*"))
+    assert "forward" not in vars(model.layers[0])
+
+
 def test_a_cache_that_a_block_writes_is_as_it_was_when_it_runs_again(model: Llama) -> None:
     x, first = words(), words(3)
 

@@ -44,28 +44,47 @@ def _lists(model: nn.Module) -> list[str]:
 # ---- changed and put back --------------------------------------------------------------------------------------------
 
 
+class Joined:
+    """A forward that goes on where the one of the block before has stopped: nothing can be put around it alone."""
+
+
 class Handle:
     """What was done to the blocks of a model, and how to undo it.
 
     Attributes:
         blocks: The blocks by their paths.
+
+    Raises:
+        OptionError: When the blocks are reversible.
     """
 
     def __init__(self, blocks: dict[str, nn.Module]) -> None:
         self.blocks = blocks
         self._before = {path: vars(block).get("forward") for path, block in blocks.items()}
+        self._after: dict[str, Callable[..., Any]] = {}
+        for path, before in self._before.items():
+            if isinstance(before, Joined):
+                raise OptionError(f"{path} is reversible already", cure="call remove() of its handle")
 
     def put(self, path: str, forward: Callable[..., Any]) -> None:
         """Give a block another forward: the block stays the same module, with the same parameters and hooks."""
-        self.blocks[path].forward = forward
+        self.blocks[path].forward = self._after[path] = forward
 
     def remove(self) -> None:
-        """Put the blocks back as they were; once more, it does nothing."""
-        for path, before in self._before.items():
-            vars(self.blocks[path]).pop("forward", None)
+        """Put the blocks back as they were; once more, it does nothing.
+
+        Raises:
+            OptionError: When a block has got yet another forward since.
+        """
+        for path, after in self._after.items():
+            if vars(self.blocks[path]).get("forward") is not after:
+                raise OptionError(f"{path} has been changed again", cure="undo what was done to it last first")
+        for path in self._after:
+            before = self._before[path]
+            del self.blocks[path].forward
             if before is not None:
-                self.put(path, before)
-        self._before = {}
+                self.blocks[path].forward = before
+        self._after = {}
 
     def __enter__(self) -> Handle:
         return self
@@ -107,7 +126,7 @@ def checkpoint_blocks(model: nn.Module, blocks: str, **options: Any) -> Handle:
         evaluations, where torch's checkpoint makes eight.
 
     Raises:
-        OptionError: When no submodule has such a path, or an option is unknown.
+        OptionError: When no submodule has such a path, the blocks are reversible, or an option is unknown.
 
     Limits:
         `torch.nn.DataParallel` copies what a module is called with, and not whose it is: use DDP. With a cache in

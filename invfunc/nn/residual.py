@@ -30,7 +30,7 @@ from ..errors import OptionError, WireError
 from ..ops.grids import SPACING, OnGrid, bdia, on_grid
 from ..ops.residual import Stepped, hamiltonian, leapfrog, midpoint, momentum
 from ..wires import Wire, describe
-from .blocks import Handle, by_name, find_blocks
+from .blocks import Handle, Joined, by_name, find_blocks
 
 Branch: TypeAlias = str | Callable[..., Tensor]
 """A residual branch: the paths of what a block applies one after another, or ``(block, x, **context) -> tensor``."""
@@ -383,7 +383,7 @@ class Stack:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockForward:
+class BlockForward(Joined):
     """The forward of a block in a reversible model."""
 
     stack: Stack
@@ -472,8 +472,8 @@ def reversible(
         (hidden states, a cache). Each branch is evaluated exactly twice in a training step.
 
     Raises:
-        OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, or the
-            scheme or an option is unknown.
+        OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, the blocks
+            are reversible already, or the scheme or an option is unknown.
         WireError: In the model's forward, when it changes its hidden states between the blocks, or leaves one out.
 
     Limits:
