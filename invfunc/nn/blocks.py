@@ -68,7 +68,8 @@ class Handle:
 
     def put(self, path: str, forward: Callable[..., Any]) -> None:
         """Give a block another forward: the block stays the same module, with the same parameters and hooks."""
-        self.blocks[path].forward = self._after[path] = forward
+        if forward is not self._before[path]:
+            self.blocks[path].forward = self._after[path] = forward
 
     def remove(self) -> None:
         """Put the blocks back as they were; once more, it does nothing.
