@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import invfunc as inv
 from invfunc.errors import OptionError
 from invfunc.look.memory import measure
+from invfunc.plan import Recompute
 
 
 def step(model: nn.Module, *args: Any) -> tuple[Tensor, list[Tensor | None]]:
@@ -155,6 +156,38 @@ def test_what_is_held_is_one_input_for_each_block() -> None:
         x = torch.randn(32, 8, requires_grad=True)
         held.append(measure(model, x).held_bytes)
     assert held[1] - held[0] <= 4 * x.nbytes * 1.01
+
+
+def test_a_plan_chooses_the_blocks(model: Llama) -> None:
+    x = words()
+    plain = inv.plan(model, x, max_time=1.0)
+    plan = plain.at((plain.peak_bytes + min(point.peak_bytes for point in plain.curve)) // 2)
+    again = [f"layers.{node.first - 1}" for node in plan.schedule if isinstance(node, Recompute)]
+    expected = step(model, x)
+    handle = inv.nn.checkpoint_blocks(model, plan)
+    assert list(handle.blocks) == again and 0 < len(again) < 4
+    assert_close(step(model, x), expected, 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    assert measure(lambda: model(x).square().mean().backward()).peak_bytes <= 1.01 * plan.peak_bytes
+    handle.remove()
+    assert all("forward" not in vars(layer) for layer in model.layers)
+
+
+def test_a_plan_for_another_model_is_refused(model: Llama) -> None:
+    plan = inv.plan(model, words(), max_time=1.0)
+    model.layers = model.layers[:3]
+    assert_refused(
+        OptionError,
+        "this plan is for another op, expected before layers > LlamaDecoderLayer > LlamaDecoderLayer",
+        lambda: inv.nn.checkpoint_blocks(model, plan),
+    )
+    chain = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    assert_refused(
+        OptionError,
+        "Sequential is planned as a chain, expected a model with a list of blocks",
+        lambda: inv.nn.checkpoint_blocks(chain, inv.plan(chain, (8, 4), max_time=1.0)),
+    )
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

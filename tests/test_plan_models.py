@@ -89,6 +89,34 @@ def test_a_model_with_a_list_of_blocks_is_planned_as_it_is(share):
     assert any(isinstance(node, Recompute) for node in plan.schedule) == (share < 1)
 
 
+class Remembering(Block):
+    def forward(self, x, mask=None, seen=None):
+        seen.append(self.mlp(x))
+        return super().forward(sum(seen), mask)
+
+
+class Writing(Model):
+    """Its blocks are given what they write into."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Remembering() for _ in range(4))
+
+    def forward(self, tokens):
+        x, seen = self.words(tokens) + self.places(torch.arange(tokens.shape[1])), []
+        for block in self.blocks:
+            x = block(x, seen=seen)
+        return self.head(self.norm(x))
+
+
+def test_what_blocks_write_into_is_as_it_was_in_every_call():
+    torch.manual_seed(0)
+    model, x = Writing(), tokens()
+    plan = inv.plan(model, x, max_time=10.0)
+    assert plan.modes[1:-1] == tuple(("recompute", i, (("store", i),)) for i in range(1, 5))
+    assert all(map(torch.equal, gradients(inv.checkpoint(model, plan=plan), x), gradients(model, x)))
+
+
 def test_the_planned_model_has_the_same_parameters_and_leaves_the_model_as_it_was():
     model, x = Model(), tokens()
     before = {name: dict(vars(module)) for name, module in model.named_modules()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -100,7 +100,15 @@ class Handle:
         return f"<{len(self)} blocks: {', '.join(self.blocks)}>"
 
 
-def checkpoint_blocks(model: nn.Module, blocks: str, **options: Any) -> Handle:
+class Chooses(Protocol):
+    """Who chooses the blocks that run again: a plan."""
+
+    def recomputed(self, model: nn.Module) -> list[str]:
+        """Their paths."""
+        ...
+
+
+def checkpoint_blocks(model: nn.Module, blocks: str | Chooses, **options: Any) -> Handle:
     r"""Run the blocks of a model that exists again in backward, each from its stored input; in place.
 
     .. math:: checkpoint\_blocks(model) = model \quad \text{to the bit, in value and in every gradient}
@@ -115,7 +123,8 @@ def checkpoint_blocks(model: nn.Module, blocks: str, **options: Any) -> Handle:
 
     Args:
         model: The model, changed in place.
-        blocks: The path of the blocks, as in `torch.nn.Module.get_submodule`, with ``*`` for any name of a level.
+        blocks: The path of the blocks, as in `torch.nn.Module.get_submodule`, with ``*`` for any name of a level. Or
+            what ``inv.plan(model, x, ...)`` has made: the blocks that it runs again, and no others.
         options: Those of `invfunc.checkpoint` for functions.
 
     Returns:
@@ -139,14 +148,31 @@ def checkpoint_blocks(model: nn.Module, blocks: str, **options: Any) -> Handle:
         >>> handle = inv.nn.checkpoint_blocks(model, "*")
         >>> model(torch.randn(2, 4)).sum().backward()
         >>> handle.remove()
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        ...
+        ...     def forward(self, x):
+        ...         for block in self.blocks:
+        ...             x = block(x)
+        ...         return x
+        >>> net, x = Net(), torch.randn(256, 4)
+        >>> handle = inv.nn.checkpoint_blocks(net, inv.plan(net, x, max_time=1.5))
 
     Source:
         Chen et al., Training Deep Nets with Sublinear Memory Cost (2016).
     """
-    handle = Handle(find_blocks(model, blocks))
+    handle = Handle(_chosen(model, blocks))
     for path, block in handle.blocks.items():
         handle.put(path, checkpoint(block.forward, **options))
     return handle
+
+
+def _chosen(model: nn.Module, blocks: str | Chooses) -> dict[str, nn.Module]:
+    if isinstance(blocks, str):
+        return find_blocks(model, blocks)
+    return {path: model.get_submodule(path) for path in blocks.recomputed(model)}
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

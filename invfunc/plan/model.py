@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from .._torch import trees
+from ..core.context import copy_state
 from ..core.op import Invertible, chain, graph_leaves, lift
 from ..errors import OptionError
 from ..nn.module import Module, op_of
@@ -49,6 +50,11 @@ class Blocks:
     def modules(self) -> list[nn.Module]:
         """The blocks."""
         return list(self.model.get_submodule(self.path).children())
+
+    @property
+    def paths(self) -> list[str]:
+        """The names of the blocks in the model."""
+        return [f"{self.path}.{name}" for name, _ in self.model.get_submodule(self.path).named_children()]
 
     @property
     def names(self) -> list[str]:
@@ -103,8 +109,9 @@ class Call:
     named: tuple[tuple[str, Any], ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What it hands on."""
-        return _handed_on(self.block(x, *self.rest, **dict(self.named)))
+        """What it hands on; an argument that it writes into, such as a cache, is as it was in the model's own call."""
+        rest, named = copy_state((self.rest, dict(self.named)))
+        return _handed_on(self.block(x, *rest, **named))
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -180,7 +187,7 @@ class _Watch:
             self.kept, self.peak = self.books.balance - nbytes(args[0]), self.books.take_peak()
             self.works.append(self.books.take_work())
             torch.set_grad_enabled(False)
-        self.calls.append(Call(block, args[1:], tuple(sorted(kwargs.items()))))
+        self.calls.append(Call(block, *copy_state((args[1:], tuple(sorted(kwargs.items()))))))
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         self.last = _handed_on(out)

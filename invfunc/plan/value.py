@@ -165,19 +165,35 @@ class Plan:
         op = Checkpointed(self._applied_to(found), options)
         return with_forward(f, op) if isinstance(f, nn.Module) else op
 
+    def recomputed(self, model: nn.Module) -> list[str]:
+        """The paths of the blocks of a model that run again.
+
+        Raises:
+            OptionError: When the plan is for another model, or for one without a list of blocks.
+        """
+        found = planned_as(model)
+        if not isinstance(found, Blocks):
+            raise OptionError(
+                f"{type(model).__name__} is planned as a chain",
+                expected="a model with a list of blocks",
+                cure="inv.checkpoint(model, plan=plan) returns one that runs as planned",
+            )
+        return [path for path, again in zip(found.paths, self._run_again(found), strict=True) if again]
+
     def _in_blocks(self, blocks: Blocks, options: Options) -> nn.Module:
         """A model whose blocks are stored or run again; in the costs, its ends stand around them."""
-        got, again = " > ".join(blocks.names), self._run_again()
-        if self.costs.key[:1] != (got,):
-            raise self._is_for_another((*self.costs.key, "another op")[0], got)
+        again = self._run_again(blocks)
 
         def lower(i: int, block: nn.Module) -> nn.Module:
             return with_forward(block, CheckpointedFunction(function_of(block), options)) if again[i] else block
 
         return with_blocks(blocks, lower)
 
-    def _run_again(self) -> list[bool]:
+    def _run_again(self, blocks: Blocks) -> list[bool]:
         """Of each block, whether it runs again."""
+        got = " > ".join(blocks.names)
+        if self.costs.key[:1] != (got,):
+            raise self._is_for_another((*self.costs.key, "another op")[0], got)
         ways = [isinstance(node, Recompute) for node in self.schedule[1:-1]]
         return [way for way, op in zip(ways, self.costs.ops[1:-1], strict=True) for _ in range(op.parts)]
 
