@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc import ops
-from invfunc.errors import OptionError, WireError
+from invfunc.errors import OptionError, ReplayError, WireError
 from invfunc.look.memory import measure
 
 SCHEMES = "couple", "momentum", "midpoint", "leapfrog", "bdia", "retrofit"
@@ -352,6 +352,14 @@ def test_a_block_that_is_left_out_is_refused(model: Llama) -> None:
 def refuse(error: type[Exception], message: str, model: nn.Module, blocks: str, **options: Any) -> None:
     assert_refused(error, message, lambda: inv.nn.reversible(model, blocks, **options))
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_loss_of_hidden_states_before_the_last_block_is_refused(model: Llama) -> None:
+    inv.nn.reversible(model, "layers.*")
+    x = model.layers[0](torch.randn(2, 6, WIDTH, requires_grad=True))
+    cure = "expected all of its stages to run before backward; run the blocks up to the last"
+    message = f"this pipeline was left before its end, {cure}"
+    assert_refused(ReplayError, message, x.sum().backward, anywhere=True)
 
 
 def test_what_has_no_recipe_is_refused(model: Llama) -> None:

@@ -498,6 +498,12 @@ class Trunk:
             return
         output = self.output()
         kept = self.inherited if output is None else output.kept
+        if self.output is gone:
+            raise ReplayError(
+                "this pipeline was left before its end",
+                expected="all of its stages to run before backward",
+                cure="run the blocks up to the last, whatever the loss is taken from",
+            )
         if kept is None:
             raise ReplayError(
                 "the graph of this pipeline has been freed",

@@ -19,7 +19,7 @@ from ..errors import OptionError, WireError
 from ..wires import Wire, describe
 
 SPACING = 2.0**-9
-"""The grid of the paper's experiments."""
+"""Nine bits behind the point."""
 
 
 def on_grid(x: Tensor, spacing: float = SPACING) -> Tensor:
@@ -173,7 +173,7 @@ def bdia(
     At :math:`\gamma = 0` this is the residual network :math:`x + f(x)`, at 1 the explicit midpoint rule.
 
     - Gammas of plus or minus one half, drawn for each sample and call, are BDIA. Their mean is 0, and that of a step is
-      the residual network's: *evaluate the residual network itself*.
+      the residual network's: *evaluate the residual network itself* (the authors keep its rounding to the grid).
     - One small gamma, :math:`2^{-k}`, starts near the function of pretrained weights, at k bits for each element and
       block. The difference to the residual network is proportional to gamma.
 
@@ -210,9 +210,9 @@ def bdia(
         [True, True]
 
     Source:
-        Zhang, Lewis and Kleijn, On Exact Bit-level Reversible Transformers Without Changing Architectures (2025); Gal
-        et al., Reversing Large Language Models for Efficient Training and Fine-Tuning (2025), equation 15, for one
-        gamma. The bits are taken off here, where the first paper adds them.
+        Zhang, Lewis and Kleijn, On Exact Bit-level Reversible Transformers Without Changing Architectures (2025). Gal
+        et al., Reversing Large Language Models for Efficient Training and Fine-Tuning (2025), for one gamma, with a
+        step h in the place of :math:`1 + \gamma`.
     """
     found = (gammas,) if isinstance(gammas, (int, float)) else tuple(gammas)
     bits = max([_exponent("bdia: gamma", abs(gamma), 1, 8) for gamma in found], default=0)

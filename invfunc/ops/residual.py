@@ -207,7 +207,8 @@ def midpoint(fn: Callable[..., Any], step: float = 1.0) -> Invertible:
         (tensor([1.]), tensor([0.8415]))
 
     Source:
-        Chang et al., Reversible Architectures for Arbitrarily Deep Residual Neural Networks (2018).
+        Chang et al., Reversible Architectures for Arbitrarily Deep Residual Neural Networks (2018); Gal et al.,
+        Reversing Large Language Models for Efficient Training and Fine-Tuning (2025).
     """
     half = Half(Stepped(fn, 2.0 * step), additive, 0, "f")
     return named(chain(half, swap()), f"midpoint({name_of(fn)}, {step:g})")
@@ -261,13 +262,17 @@ def leapfrog(fn: Callable[..., Any], step: float = 1.0) -> Invertible:
     Raises:
         WireError: When f returns another shape than it was given.
 
+    Limits:
+        Stable only where the eigenvalues of :math:`h^2 \, \partial f` are real, from -4 to 0.
+
     Example:
         >>> import torch
         >>> leapfrog(torch.sin)(torch.zeros(1), torch.ones(1))
         (tensor([1.]), tensor([2.8415]))
 
     Source:
-        Chang et al., Reversible Architectures for Arbitrarily Deep Residual Neural Networks (2018).
+        Chang et al., Reversible Architectures for Arbitrarily Deep Residual Neural Networks (2018); Gal et al.,
+        Reversing Large Language Models for Efficient Training and Fine-Tuning (2025).
     """
     half = Half(Inertial(fn, step), reflect, 0, "f")
     return named(chain(half, swap()), f"leapfrog({name_of(fn)}, {step:g})")
@@ -398,7 +403,8 @@ def hamiltonian(f: Callable[..., Any], g: Callable[..., Any], step: float = 1.0)
 
     Source:
         Ruthotto and Haber, Deep Neural Networks Motivated by Partial Differential Equations (2018); Gal et al.,
-        Reversing Large Language Models for Efficient Training and Fine-Tuning (2025), equations 8 and 9.
+        Reversing Large Language Models for Efficient Training and Fine-Tuning (2025), with attention for f, a
+        feed-forward net for g, and a step of 1.
     """
     halves = [fn if step == 1 else Stepped(fn, step) for fn in (f, g)]
     return named(couple(*halves), f"hamiltonian({name_of(f)}, {name_of(g)}, {step:g})")
