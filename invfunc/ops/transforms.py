@@ -5,6 +5,7 @@ Nothing of theirs is imported: a class is known by the package and the name that
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import signature
@@ -240,12 +241,21 @@ def _made(make: Callable[..., Transform], inverted: bool, condition: tuple[Any, 
 
 
 def _value(make: Callable[..., Transform], inverted: bool, x: Tensor, *condition: Any) -> Tensor:
-    return _through(_made(make, inverted, condition), x)
+    y = _through(_made(make, inverted, condition), x)
+    _let_go(inverted)
+    return y
 
 
 def _both(make: Callable[..., Any], inverted: bool, x: Tensor, *condition: Any) -> tuple[Tensor, Tensor]:
     y, log_det = _made(make, inverted, condition).call_and_ladj(x)  # pyright: ignore[reportAttributeAccessIssue]
+    _let_go(inverted)
     return y, sum_per_sample(log_det)
+
+
+def _let_go(inverted: bool) -> None:
+    """A transform and its inverse refer to each other: what they have made in a call is left to the collector."""
+    if inverted:
+        gc.collect(0)  # the youngest objects: some microseconds
 
 
 def _log_det(make: Callable[..., Transform], x: Tensor, y: Tensor) -> Tensor:
