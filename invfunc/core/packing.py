@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """A boolean tensor of any shape as ``ceil(n / 8)`` bytes, the first element in the lowest bit.
+    """A boolean tensor of any shape as ``ceil(n / 8)`` bytes, its first eighth in the lowest bits.
 
     Example:
         >>> pack_bits(torch.tensor([[True, False], [False, True]]))
         tensor([9], dtype=torch.uint8)
     """
-    bits = mask.flatten().to(torch.uint8)
-    bits = torch.cat([bits, bits.new_zeros(-bits.shape[0] % 8)]).view(-1, 8)
-    return (bits << _places(mask)).sum(1, dtype=torch.uint8)
+    bits = mask.reshape(-1).view(torch.uint8)
+    bits = torch.cat([bits, bits.new_zeros(-bits.shape[0] % 8)]).view(8, -1)
+    return (bits << _places(mask)).sum(0, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
@@ -28,12 +28,12 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
         tensor([[ True, False],
                 [False,  True]])
     """
-    bits = (packed.unsqueeze(1) >> _places(packed)) & 1
-    return bits.flatten()[: torch.Size(shape).numel()].view(torch.Size(shape)).bool()
+    bits = (packed >> _places(packed)) & 1
+    return bits.view(-1)[: torch.Size(shape).numel()].view(torch.Size(shape)).view(torch.bool)
 
 
 def _places(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
+    return torch.arange(8, dtype=torch.uint8, device=like.device).view(8, 1)
 
 
 def pack_codes(codes: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,8 @@ def on_grid(x: Tensor, spacing: float = SPACING) -> Tensor:
             expected="float32 or float64",
             cure="keep the stream in float32: autocast computes the branches in half precision",
         )
-    return x + (torch.round(x / spacing) * spacing - x).detach()  # exact: r - x and x + (r - x) round nothing
+    at = x.detach()
+    return x + torch.round(at / spacing).mul_(spacing).sub_(at)  # exact: r - x and x + (r - x) round nothing
 
 
 @dataclass(frozen=True)
@@ -137,19 +138,15 @@ class MixLaw(Law):
 
     def _mix(self, gamma: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Residue]:
         """The bits of x / spacing that the shift would lose are taken off before it, and kept."""
-        lost = torch.remainder(x.detach() / self.spacing, 2.0**self.bits)
-        return gamma * (x - lost * self.spacing) + u, self._packed(lost)
+        number = (x.detach() / self.spacing).to(torch.int32 if x.dtype is torch.float32 else torch.int64)
+        lost = number & (2**self.bits - 1)
+        planes = torch.stack([(lost >> i & 1).bool() for i in range(self.bits)])
+        return gamma * (x - lost.to(x.dtype).mul_(self.spacing)) + u, pack_bits(planes)
 
     def _unmix(self, gamma: Tensor, u: Tensor, residue: Residue, y: Tensor) -> Tensor:
-        return (y - u) / gamma + self._unpacked(residue, y) * self.spacing
-
-    def _packed(self, lost: Tensor) -> Tensor:
-        codes = lost.to(torch.int32)
-        return pack_bits(torch.stack([(codes >> i) & 1 == 1 for i in range(self.bits)]))
-
-    def _unpacked(self, packed: Tensor, like: Tensor) -> Tensor:
-        planes = unpack_bits(packed, (self.bits, *like.shape))
-        return sum((planes[i].to(like.dtype) * 2.0**i for i in range(self.bits)), torch.zeros_like(like))
+        planes = unpack_bits(residue, (self.bits, *y.shape))
+        lost = sum(plane.to(y.dtype) * (self.spacing * 2**i) for i, plane in enumerate(planes))
+        return (y - u) / gamma + lost
 
 
 def _log_det(gamma: Tensor, x: Tensor, y: Tensor) -> Tensor:
