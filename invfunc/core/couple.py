@@ -19,7 +19,7 @@ from ..errors import OptionError, WireError
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 from .combine import check_components
 from .op import VJP, Again, Chain, Invertible, Pair, Residue, chain, invert, name_of, named, pair
-from .precision import at_least
+from .precision import at_least, widely
 
 # ---- ops that are laws as well -------------------------------------------------------------------------------------
 
@@ -60,8 +60,14 @@ def _no_log_det(*wires: Wire) -> Tensor:
 
 
 def sum_per_sample(values: Tensor) -> Tensor:
-    """The sum over every dimension but the batch's: ``(N, ...) -> (N,)``."""
-    return values.sum(tuple(range(1, values.dim()))) if values.dim() > 1 else values
+    """The sum over every dimension but the batch's, in at least float32: ``(N, ...) -> (N,)``."""
+    dims, dtype = tuple(range(1, values.dim())), at_least(values.dtype)
+    return values.sum(dims, dtype=dtype) if dims else values.to(dtype)
+
+
+def sum_log_slopes(log_slope: Callable[..., Tensor], x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """``log|det J|`` of an elementwise op: its logarithmic slopes, computed and summed in at least float32."""
+    return sum_per_sample(widely(log_slope, x, *tensors))
 
 
 def additive(t: Tensor) -> Invertible:
@@ -117,7 +123,7 @@ def _pull_scale_shift(s: Tensor, t: Tensor, y: Tensor, gy: Tensor) -> Any:
 
 def _scale_log_det(s: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
     log_scale = s.to(at_least(s.dtype, x.dtype.to_real())).abs().log()
-    return sum_per_sample(log_scale.expand(x.shape)).to(y.dtype.to_real())
+    return sum_per_sample(log_scale.expand(x.shape))
 
 
 def affine(s: Tensor, t: Tensor) -> Invertible:
@@ -321,7 +327,7 @@ class Law(abc.ABC):
         if closed is not None:
             return vjp.run(self.undo, (t, residue, y)), *closed
         op = self.op(t)
-        if isinstance(op, Pair) and op.pullback_fn and not op.residue and gy is not None:
+        if isinstance(op, Pair) and op.pullback_fn and residue is None and gy is not None:
             x, gx, *closed = op.pullback_fn(y, gy)
             by_id = {id(tensor): g for tensor, g in (closed[0] if closed else ())}
             if sorted(by_id) == sorted(map(id, leaves(t))):  # it speaks of t alone
@@ -470,10 +476,12 @@ class InverseLaw(DerivedLaw):
         return invert(op)
 
     def apply(self, t: Wire, x: Wire) -> tuple[Wire, Residue]:
+        if type(self.law).undo is Law.undo:
+            return super().apply(t, x)
         return self.law.undo(t, None, x), None
 
     def undo(self, t: Wire, residue: Residue, y: Wire) -> Wire:
-        return self.law.apply(t, y)[0]
+        return self.law.apply(t, y)[0] if residue is None else super().undo(t, residue, y)
 
     def inverted(self) -> Law:
         return self.law

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, update_wrapper
 from typing import Any, TypeAlias, get_type_hints
 
@@ -75,6 +75,10 @@ class Invertible(abc.ABC):
     def forward_by(self, t: Any, x: Wire) -> tuple[Wire, Residue]:
         """The op with what its function has returned: `evaluate`, and then this, is `forward_with_residue`."""
         return self.forward_with_residue(x)
+
+    def kept(self, x: Wire) -> Residue:
+        """The input of either direction as its residue, where rounding leaves too little of it; else None."""
+        return None
 
     # ---- what follows from them -----------------------------------------------------------------------------------
 
@@ -350,11 +354,12 @@ class Pair(Invertible):
     log_det_fn: Callable[..., Any] | None = None
     residue: bool = False
     label: str | None = None
+    saturates: Callable[[Wire], bool] | None = field(default=None, kw_only=True)  # see `saturating`
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         out = spread(self.forward_fn, x, self.label)
         if not self.residue:
-            return out, None
+            return out, self.kept(x)
         if not (isinstance(out, tuple) and len(out) == 2):
             raise OptionError(
                 f"{self!r} returned {type(out).__name__}", expected="(y, residue), as pair(..., residue=True) promises"
@@ -363,7 +368,7 @@ class Pair(Invertible):
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
         if not self.residue:
-            return spread(self.inverse_fn, y, self.label)
+            return spread(self.inverse_fn, y, self.label) if residue is None else residue
         if residue is None:
             raise NotInvertibleError(
                 f"{self!r} needs its residue for the inverse",
@@ -371,8 +376,11 @@ class Pair(Invertible):
             )
         return self.inverse_fn(residue, *y) if isinstance(y, tuple) else self.inverse_fn(residue, y)
 
+    def kept(self, x: Wire) -> Residue:
+        return x if self.saturates is not None and self.saturates(x) else None
+
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
-        if self.pullback_fn is None:
+        if self.pullback_fn is None or (residue is not None and not self.residue):
             return super().pull(residue, y, gy, vjp, needs)
         gy = map_wire(lambda g, leaf: torch.zeros_like(leaf) if g is None else g, gy, y)
         x, gx, *closed = vjp.run(self.pullback_fn, (residue, y, gy) if self.residue else (y, gy))
@@ -453,10 +461,10 @@ class Inverse(Invertible):
     op: Invertible
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
-        return self.op.inverse_with_residue(None, x), None
+        return self.op.inverse_with_residue(None, x), self.op.kept(x)
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
-        return self.op.forward_with_residue(y)[0]
+        return self.op.forward_with_residue(y)[0] if residue is None else residue
 
     def inverted(self) -> Invertible:
         return self.op
@@ -629,6 +637,18 @@ def pair(
         if not callable(fn):
             raise OptionError(f"pair: {role} is {type(fn).__name__}", expected="a function")
     return Pair(forward, inverse, pullback, log_det, residue, name)
+
+
+def _always(x: Wire) -> bool:
+    return True
+
+
+def saturating(op: Any, saturates: Callable[[Any], bool] = _always) -> Invertible:
+    """A pair that keeps its input where it is lowered, in either direction: see `Invertible.kept`.
+
+    Near an end of a range numbers are sparse, and derivatives need all digits of the distance to it.
+    """
+    return replace(op, saturates=saturates)
 
 
 def one_way(fn: Callable[..., Any]) -> Invertible:

@@ -38,6 +38,18 @@ def exactly(
         >>> exactly(lambda x, s: x * s.exp(), torch.ones(1), halved)
         tensor([1.6487])
     """
+    return widely(fn, x, *tensors, least=least).to(x.dtype)
+
+
+def widely(
+    fn: Callable[..., Tensor], x: Tensor, *tensors: Tensor | None, least: torch.dtype | None = torch.float32
+) -> Tensor:
+    """`exactly`, and the result as wide as it was computed: for what is summed up, as a log-determinant is.
+
+    Example:
+        >>> widely(torch.exp, torch.zeros(1, dtype=torch.bfloat16))
+        tensor([1.])
+    """
     if all([t is None or t.dtype == x.dtype for t in tensors]) and (least is None or x.dtype in _WIDE):
         return _outside_of_autocast(fn, x, *tensors)
     given = [tensor.dtype for tensor in (x, *tensors) if tensor is not None]
@@ -45,7 +57,7 @@ def exactly(
     if dtype.is_complex and not x.is_complex():
         raise WireError("a map with complex weights: the input", expected="a complex tensor", got=str(x.dtype))
     wide = [None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors)]
-    return _outside_of_autocast(fn, *wide).to(x.dtype)
+    return _outside_of_autocast(fn, *wide)
 
 
 _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)

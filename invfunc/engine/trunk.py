@@ -171,7 +171,7 @@ class Stage(Record):
     def keep_residue(self, residue: Residue) -> None:
         """Keep what the inverse needs: as autograd keeps what it saves, so that a region around it keeps nothing."""
         self.residue = _detached(residue)
-        if residue is not None and _torch.top_hooks() is not None:
+        if residue is not None:
             self.kept = Kept(leaves(self.residue))
             self.residue = map_wire(_nothing, self.residue)
 

@@ -61,7 +61,7 @@ def _bound(levels: int, noise: Noise | None, x: Tensor, y: Tensor) -> Tensor:
     margin = _margin(levels, x)
     scale = x[0].numel() * (math.log(1 - 2 * margin) - math.log(levels))
     if noise is None:
-        return sum_per_sample(torch.zeros_like(x)) + scale
+        return sum_per_sample(0 * x.detach()) + scale  # 0, and NaN where x is no number
     edge = torch.finfo(x.dtype).eps
     drawn = ((levels * y - x - margin) / (1 - 2 * margin)).clamp(edge, 1 - edge)
     return scale - noise.log_prob(drawn, context=x / levels).to(at_least(x.dtype))

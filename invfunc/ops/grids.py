@@ -15,6 +15,7 @@ from ..core.combine import swap
 from ..core.couple import Half, Law, match, sum_per_sample
 from ..core.op import Invertible, Residue, chain, name_of, named, pair
 from ..core.packing import pack_bits, unpack_bits
+from ..core.precision import at_least
 from ..errors import OptionError, WireError
 from ..wires import Wire, describe
 
@@ -130,7 +131,7 @@ class MixLaw(Law):
 
     def undo(self, t: Wire, residue: Residue, y: Wire) -> Wire:
         gamma, u = t
-        return self._unmix(gamma, u, residue, y)
+        return self.op(t).inverse(y) if residue is None else self._unmix(gamma, u, residue, y)
 
     def gradients(self, t: Wire, gy: Wire) -> tuple[Wire, Wire] | None:
         gamma, u = t
@@ -150,7 +151,7 @@ class MixLaw(Law):
 
 
 def _log_det(gamma: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return sum_per_sample(gamma.abs().log().expand(x.shape))
+    return sum_per_sample(gamma.to(at_least(gamma.dtype)).abs().log().expand(x.shape))
 
 
 # ---- the op ----------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from .. import _torch
 from ..core.context import Context, bind, tell
 from ..core.couple import add_wires, affine, as_law, sum_per_sample
 from ..core.op import VJP, Again, Inverse, Invertible, Pair, Residue, graph_leaves, name_of
+from ..core.precision import at_least
 from ..debug import checking
 from ..engine.devices import Answers, Late, when_here
 from ..engine.interface import Options, Run
@@ -567,7 +568,7 @@ class ExactLogDet:
         basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *x.shape[1:])
         rows = torch.func.vmap(_transposed(fn, x))(basis.expand(size, *x.shape))
         jacobian = rows.flatten(2).movedim(0, 1)
-        return log_abs_det(torch.eye(size, dtype=x.dtype, device=x.device) + jacobian)
+        return log_abs_det(torch.eye(size, dtype=at_least(x.dtype), device=x.device) + jacobian)
 
 
 def exact_log_det() -> Callable[..., Tensor]:

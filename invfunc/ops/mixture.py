@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.couple import sum_per_sample
+from ..core.couple import sum_log_slopes
 from ..core.op import Invertible, chain, named, pair
 from ..core.precision import exactly
 from ..debug import require
@@ -56,11 +56,20 @@ def _log_odds(mixture: Logistics, x: Tensor) -> Tensor:
 
 
 def _log_slope(mixture: Logistics, x: Tensor) -> Tensor:
-    """The logarithm of the derivative of `_log_odds`: ``log f - log F - log(1 - F)``."""
-    z = _standardised(mixture, x)
-    below, above = mixture.log_weights + log_sigmoid(z), log_sigmoid(-z)
-    density = (below + above - mixture.log_scales).logsumexp(-1)
-    return density - below.logsumexp(-1) - (mixture.log_weights + above).logsumexp(-1)
+    """The logarithm of the derivative of `_log_odds`: ``log f - log F - log(1 - F)``.
+
+    In a tail, log f and one of the others are large and nearly the same: the largest term of each sum is taken out
+    before. An infinity is a number so large that only the widest of the components counts.
+    """
+    largest = math.sqrt(torch.finfo(x.dtype).max)
+    z = _standardised(mixture, x.clamp(-largest, largest))
+    below, above = (_without_largest(mixture.log_weights, log_sigmoid(side)) for side in (z, -z))
+    density = mixture.log_weights + below + above - mixture.log_scales
+    return density.logsumexp(-1) - sum((mixture.log_weights + side).logsumexp(-1) for side in (below, above))
+
+
+def _without_largest(log_weights: Tensor, terms: Tensor) -> Tensor:
+    return terms - (log_weights + terms).amax(-1, keepdim=True).detach()
 
 
 def _check(mixture: Logistics, x: Tensor) -> None:
@@ -109,10 +118,12 @@ def _solution(
 ) -> Tensor:
     mixture = _logistics(logits, means, log_scales)
     _check(mixture, y)
+    is_infinite, limit = y.isinf(), y
+    y = y.masked_fill(is_infinite, 0)
     x = _root(tolerance or torch.finfo(y.dtype).eps, Logistics(*(part.detach() for part in mixture)), y.detach())
     for _ in range(2):  # each step of Newton's method doubles how many derivatives are right: 0, 1, 3
         x = x - (_log_odds(mixture, x) - y) * (-_log_slope(mixture, x)).exp()
-    return x
+    return torch.where(is_infinite, limit, x)
 
 
 def _root(tolerance: float, mixture: Logistics, y: Tensor) -> Tensor:
@@ -125,11 +136,11 @@ def _root(tolerance: float, mixture: Logistics, y: Tensor) -> Tensor:
 def _log_det(
     tolerance: float | None, logits: Tensor, means: Tensor | None, log_scales: Tensor | None, x: Tensor, y: Tensor
 ) -> Tensor:
-    return exactly(_log_slopes, x, logits, means, log_scales)
+    return sum_log_slopes(_log_slopes, x, logits, means, log_scales)
 
 
 def _log_slopes(x: Tensor, logits: Tensor, means: Tensor | None, log_scales: Tensor | None) -> Tensor:
-    return sum_per_sample(_log_slope(_logistics(logits, means, log_scales), x))
+    return _log_slope(_logistics(logits, means, log_scales), x)
 
 
 def mixture_logit(
@@ -208,7 +219,7 @@ def mixture_cdf(
         `mixture_logit` does not saturate.
 
     Cost:
-        That of `mixture_logit`, and a sigmoid.
+        That of `mixture_logit`, and a sigmoid, whose input is kept where it is lowered.
 
     Raises:
         WireError: When the numbers of parameters do not fit each other, or their shapes do not fit x.

@@ -51,7 +51,7 @@ def _pull_blend(gamma: float, t: Tensor, y: Tensor, gy: Tensor) -> Any:
 
 def _blend_log_det(gamma: float | Tensor, v: Tensor, y: Tensor) -> Tensor:
     gamma = torch.as_tensor(gamma, dtype=at_least(v.dtype), device=v.device)
-    return sum_per_sample(gamma.abs().log().expand(v.shape)).to(v.dtype)
+    return sum_per_sample(gamma.abs().log().expand(v.shape))
 
 
 def blend(gamma: float | Tensor, t: Tensor) -> Invertible:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.op import Invertible, Rearrangement, chain, named, pair
+from ..core.precision import at_least
 from ..debug import checking, require
 from ..engine.devices import beside
 from ..errors import OptionError, WireError
@@ -68,7 +69,7 @@ def per_position(log_det: Tensor, x: Tensor, dim: int) -> Tensor:
     """
     check_tensor("the log-determinant", x, 2)
     positions = x.shape[1:].numel() // x.shape[dim] * (1 + x.is_complex())
-    return (log_det * positions).to(x.dtype.to_real()).expand(x.shape[:1])
+    return (log_det * positions).to(at_least(x.dtype.to_real())).expand(x.shape[:1])
 
 
 def reach(*dims: int) -> int:

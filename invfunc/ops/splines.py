@@ -6,6 +6,7 @@ half precision; knots, slopes and the spline itself are computed in the dtype of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.couple import broadcasts, sum_per_sample
+from ..core.couple import broadcasts, sum_log_slopes
 from ..core.op import Invertible, pair
 from ..core.precision import exactly
 from ..debug import require
@@ -190,7 +191,7 @@ def _rq_root(shape: Shape, y: Tensor, w: Tensor, h: Tensor | None, d: Tensor | N
 
 
 def _rq_log_det(shape: Shape, w: Tensor, h: Tensor | None, d: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-    return exactly(partial(_rq_log_slope, shape), x, w, h, d)
+    return sum_log_slopes(partial(_rq_log_slope, shape), x, w, h, d)
 
 
 def _rq_log_slope(shape: Shape, x: Tensor, w: Tensor, h: Tensor | None, d: Tensor | None) -> Tensor:
@@ -199,7 +200,7 @@ def _rq_log_slope(shape: Shape, x: Tensor, w: Tensor, h: Tensor | None, d: Tenso
     t = (inner - p.x) / p.width
     above = p.right * t * t + 2 * p.mean * t * (1 - t) + p.left * (1 - t) * (1 - t)
     below = p.mean + p.bend * t * (1 - t)
-    return sum_per_sample(2 * p.mean.log() + above.log() - 2 * below.log())
+    return 2 * p.mean.log() + above.log() - 2 * below.log()
 
 
 def rational_quadratic_spline(
@@ -311,14 +312,15 @@ def _linear_root(shape: Shape, y: Tensor, heights: Tensor, widths: Tensor | None
 
 
 def _linear_log_det(shape: Shape, heights: Tensor, widths: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-    return exactly(partial(_linear_log_slope, shape), x, heights, widths)
+    return sum_log_slopes(partial(_linear_log_slope, shape), x, heights, widths)
 
 
 def _linear_log_slope(shape: Shape, x: Tensor, heights: Tensor, widths: Tensor | None) -> Tensor:
     xs, ys = _linear_tables(shape, heights, widths)
     index = _bin(xs, x)
     (x0, x1), (y0, y1) = _ends(xs, index), _ends(ys, index)
-    return sum_per_sample(torch.where(_between(x, shape.low, shape.high), ((y1 - y0) / (x1 - x0)).log(), 0))
+    inside = torch.where(_between(x, shape.low, shape.high), ((y1 - y0) / (x1 - x0)).log(), 0)
+    return inside.masked_fill(x.isnan(), math.nan)
 
 
 def linear_spline(

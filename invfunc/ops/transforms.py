@@ -16,7 +16,7 @@ from torch.distributions import Transform, constraints
 
 from ..core.combine import Plumbing, check_components, parallel, permute_wires
 from ..core.couple import sum_per_sample
-from ..core.op import Invertible, chain, invert, pair
+from ..core.op import Invertible, chain, invert, pair, saturating
 from ..debug import checking, require
 from ..errors import NotInvertibleError, OptionError, WireError
 from ..log_det import Joint, joint, with_log_det, zeros_for
@@ -219,9 +219,17 @@ def _of_torch(transform: Transform) -> Invertible:
         )
     pure = transform.with_cache(0)
     if hasattr(pure, "call_and_ladj"):
-        return _joint(partial(_itself, pure), _shown(transform), False)
-    rule = partial(_transform_log_det, pure)
-    return pair(partial(_through, pure), partial(_through, pure.inv), log_det=rule, name=_shown(transform))
+        op = _joint(partial(_itself, pure), _shown(transform), False)
+    else:
+        rule = partial(_transform_log_det, pure)
+        op = pair(partial(_through, pure), partial(_through, pure.inv), log_det=rule, name=_shown(transform))
+    return op if _is_real(pure.domain) and _is_real(pure.codomain) else saturating(op)
+
+
+def _is_real(constraint: Any) -> bool:
+    """Whether all numbers are allowed: then no end is near which rounding leaves too little of them."""
+    inner = getattr(constraint, "base_constraint", None)
+    return constraint is constraints.real if inner is None else _is_real(inner)
 
 
 def _itself(transform: Transform) -> Transform:
