@@ -4,6 +4,7 @@ NOTE [Batch] A flow is asked about any number of samples, of any number of conte
 
 1.  *Event.* What one sample is, the base says: its event, or all of its shape where it has no event. In x the event is
     the last dims that hold as many numbers. A base of single numbers says nothing: then dim 0 alone is batch.
+    A base that is made from contexts has them first: its event is what comes after, ``Independent`` or not.
 2.  *Batch.* All dims before the event; with contexts, broadcast with dim 0 of the context, as torch.distributions do
     with a batch of parameters: samples times contexts.
 3.  *Flat.* The op is called once, on the batch as one dim, and what it returns has the batch as it was.
@@ -20,8 +21,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Size, Tensor
+from torch.distributions import Distribution, Independent, TransformedDistribution
 
 from .core.op import Invertible, name_of
+from .core.precision import at_least
 from .errors import WireError
 from .log_det import with_log_det, zeros_for
 from .ops.streams import Given
@@ -44,10 +47,11 @@ class Flow:
 
     def log_prob(self, x: Wire, context: Wire = None) -> Tensor:
         """``log p(x)``, of the shape of the batch."""
-        base, total = _made(self.base, context), zeros_for(x)
+        base = _made(self.base, context)
         dims = _batch_dims(base, x)
         batch = _with_contexts(leaves(x)[0].shape[:dims], context)
-        z, total = self.counting(self._join(_flat(x, batch, dims), context, batch), total.new_zeros(batch.numel()))
+        x = _flat(x, batch, dims)
+        z, total = self.counting(self._join(x, context, batch), zeros_for(x))
         return total.view(batch) + _base_log_prob(base, self._part(z, context), batch)
 
     def sample(self, shape: Shape = (), context: Wire = None) -> Wire:
@@ -111,8 +115,9 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
             that reads a context.
         base: A ``torch.distributions.Distribution`` over z, whose shape is one sample: ``Normal(zeros(4), 1)``,
             or the event of ``Independent(...)``. Or a single number's, ``Normal(0, 1)``, which serves latents of any
-            shape. Or a function or module that returns one, in each call, from the context if there is one: so a
-            base has parameters, such as ``lambda: Normal(mean, log_scale.exp())``. A tuple of these for a tuple wire.
+            shape. Or a function or module that returns one, in each call: so a base has parameters, such as ``lambda:
+            Normal(mean, log_scale.exp())``. If it takes the context, dim 0 of what it returns counts contexts, and one
+            sample is what comes after: ``lambda c: Normal(net(c), 1)``. A tuple of these for a tuple wire.
         exact: See `with_log_det`.
 
     Returns:
@@ -123,7 +128,7 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
         ``log_prob``: ``(*batch, *event) -> batch``; with C contexts the batch is broadcast with ``(C,)``, so that x of
         ``(S, C, *event)`` or ``(S, 1, *event)`` gives ``(S, C)``. ``sample``: ``(*shape, *event)``, with contexts
         ``(*shape, C, *event)``. Where the base is one of single numbers, dim 0 of x is its batch, and a shape is all of
-        it: ``sample((5, 3, 8, 8))``.
+        it: ``sample((5, 3, 8, 8))``. Log-densities are summed up in at least float32, whatever the dtype of x.
 
     Cost:
         ``log_prob`` evaluates op once, the others its inverse once; ``rsample_and_log_prob`` needs nothing else.
@@ -131,8 +136,8 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
 
     Raises:
         NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
-        WireError: When op or base read a context and none is given, when contexts do not fit the samples, or when the
-            base swallows the batch.
+        WireError: When op or base read a context and none is given, when contexts do not fit the samples or what the
+            base makes of them, or when the base swallows the batch.
 
     Example:
         >>> import invfunc as inv
@@ -185,7 +190,25 @@ def _made(base: Base, context: Wire) -> Base:
     given = () if context is None or not _takes(base, context) else (context,)
     if not _takes(base, *given):
         raise WireError(f"the base {name_of(base)} got no context", expected="one, its argument", cure="pass context=")
-    return base(*given)
+    return _of_contexts(base(*given), base, _contexts(context)) if given else base()
+
+
+def _of_contexts(made: Base, fn: Base, contexts: Size) -> Base:
+    """A base that was made from contexts: dim 0 of its batch counts them, what comes after is of one sample."""
+    if isinstance(made, tuple):
+        return tuple([_of_contexts(part, fn, contexts) for part in made])
+    batch = getattr(made, "batch_shape", None)
+    if not (batch and contexts):
+        return made
+    if batch[0] not in (1, *contexts) or (len(batch) == 1 and not made.event_shape):
+        raise WireError(
+            f"the base {name_of(fn)} returned {made!r}",
+            expected=f"a batch of shape ({contexts[0]}, ...): contexts first, then one sample",
+            got=f"{tuple(batch)}",
+            cure="Independent(base, 1) tells the last dim of a base as its event, also where it reads no context",
+        )
+    made = made.expand(contexts + batch[1:]) if batch[:1] != contexts else made
+    return Independent(made, len(batch) - 1) if len(batch) > 1 else made
 
 
 def _shown(base: Base) -> str:
@@ -215,14 +238,20 @@ def _base_log_prob(base: Base, z: Wire, batch: Size) -> Tensor:
         return torch.stack([_base_log_prob(*both, batch) for both in zip(base, z, strict=True)]).sum(0)
     if not isinstance(z, Tensor):
         raise WireError(f"the base got latents {describe(z)}", expected="one tensor", cure="pass a tuple of bases")
-    found = base.log_prob(z.view(*batch, *z.shape[1:]))
+    found = base.log_prob((z.to(at_least(z.dtype)) if _takes_any_dtype(base) else z).view(batch + z.shape[1:]))
     if found.shape[: len(batch)] != batch:
         raise WireError(
             f"the base's log_prob of {describe(z)} has shape {describe(found)}",
             expected=f"({', '.join(map(str, batch))}, ...): the batch first",
             cure="let the event of the base be one sample",
         )
-    return found.flatten(len(batch)).sum(-1) if found.dim() > len(batch) else found
+    return found.flatten(len(batch)).sum(-1, dtype=at_least(found.dtype)) if found.dim() > len(batch) else found
+
+
+def _takes_any_dtype(base: Base) -> bool:
+    """Whether a base is a formula; a flow or a transformed one may hold networks, which take their own dtype alone."""
+    inner = base.base_dist if isinstance(base, Independent) else base
+    return isinstance(inner, Distribution) and not isinstance(inner, TransformedDistribution)
 
 
 def _draw(base: Base, how: str, shape: Size, contexts: Size) -> Wire:
@@ -238,11 +267,13 @@ def _draw(base: Base, how: str, shape: Size, contexts: Size) -> Wire:
 def _batch_dims(base: Base, x: Wire) -> int:
     """How many dims of x are batch (rule 1)."""
     own, numbers = [leaf for leaf in leaves(x) if is_differentiable(leaf)], _numbers(base)
+    if not own:
+        raise WireError(f"a flow got samples {describe(x)}", expected="floating-point tensors")
     likely = max(own[0].dim() - len(_event(base)), 0)
     for dims in (likely, *range(1, own[0].dim() + 1), 0) if numbers else ():
         if sum(prod(leaf.shape[dims:]) for leaf in own) == numbers:
             return dims
-    return 1
+    return min(1, own[0].dim())
 
 
 def _contexts(context: Wire) -> Size:
@@ -273,12 +304,12 @@ def _flat(wire: Wire, batch: Size, dims: int) -> Wire:
 
 
 def _flat_leaf(batch: Size, dims: int, leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or not leaf.dim() or (dims == 1 and leaf.shape[:1] == batch):
+    if not isinstance(leaf, Tensor) or leaf.dim() < dims or (dims == 1 and leaf.shape[:1] == batch):
         return leaf
-    return leaf.expand(*batch, *leaf.shape[dims:]).reshape(batch.numel(), *leaf.shape[dims:])
+    return leaf.expand(batch + leaf.shape[dims:]).reshape(batch.numel(), *leaf.shape[dims:])
 
 
 def _unflat(wire: Wire, batch: Size) -> Wire:
     if len(batch) == 1:
         return wire
-    return map_wire(lambda leaf: leaf.view(*batch, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf, wire)
+    return map_wire(lambda leaf: leaf.view(batch + leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf, wire)

@@ -373,7 +373,7 @@ CAUSES: dict[str, tuple[Callable[[], inv.Invertible], str]] = {
         "the inverse of chain stage 0 (pair) does not give its input back",
     ),
     "saturated": (
-        lambda: inv.chain(inv.pair(lambda x: 30 * TWO * x, lambda y: y / 60), inv.pair(torch.tanh, torch.atanh)),
+        lambda: inv.chain(inv.pair(lambda x: 30 * TWO * x, lambda y: y / 60), inv.pair(torch.tanh, ops.tanh().inverse)),
         "chain stage 1 (pair) has lost values by saturation",
     ),
 }

@@ -204,6 +204,87 @@ def test_a_base_of_the_context(wrap: Any) -> None:
     assert_close((found, density.log_prob(x, context=c)), (expected, expected))
 
 
+@pytest.mark.parametrize("trailing", [(4,), (2, 2)])
+def test_a_base_of_the_context_has_contexts_first_with_or_without_an_event(trailing: tuple[int, ...]) -> None:
+    c, x = torch.randn(6, *trailing), torch.randn(7, 6, *trailing)
+    bases = lambda c: Normal(c, 2.0), lambda c: Independent(Normal(c, 2.0), len(trailing))  # noqa: E731
+    bare, declared = (inv.flow(ops.sinh(), base) for base in bases)
+    expected = (Normal(c, 2.0).log_prob(x.sinh()) + x.cosh().log()).flatten(2).sum(2)
+    for density in bare, declared:
+        assert_close(density.log_prob(x, context=c), expected)
+        assert_close(density.log_prob(x[:, :1], context=c)[:, 0], expected[:, 0])
+        found, own = density.rsample_and_log_prob((3, 2), context=c)
+        assert found.shape == (3, 2, 6, *trailing)
+        assert_close(own, density.log_prob(found, context=c))
+
+
+def test_a_base_of_the_context_that_is_the_same_for_all_is_repeated() -> None:
+    density = inv.flow(ops.sinh(), lambda c: Normal(c.mean(0, keepdim=True), 1.0))
+    c, x = torch.randn(6, 4), torch.randn(6, 4)
+    expected = (Normal(c.mean(0), 1.0).log_prob(x.sinh()) + x.cosh().log()).sum(1)
+    assert_close(density.log_prob(x, context=c), expected)
+    assert density.sample((3,), context=c).shape == (3, 6, 4)
+
+
+@pytest.mark.parametrize("made", [lambda c: Normal(torch.zeros(4), 1.0), lambda c: Normal(c[:, 0], 1.0)])
+def test_a_base_of_the_context_whose_batch_is_not_of_contexts_is_named(made: Any) -> None:
+    density, c = inv.flow(ops.sinh(), made), torch.randn(6, 4)
+    for call in lambda: density.log_prob(torch.randn(6, 4), context=c), lambda: density.sample((2,), context=c):
+        message = "expected a batch of shape (6, ...): contexts first, then one sample, got ("
+        assert_refused(WireError, message, call, anywhere=True)
+
+
+def test_a_base_that_takes_a_context_may_be_the_same_for_all() -> None:
+    density = inv.flow(ops.sinh(), lambda c: Independent(Normal(torch.zeros(4), 1.0), 1))
+    c, x = torch.randn(6, 4), torch.randn(6, 4)
+    assert_close(density.log_prob(x, context=c), (Normal(0.0, 1.0).log_prob(x.sinh()) + x.cosh().log()).sum(1))
+    assert density.sample((3,), context=c).shape == (3, 6, 4)
+
+
+@lowerings
+def test_one_number_is_a_sample(wrap: Any) -> None:
+    density = inv.flow(wrap(ops.sinh()), Normal(0.0, 1.0))
+    assert density.sample().shape == ()
+    x, found = density.rsample_and_log_prob()
+    assert x.shape == found.shape == ()
+    assert_close((found, density.log_prob(x)), (Normal(0.0, 1.0).log_prob(x.sinh()) + x.cosh().log(),) * 2)
+
+
+def test_samples_that_are_no_tensor_are_named() -> None:
+    density = inv.flow(ops.sinh(), Normal(0.0, 1.0))
+    message = "a flow got samples float, expected floating-point tensors"
+    assert_refused(WireError, message, lambda: density.log_prob(1.0))
+
+
+# ---- half precision --------------------------------------------------------------------------------------------------
+
+
+@lowerings
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", [Normal(torch.tensor(0.0), 1.0), Normal(torch.zeros(2**15), 1.0)])
+def test_a_density_of_many_numbers_in_half_precision_is_summed_in_float32(wrap: Any, dtype: Any, base: Any) -> None:
+    x = (torch.randn(2, 2**15) * 3000).to(dtype)  # 32768 slopes of about -8: their sum is no float16
+    density = inv.flow(wrap(ops.asinh()), base)
+    z = x.asinh().double()  # as it was rounded
+    expected = (Normal(0.0, 1.0).log_prob(z) - z.cosh().log()).sum(1)
+    found = density.log_prob(x)
+    assert found.dtype == torch.promote_types(torch.float32, base.loc.dtype)
+    assert_close(found.double(), expected, 1e-5)
+    x.requires_grad_()
+    assert torch.autograd.grad(density.log_prob(x).sum(), x)[0].isfinite().all()
+
+
+@lowerings
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_small_log_determinants_add_up_in_half_precision(wrap: Any, dtype: Any) -> None:
+    op = wrap(inv.chain(*[ops.actnorm(torch.full((16,), 0.01, dtype=torch.float32), torch.zeros(16))] * 200))
+    x = torch.randn(3, 16).to(dtype)
+    y, total = inv.log_det(op, x)
+    assert y.dtype == dtype and total.dtype == torch.float32
+    assert_close(total, torch.full((3,), 32.0, dtype=torch.float32), 1e-3)
+    assert_close(inv.log_det(~op, y)[1], -total, 1e-6)
+
+
 def test_an_op_and_a_base_that_both_read_the_context() -> None:
     f, g, net, c = Shift(), Shift(), mlp(3, 4), torch.randn(6, 3)
     density = inv.flow(conditional(f, g), lambda context: Independent(Normal(net(context), 1.0), 1))

@@ -366,7 +366,7 @@ def leaky_tanh(cutoff: float = 3.0) -> Invertible:
     Cost:
         Its inverse is one artanh. Lowered, the gradient is read off the output and nothing is kept, unless less than
         half of the digits would come back, for :math:`\cosh^2 c > \epsilon^{-1/2}`: then its input is. So it is from
-        c = 4.7 on in float32, 2.5 in float16 and 1.9 in bfloat16.
+        c = 4.7 on in float32, 2.4 in float16 and 1.9 in bfloat16.
 
     Raises:
         OptionError: When the cutoff is not positive, or so large that tanh has saturated in float32.
