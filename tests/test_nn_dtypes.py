@@ -96,6 +96,39 @@ def test_an_orthogonal_weight_is_orthogonal_in_the_dtype_it_is_loaded_in(size: t
     assert torch.equal(again.weight, narrow.weight)  # what is orthogonal already keeps its bits
 
 
+OWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "OrthogonalLinear": (lambda: inn.OrthogonalLinear(8, 8), (5, 8)),
+    "OrthogonalLinear tall": (lambda: inn.OrthogonalLinear(8, 12), (5, 8)),
+    "LULinear": (lambda: inn.LULinear(8), (5, 8)),
+    "ActNorm": (lambda: inn.ActNorm(8), (5, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_made_of_parameters_is_made_in_the_dtype_of_a_wider_stream(name: str) -> None:
+    make, shape = OWN[name]
+    narrow, x = make(), torch.randn(shape, dtype=F64, requires_grad=True)
+    narrow.initialised = True  # where it starts from a batch
+    narrow(x.float()).pow(3).sum().backward()
+    torch.optim.SGD(narrow.parameters(), 1e-3).step()
+    wide = copy.deepcopy(narrow).double()
+    assert error_of_inverse(narrow, x) < 1e-14
+    (y, *found), (expected, *gradients) = (
+        [y, *torch.autograd.grad(y.pow(3).sum(), [x, *layer.parameters()])]
+        for layer, y in ((layer, layer(x)) for layer in (narrow, wide))
+    )
+    assert_close(y, expected, 1e-13)
+    assert_close([g.double() for g in found], gradients, 1e-6)
+    by_name = torch.func.grad(lambda p: torch.func.functional_call(narrow, p, (x,)).pow(3).sum())
+    assert_close([g.double() for g in by_name(dict(narrow.named_parameters())).values()], gradients[1:], 1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_module_cast_with_all_its_buffers_is_undone_in_float64(name: str) -> None:
+    make, shape = LAYERS[name]
+    assert error_of_inverse(make().type(F64), torch.randn(shape, dtype=F64)) < 1e-11
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_an_orthogonal_layer_trains_in_half_precision(dtype: torch.dtype) -> None:
     layer = inn.OrthogonalLinear(8, 8, dtype=dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .. import _torch, ops
 from ..core.op import Invertible, Pair, chain
 from ..core.precision import at_least, without_autocast
 from ..errors import OptionError
+from ..ops.linear import lu_by, orthogonal_by
 from ..ops.shape import missing
 from .lowered import Coupling, Layer
 
@@ -88,7 +90,8 @@ class OrthogonalLinear(Linear):
     Limits:
         The weight is a parametrization of torch's: such a module is saved by its state dict, not by pickle. It is
         orthogonal in the dtype of the parameters, whatever they were made or saved in: ``.double()`` makes it so in
-        float64. In half precision it is computed in float32.
+        float64. In half precision it is computed in float32; for a stream that is wider, in that of the stream, at the
+        cost of another matrix exponential in each direction.
 
     Example:
         >>> import torch, invfunc as inv
@@ -115,7 +118,10 @@ class OrthogonalLinear(Linear):
 
     def make(self) -> Invertible:
         with without_autocast(self._rotation.base.device.type):
-            return ops.orthogonal(self.weight, self.bias)
+            make = partial(_rotation_in_dtype_of, self._rotation, self.parametrizations.weight.original)
+            op = orthogonal_by(make, self.weight, self.bias)
+        assert isinstance(op, Pair)
+        return replace(op, pullback_fn=None)  # a pullback tells gradients of the weight alone, not of what made it
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         before = self._rotation.base
@@ -125,6 +131,14 @@ class OrthogonalLinear(Linear):
             self._rotation.base = before.to(after.device, at_least(after.dtype))
             _sharpen(self._rotation)
         return self
+
+
+def _rotation_in_dtype_of(rotation: Any, parameter: Tensor, weight: Tensor) -> Tensor:
+    """The weight, orthogonal in the dtype that it was brought to: made anew where that is wider than its own."""
+    if at_least(weight.dtype) == rotation.base.dtype:
+        return weight
+    base = {"base": _sharp(rotation.base.to(weight.dtype))}
+    return torch.func.functional_call(rotation, base, parameter.to(weight.dtype))
 
 
 def _widen(rotation: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -138,8 +152,13 @@ def _sharpen(rotation: Any, incompatible: Any = None) -> None:
     base = rotation.base
     apart = base.mH @ base - torch.eye(len(base), dtype=base.dtype, device=base.device)
     if not base.is_meta and apart.abs().max() > 10 * len(base) * torch.finfo(base.dtype).eps:
-        q, r = torch.linalg.qr(base)
-        rotation.base = q * r.diagonal().sgn()
+        rotation.base = _sharp(base)
+
+
+def _sharp(base: Tensor) -> Tensor:
+    """The orthogonal matrix near one that is almost so."""
+    q, r = torch.linalg.qr(base)
+    return q * r.diagonal().sgn()
 
 
 class LULinear(Layer):
@@ -199,8 +218,9 @@ class LULinear(Layer):
 
     def make(self) -> Invertible:
         dtype = at_least(self.upper.dtype)
-        diagonal = self.sign.to(dtype) * self.log_diagonal.to(dtype).exp()
-        return ops.lu(self.lower, self.upper.to(dtype).triu(1) + diagonal.diag(), self.order, self.bias)
+        upper = self.upper.to(dtype).triu(1) + self.log_diagonal.to(dtype).diag()
+        order = self.order.long()  # `nn.Module.type` casts whole numbers, too
+        return lu_by(upper, self.sign, self.lower, order, self.bias)
 
     def extra_repr(self) -> str:
         """The options."""

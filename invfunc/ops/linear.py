@@ -340,8 +340,20 @@ def orthogonal(q: Tensor, bias: Tensor | None = None) -> Invertible:
         Lezcano-Casado and Martinez-Rubio, Cheap orthogonal constraints in neural networks (2019).
     """
     check_matrix("orthogonal", q, tall=True)
+    return orthogonal_by(_same, q, bias)
+
+
+def orthogonal_by(make: Callable[[Tensor], Tensor], q: Tensor, bias: Tensor | None) -> Invertible:
+    """`orthogonal`, whose matrix ``make`` gives for q in any dtype: one that was widened is orthogonal no more."""
     log_det = partial(rotation_log_det, "orthogonal", q) if q.shape[0] == q.shape[1] else None
-    return _linear_op("orthogonal", q, bias, solver=_solve_orthogonal, log_det=log_det)
+    solver = partial(_solve_made, make, _solve_orthogonal)
+    return _linear_op("orthogonal", q, bias, solver=solver, log_det=log_det, make=make)
+
+
+def _solve_made(
+    make: Callable[[Tensor], Tensor], solver: Callable[..., Tensor], label: str, weight: Tensor, y: Tensor
+) -> Tensor:
+    return solver(label, make(weight), y)
 
 
 def _reflect(backwards: bool, vectors: Tensor, x: Tensor) -> Tensor:
@@ -532,7 +544,42 @@ def lu(
     Source:
         Kingma and Dhariwal, Glow (2018), section 3.2.
     """
-    parts = [triangular(lower if upper is None else upper, upper=True), triangular(lower, unit=True)]
+    return _lu(triangular(lower if upper is None else upper, upper=True), lower, permutation, bias)
+
+
+def lu_by(upper: Tensor, sign: Tensor, lower: Tensor, permutation: Tensor, bias: Tensor | None) -> Invertible:
+    """`lu`, where the diagonal of ``upper`` has the logarithms of U's magnitudes: it is made in the stream's dtype."""
+    make = partial(_exp_diagonal, sign)
+    factor = _linear_op(
+        "triangular",
+        upper,
+        None,
+        solver=partial(_solve_made, make, partial(_solve_triangular, True, False)),
+        log_det=partial(_log_det_of, _trace, upper),
+        make=make,
+        part=partial(_exp_diagonal_part, sign, upper),
+    )
+    return _lu(factor, lower, permutation, bias)
+
+
+def _exp_diagonal(sign: Tensor, upper: Tensor) -> Tensor:
+    return upper.triu(1) + (sign * upper.diagonal().exp()).diag_embed()
+
+
+def _exp_diagonal_part(sign: Tensor, upper: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the matrix that `_exp_diagonal` makes, as that of ``upper``."""
+    scale = sign * upper.to(gradient.dtype).diagonal().exp()
+    return gradient.triu(1) + (gradient.diagonal() * scale).diag_embed()
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal().sum()
+
+
+def _lu(
+    upper: Invertible, lower: Tensor, permutation: Tensor | Sequence[int] | None, bias: Tensor | None
+) -> Invertible:
+    parts = [upper, triangular(lower, unit=True)]
     if permutation is not None:
         order = torch.as_tensor(permutation)
         parts.append(permute_channels(order.argmax(1) if order.dim() == 2 else order, dim=-1))
