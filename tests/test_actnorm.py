@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import invfunc as inv
-from invfunc.errors import OptionError, WireError
+from invfunc.errors import DomainError, OptionError, WireError
 
 inn = inv.nn
 
@@ -70,6 +70,17 @@ def test_it_starts_inside_of_a_compiled_call() -> None:
     assert_close(compiled(2 * x), layer(2 * x))
 
 
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+def test_a_channel_that_is_not_finite_does_not_start_inside_of_a_compiled_call() -> None:
+    layer, x = inn.ActNorm(3), batch(64, 3)
+    bad = x.clone()
+    bad[5, 1] = torch.nan
+    torch.compile(layer, backend="eager", fullgraph=True)(bad)
+    assert layer.log_scale[1] == layer.bias[1] == 0
+    assert_normal(layer(x)[:, [0, 2]])
+
+
 def test_neither_a_transform_nor_a_meta_tensor_starts_it() -> None:
     layer = inn.ActNorm(3)
     torch.func.grad(lambda x: layer(x).sum())(batch(4, 3))
@@ -86,6 +97,31 @@ def test_a_batch_of_one_vector_leaves_the_start_to_the_next() -> None:
     assert torch.equal(layer(x), x) and not layer.initialised
     assert torch.equal(layer(x[:0]), x[:0]) and not layer.initialised
     assert_normal(layer(batch(64, 3)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("wrap", [lambda layer: layer, lambda layer: inv.checkpoint(inv.chain(layer, inv.ops.sinh()))])
+def test_a_first_batch_that_is_not_finite_is_refused_and_the_next_starts(wrap: Any, value: float) -> None:
+    layer, x = inn.ActNorm(3), batch(64, 3)
+    bad = x.clone()
+    bad[5, 1] = value
+    message = (
+        "ActNorm: the first batch, expected statistics that are finite, got NaN or infinity in channels [1]; mend what "
+        "comes before; or call initialise on another batch"
+    )
+    for call in lambda: wrap(layer)(bad), lambda: layer.initialise(bad):
+        assert_refused(DomainError, message, call, anywhere=True)
+        assert not layer.initialised and not layer.log_scale.any() and not layer.bias.any()
+    wrap(layer)(x)
+    assert_normal(layer(x))
+
+
+def test_a_later_batch_that_is_not_finite_changes_nothing() -> None:
+    layer, x = inn.ActNorm(3), batch(64, 3)
+    layer(x)
+    before = layer.log_scale.detach().clone()
+    assert layer(torch.full((2, 3), float("nan"))).isnan().all()
+    assert torch.equal(layer.log_scale, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -8,14 +8,15 @@ NOTE [Start] The first batch sets scale and shift once, for all.
     dict that has no flag, but scale and shift, is an older one: it counts as started unless all of them are 0. One that
     has neither changes nothing.
 3.  *The flag is read from the device once*; then a Python bool stands for it, which any load makes doubtful again.
-4.  *A first batch with one value in each channel* tells no scale: the module waits for the next one.
+4.  *A first batch with one value in each channel* tells no scale: the module waits for the next one. One with NaN or
+    infinity anywhere, on any rank, raises on all of them, and sets nothing: it would stay for good.
 5.  *Below a transform, and in eval, nothing starts*; a call that runs again in backward finds the flag set.
 6.  *Under FSDP2* a call sees gathered parameters, and what it writes into them is lost: a module has to start before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import _torch, ops
 from ..core.op import Invertible, Pair
-from ..errors import OptionError
+from ..errors import DomainError, OptionError
 from ..ops.normalisation import check_channels, start_of
 from .lowered import Layer
 
@@ -47,6 +48,10 @@ class ActNorm(Layer):
     Attributes:
         initialised: Whether the first batch has been seen; set it to start from 1 and 0 instead. It is the buffer
             ``started``, so that a state dict tells it. One without the module's keys does not change it.
+
+    Raises:
+        DomainError: When the first batch, on any rank, has NaN or infinity: all ranks raise, and nothing is set. A
+            compiled call can not raise, and leaves the channels where it is at scale 1 and shift 0.
 
     Limits:
         Under FSDP2 a call writes into gathered parameters, which are dropped: call `initialise`, or the model, before
@@ -99,11 +104,15 @@ class ActNorm(Layer):
 
         Args:
             x: The batch, as it arrives at the module; that of this rank, where there are several.
+
+        Raises:
+            DomainError: When a value of the batch, or of its statistics, is not finite; nothing is set then.
         """
         check_channels(x, self.dim)
         found = start_of(x, self.dim, self.log_scale.dtype, partial(_total, self.process_group))
-        for parameter, value in zip((self.log_scale, self.bias), found, strict=True):
-            parameter.copy_(_of_first_rank(self.process_group, value))
+        found = [_of_first_rank(self.process_group, value) for value in found]
+        for parameter, value in zip((self.log_scale, self.bias), _finite(found), strict=True):
+            parameter.copy_(value)
         self.initialised = True
 
     def make(self) -> Invertible:
@@ -158,6 +167,23 @@ def _refuse_first_batch() -> None:
         expected="a scale and a shift that are set",
         cure="call the module, or its initialise, on a batch first",
     )
+
+
+def _finite(found: Sequence[Tensor]) -> list[Tensor]:
+    """A scale and a shift, if they are finite; a graph can not ask, and leaves a channel where they are not as it was.
+
+    Raises:
+        DomainError: When they are not, outside of a graph.
+    """
+    is_bad = ~torch.stack([value.isfinite() for value in found]).all(0)
+    if not torch.compiler.is_compiling() and is_bad.any():
+        raise DomainError(
+            "ActNorm: the first batch",
+            expected="statistics that are finite",
+            got=f"NaN or infinity in channels {is_bad.nonzero().flatten().tolist()}",
+            cure="mend what comes before; or call initialise on another batch",
+        )
+    return [value.masked_fill(is_bad, 0) for value in found]
 
 
 def _has_no_data(tensor: Tensor) -> bool:

@@ -141,6 +141,7 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
         Salimans and Kingma, data-dependent initialisation (2016); Glow (2018).
     """
     check_channels(x, dim)
+    require("actnorm_init", x, torch.isfinite, "finite numbers")
     if not x.numel():
         raise WireError("actnorm_init: the batch", expected="a value or more in each channel", got=describe(x))
     return start_of(x, dim, at_least(x.dtype), torch.positive, eps)
@@ -149,7 +150,6 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
 def check_channels(x: Tensor, dim: int) -> None:
     """Raise unless x is a batch with channels."""
     check_tensor("actnorm_init", x, max(2, reach(dim)))
-    require("actnorm_init", x, torch.isfinite, "finite numbers")
 
 
 @torch.no_grad()

@@ -160,6 +160,23 @@ def actnorm_of_one_vector_on_each_rank(ranks: Ranks) -> None:
 
 
 @case(2)
+def actnorm_of_a_batch_with_nan_on_one_rank(ranks: Ranks) -> None:
+    """Every rank raises, none has started, and the next batch starts them alike."""
+    net, x = inv.nn.ActNorm(2), torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    bad = x.clone()
+    bad[1, 1] = torch.nan
+    try:
+        net(ranks.mine(bad))
+    except inv.errors.DomainError as error:
+        assert "NaN or infinity in channels [1]" in str(error)
+    else:
+        raise AssertionError("a rank has started")
+    assert not net.initialised
+    net(ranks.mine(x))
+    agree([net(x).detach()], [torch.tensor([[-1.0, -1.0], [1.0, 1.0]])], 1e-5)
+
+
+@case(2)
 def actnorm_of_a_group_of_ranks(ranks: Ranks) -> None:
     groups = [dist.new_group([rank]) for rank in range(ranks.world)]
     net = inv.nn.ActNorm(1, process_group=groups[ranks.rank])
