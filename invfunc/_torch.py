@@ -888,9 +888,31 @@ def _only_without_transforms() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def below_transforms() -> AbstractContextManager[Any]:
-    """Outside of every `torch.func` transform. Otherwise only where there is none."""
-    return _private("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack", _only_without_transforms)()
+# Go into the vmap of ``is_grads_batched``, and out of it; each returns how deep. Otherwise one is never known to be in
+# it, and what draws random numbers can not run again there.
+_go_in: Callable[[], int] = _private("torch._C._vmapmode_increment_nesting", lambda: 1)
+_go_out: Callable[[], int] = _private("torch._C._vmapmode_decrement_nesting", lambda: 0)
+
+
+def batched_depth() -> int:
+    """In how many ``is_grads_batched`` this runs."""
+    _go_in()
+    return _go_out()
+
+
+@contextmanager
+def below_transforms() -> Iterator[None]:
+    """Outside of every `torch.func` transform, and of ``is_grads_batched``. Otherwise only where there is none."""
+    clear = _private("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack", _only_without_transforms)
+    depth = batched_depth()
+    for _ in range(depth):
+        _go_out()
+    try:
+        with clear():
+            yield
+    finally:
+        for _ in range(depth):
+            _go_in()
 
 
 # ---- what surrounds a call -------------------------------------------------------------------------------------------

@@ -70,10 +70,9 @@ def test_the_second_derivative_of_every_op_is_that_of_finite_differences(name: s
 # ---- many gradients at once ----------------------------------------------------------------------------------------
 
 LOOKS_AT_NUMBERS = "residual_flow", "autoregressive"  # an iteration ends by what it sees; their docstrings say so
-DRAWS = "couple, dropout", "dequantize, variational"  # torch draws none below vmap, and what they drew is drawn again
 
 
-@pytest.mark.parametrize("name", [n for n in EXAMPLES if not n.startswith(LOOKS_AT_NUMBERS + DRAWS)])
+@pytest.mark.parametrize("name", [n for n in EXAMPLES if not n.startswith(LOOKS_AT_NUMBERS)])
 def test_is_grads_batched_is_a_loop(name: str) -> None:
     for op, x in directions(name):
         fn, inputs = on_tensors(op, x)

@@ -660,6 +660,24 @@ def _() -> None:
         pass
 
 
+@contract("torch._C._vmapmode_increment_nesting", "torch._C._vmapmode_decrement_nesting")
+def _() -> None:
+    depths: list[Any] = []
+
+    def look(gradient: Tensor) -> None:
+        with _torch.below_transforms():
+            depths.append((_torch.batched_depth(), torch.rand(()).shape))
+        depths.append(_torch.batched_depth())
+        with pytest.raises(RuntimeError, match="random operations inside of vmap"):
+            torch.rand(())
+
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(look)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert depths == [(0, ()), 1] and _torch.batched_depth() == 0
+
+
 @contract("torch.autograd.Function._backward_cls")
 def _() -> None:
     class Twice(torch.autograd.Function):

@@ -241,7 +241,7 @@ def in_backward(fn: Callable[..., Any], *args: Any) -> Any:
     before = torch.is_grad_enabled()
     _torch.set_grad_enabled(False)
     try:
-        if _torch.active():
+        if _torch.active() or _torch.batched_depth():
             with _torch.below_transforms():
                 return fn(*args)
         return fn(*args)
