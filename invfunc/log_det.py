@@ -34,7 +34,7 @@ from .core.op import (
     name_of,
     one_way,
 )
-from .core.precision import at_least
+from .core.precision import at_least, real_dtype
 from .errors import NotDifferentiableError, OptionError, WireError, place_error
 from .wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested, spread
 
@@ -115,7 +115,7 @@ def log_det(op: Invertible, x: Wire, *, exact: str | None = None) -> tuple[Wire,
 def zeros_for(x: Wire) -> Tensor:
     """A total to start from: one zero for each element of the batch, in at least float32."""
     first = _first_leaf(x)
-    return first.new_zeros(first.shape[:1], dtype=at_least(first.dtype.to_real()))
+    return first.new_zeros(first.shape[:1], dtype=at_least(real_dtype(first)))
 
 
 def _first_leaf(x: Wire) -> Tensor:
@@ -397,7 +397,7 @@ class Counting(Invertible):
         """A log-determinant, checked; a plain number holds for every element of the batch."""
         first = _first_leaf(x)
         if isinstance(found, (int, float)):
-            return first.new_full(first.shape[:1], found, dtype=at_least(first.dtype.to_real()))
+            return first.new_full(first.shape[:1], found, dtype=at_least(real_dtype(first)))
         if not isinstance(found, Tensor) or found.shape != first.shape[:1]:
             raise WireError(
                 f"log_det of {self.op!r} returned {describe(found)}",

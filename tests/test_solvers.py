@@ -112,6 +112,38 @@ def test_a_coupled_method_is_its_formula() -> None:
     assert_close(found, (z, x))
 
 
+class Clock(nn.Module):
+    """A field that looks at the time and remembers nothing."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return (x * t).sin() + t * t
+
+
+@every_solver
+def test_times_that_require_grad_get_theirs(name: str) -> None:
+    solve, _ = SOLVERS[name]
+    times, x = torch.tensor([0.0, 0.3, 0.4, 0.9], requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    plain = lambda times, x: solve(Clock(), times)(x).square().sum()  # noqa: E731
+    assert torch.autograd.gradcheck(plain, (times, x))
+    lowered = lambda times, x: inv.checkpoint(solve(Clock(), times))(x).square().sum()  # noqa: E731
+    expected = torch.autograd.grad(plain(times, x), (times, x))
+    assert_close(torch.autograd.grad(lowered(times, x), (times, x)), expected, 1e-9)
+    assert_close(torch.func.grad(lowered, (0, 1))(times.detach(), x.detach()), expected, 1e-9)
+
+
+def test_times_of_several_tensors_that_require_grad_get_theirs() -> None:
+    end, x = torch.tensor(0.7, requires_grad=True), torch.randn(2, 3)
+    f = between_streams(ops.reversible_heun)
+    assert torch.autograd.gradcheck(lambda end: f(Clock(), [0.0, 0.2, end])(x), end)
+
+
+def test_noise_at_times_that_require_grad_is_refused() -> None:
+    times = torch.linspace(0, 1, 3, requires_grad=True)
+    message = "reversible_heun: times that require grad, with noise, expected times.detach()"
+    make = partial(ops.reversible_heun, Clock(), times, diffusion=Clock(), noise=lambda a, b: torch.zeros(()))
+    assert_refused(OptionError, message, make)
+
+
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 

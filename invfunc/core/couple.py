@@ -19,7 +19,7 @@ from ..errors import OptionError, WireError
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 from .combine import check_components
 from .op import VJP, Again, Chain, Invertible, Pair, Residue, chain, invert, name_of, named, pair
-from .precision import at_least, widely
+from .precision import at_least, real_dtype, widely
 
 # ---- ops that are laws as well -------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ def _pull_scale_shift(s: Tensor, t: Tensor, y: Tensor, gy: Tensor) -> Any:
 
 
 def _scale_log_det(s: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    log_scale = s.to(at_least(s.dtype, x.dtype.to_real())).abs().log()
+    log_scale = s.to(at_least(s.dtype, real_dtype(x))).abs().log()
     return sum_per_sample(log_scale.expand(x.shape))
 
 

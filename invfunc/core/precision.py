@@ -23,6 +23,16 @@ def at_least(dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
     return reduce(torch.promote_types, others, torch.promote_types(dtype, torch.float32))
 
 
+def real_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a tensor's real numbers; that of a dtype, `torch.dtype.to_real`, Dynamo does not know.
+
+    Example:
+        >>> real_dtype(torch.ones(1, dtype=torch.complex64))
+        torch.float32
+    """
+    return x.real.dtype if x.is_complex() else x.dtype
+
+
 def exactly(
     fn: Callable[..., Tensor], x: Tensor, *tensors: Tensor | None, least: torch.dtype | None = torch.float32
 ) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import grad
 
 from ..core.couple import match
 from ..core.op import Invertible, chain, named, pair
-from ..core.precision import at_least, exactly
+from ..core.precision import at_least, exactly, real_dtype
 from ..errors import OptionError, WireError
 from ..wires import describe
 from .embedding import embedding
@@ -298,7 +298,7 @@ def _weight_gradient(geometry: Geometry, shape: torch.Size, gy: Tensor, x: Tenso
 
 def _log_det_conv(geometry: Geometry, weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
     of_patch = regular_log_det(geometry.label, _matrices(geometry, widened_for(x, weight))).sum()
-    return (of_patch * y.shape[2:].numel()).to(at_least(x.dtype.to_real())).expand(x.shape[:1])
+    return (of_patch * y.shape[2:].numel()).to(at_least(real_dtype(x))).expand(x.shape[:1])
 
 
 class Options(TypedDict, total=False):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..core.couple import match
 from ..core.op import Invertible, chain, named, pair
-from ..core.precision import at_least, exactly
+from ..core.precision import at_least, exactly, real_dtype
 from ..debug import require
 from ..errors import DomainError, OptionError
 from ..log_det import log_abs_det
@@ -83,7 +83,7 @@ def _log_det_of(rule: Callable[[Tensor], Tensor], weight: Tensor, x: Tensor, y: 
 
 def widened_for(x: Tensor, weight: Tensor) -> Tensor:
     """A weight in the dtype that its log-determinant is computed in: that of the stream x, and at least float32."""
-    return weight.to(at_least(weight.dtype, x.dtype.to_real()))
+    return weight.to(at_least(weight.dtype, real_dtype(x)))
 
 
 def _same(matrix: Tensor) -> Tensor:

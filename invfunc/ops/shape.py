@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.op import Invertible, Rearrangement, chain, named, pair
-from ..core.precision import at_least
+from ..core.precision import at_least, real_dtype
 from ..debug import checking, require
 from ..engine.devices import beside
 from ..errors import OptionError, WireError
@@ -59,7 +59,7 @@ def _is_nonzero(values: Tensor) -> Tensor:
 
 def no_log_det(x: Tensor, y: Tensor) -> Tensor:
     """The log-determinant of a map that keeps volumes: 0 for each batch element."""
-    return x.new_zeros(x.shape[:1], dtype=x.dtype.to_real())
+    return x.new_zeros(x.shape[:1], dtype=real_dtype(x))
 
 
 def per_position(log_det: Tensor, x: Tensor, dim: int) -> Tensor:
@@ -69,7 +69,7 @@ def per_position(log_det: Tensor, x: Tensor, dim: int) -> Tensor:
     """
     check_tensor("the log-determinant", x, 2)
     positions = x.shape[1:].numel() // x.shape[dim] * (1 + x.is_complex())
-    return (log_det * positions).to(at_least(x.dtype.to_real())).expand(x.shape[:1])
+    return (log_det * positions).to(at_least(real_dtype(x))).expand(x.shape[:1])
 
 
 def reach(*dims: int) -> int:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ..core.couple import Half, additive, affine
 from ..core.op import Invertible, chain, name_of, named
+from ..core.precision import real_dtype
 from ..errors import OptionError, WireError
 from ..wires import describe
 from .residual import blend, reflect
 
 Times: TypeAlias = Sequence[float] | Tensor
-Step: TypeAlias = Callable[[Callable[..., Tensor], float, Tensor, float], Tensor]  # (field, t, x, h) -> x(t + h) - x
+Moment: TypeAlias = float | Tensor  # a time, or a span of it; a tensor where it has a gradient
+Step: TypeAlias = Callable[[Callable[..., Tensor], Any, Tensor, Any], Tensor]  # (field, t, x, h) -> x(t + h) - x
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Field:
 
     fn: Callable[..., Any]
 
-    def __call__(self, time: float, x: Tensor) -> Tensor:
-        found = self.fn((x.real if x.is_complex() else x).new_full((), time), x)
+    def __call__(self, time: Moment, x: Tensor) -> Tensor:
+        found = self.fn(torch.as_tensor(time, dtype=real_dtype(x), device=x.device), x)
         if not isinstance(found, Tensor) or found.shape != x.shape:
             raise WireError(f"{name_of(self.fn)} returned {describe(found)}", expected=f"{describe(x)} like its input")
         return found.to(torch.promote_types(found.dtype, x.dtype))
@@ -43,8 +45,8 @@ class Part:
     """What a coupling of a solver adds to a stream, as a function of the other one."""
 
     fn: Callable[..., Any]
-    time: float
-    step: float
+    time: Moment
+    step: Moment
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -56,20 +58,23 @@ class Part:
         return name_of(self.fn)
 
 
-def _grid(subject: str, times: Times) -> list[float]:
-    grid = [float(time) for time in (times.tolist() if isinstance(times, Tensor) else times)]
+def _grid(subject: str, times: Times) -> list[Any]:
+    """The times, as numbers; as tensors where they have a gradient."""
+    grid = [float(time.detach() if isinstance(time, Tensor) else time) for time in times]
     if len(grid) < 2 or any(a == b for a, b in pairwise(grid)):
         raise OptionError(f"{subject}: times are {grid}", expected="two times or more, no two neighbours equal")
-    return grid
+    has_gradient = any(isinstance(time, Tensor) and time.requires_grad for time in times)
+    return list(times) if has_gradient else grid
 
 
-def _named(parts: list[Invertible], kind: str, fn: Callable[..., Any], grid: list[float]) -> Invertible:
-    steps = f"{len(grid) - 1} steps from {grid[0]:g} to {grid[-1]:g}"
+def _named(parts: list[Invertible], kind: str, fn: Callable[..., Any], grid: list[Any]) -> Invertible:
+    first, last = (float(end.detach() if isinstance(end, Tensor) else end) for end in (grid[0], grid[-1]))
+    steps = f"{len(grid) - 1} steps from {first:g} to {last:g}"
     return named(chain(*parts), f"{kind}({name_of(fn)}, {steps})")
 
 
 def _staggered(
-    grid: list[float], move: Callable[[int], Invertible], turn: Callable[[float, float], Invertible]
+    grid: list[Any], move: Callable[[int], Invertible], turn: Callable[[Any, Any], Invertible]
 ) -> list[Invertible]:
     """``move, turn, move, ..., turn, move``: half a step's move on either side of a turn, and neighbours as one."""
     parts = [move(0)]
@@ -78,7 +83,7 @@ def _staggered(
     return parts
 
 
-def _half_steps(grid: list[float], i: int) -> list[tuple[float, float]]:
+def _half_steps(grid: list[Any], i: int) -> list[tuple[Any, Any]]:
     """The steps that end and begin at a time of the grid."""
     return list(pairwise(grid[max(i - 1, 0) : i + 2]))
 
@@ -92,7 +97,7 @@ class Kick(Part):
 
     diffusion: Callable[..., Any] | None
     noise: Callable[[float, float], Tensor] | None
-    beside: tuple[tuple[float, float], ...]
+    beside: tuple[tuple[Any, Any], ...]
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -125,7 +130,8 @@ def reversible_heun(
 
     Args:
         fn: The field, ``f(t, x)``; t is a tensor without dimensions.
-        times: The times of the grid, in order: a list or a tensor. Backwards in time where they decrease.
+        times: The times of the grid, in order: a list or a tensor. Backwards in time where they decrease. Those that
+            require grad get theirs.
         diffusion: ``g(t, x)`` of the shape of x, for noise on each element; none for an ordinary equation.
         noise: ``(t_n, t_{n+1}) -> Delta W_n``, the same at every call: a Brownian path, or draws from a generator that
             is seeded by the time. Steps look at it twice in forward and twice in backward; nothing of it is kept.
@@ -144,7 +150,8 @@ def reversible_heun(
         0, since the companion carries what x loses; it is not that of the flow of the equation.
 
     Raises:
-        OptionError: When there are fewer than two times, or only one of ``diffusion`` and ``noise``.
+        OptionError: When there are fewer than two times, only one of ``diffusion`` and ``noise``, or noise at times
+            that require grad.
         WireError: When f returns another shape than it was given.
 
     Limits:
@@ -170,13 +177,15 @@ def reversible_heun(
     grid = _grid("reversible_heun", times)
     if (diffusion is None) != (noise is None):
         raise OptionError("reversible_heun: one of diffusion and noise is None", expected="both, or neither")
+    if noise is not None and any(isinstance(time, Tensor) for time in grid):
+        raise OptionError("reversible_heun: times that require grad, with noise", expected="times.detach()")
 
     def move(i: int) -> Invertible:
         steps = _half_steps(grid, i)
         half = sum(end - start for start, end in steps) / 2
         return Half(Kick(fn, grid[i], half, diffusion, noise, tuple(steps)), additive, 1, "f")
 
-    def turn(start: float, end: float) -> Invertible:
+    def turn(start: Any, end: Any) -> Invertible:
         return Half(_twice, reflect, 0, "companion")
 
     return _named(_staggered(grid, move, turn), "reversible_heun", fn, grid)
@@ -193,7 +202,7 @@ class Slope(Part):
         return Field(self.fn)(self.time, x)
 
 
-def _drift(step: float, velocity: Tensor) -> Tensor:
+def _drift(step: Moment, velocity: Tensor) -> Tensor:
     return step * velocity
 
 
@@ -205,7 +214,7 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
 
     Args:
         fn: The field, ``f(t, x)``; t is a tensor without dimensions.
-        times: The times of the grid, in order: a list or a tensor.
+        times: The times of the grid, in order: a list or a tensor. Those that require grad get theirs.
         damping: :math:`\eta`, above 1/2 and at most 1: below 1 the velocity forgets its errors.
 
     Shapes:
@@ -254,7 +263,7 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
         half = sum(end - start for start, end in _half_steps(grid, i)) / 2
         return Half(partial(_drift, half), additive, 1, "velocity")
 
-    def turn(start: float, end: float) -> Invertible:
+    def turn(start: Any, end: Any) -> Invertible:
         return Half(Slope(fn, (start + end) / 2, end - start), partial(blend, 1 - 2 * damping), 0, "f")
 
     return _named(_staggered(grid, move, turn), "asynchronous_leapfrog", fn, grid)
@@ -269,7 +278,7 @@ def _combined(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
 
 
 def _runge_kutta(
-    stages: tuple[tuple[float, ...], ...], weights: tuple[float, ...], field: Any, time: float, x: Tensor, step: float
+    stages: tuple[tuple[float, ...], ...], weights: tuple[float, ...], field: Any, time: Moment, x: Tensor, step: Moment
 ) -> Tensor:
     """An explicit Runge-Kutta method by the rows of its tableau."""
     slopes = [field(time, x)]
@@ -315,7 +324,7 @@ def reversible_solver(
 
     Args:
         fn: The field, ``f(t, x)``; t is a tensor without dimensions.
-        times: The times of the grid, in order: a list or a tensor.
+        times: The times of the grid, in order: a list or a tensor. Those that require grad get theirs.
         method: :math:`\Psi`: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"ralston3"``, ``"rk4"``, or a function
             ``(field, t, x, h) -> increment`` that calls ``field(t, x)``.
         coupling: :math:`\lambda`, above 0 and at most 1: below 1 it draws the two streams together.
