@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from math import prod
 from typing import Any, TypeAlias
 
@@ -41,6 +41,7 @@ class Flow:
     op: Invertible
     base: Base
     counting: Invertible  # the op with its log-determinant
+    reads_context: bool  # whether functions of the op do
 
     def __repr__(self) -> str:
         return f"flow({self.op!r}, {_shown(self.base)})"
@@ -84,19 +85,15 @@ class Flow:
             raise _mismatch(batch, context)
         return _flat(z, batch, dims), batch, base
 
-    @cached_property
-    def _reads_context(self) -> bool:
-        return any(isinstance(fn, Given) for fn in self.op.functions)
-
     def _joins(self, context: Wire) -> bool:
         """Whether a context goes to the op, beside x: where its couplings take it, or nothing else does."""
-        if context is None and self._reads_context:
+        if context is None and self.reads_context:
             raise WireError(
                 f"{self!r} got no context",
                 expected="one, since functions of its couplings take it",
                 cure="pass context=, a tensor or a tuple whose dim 0 counts contexts",
             )
-        return context is not None and (self._reads_context or not _reads(self.base))
+        return context is not None and (self.reads_context or not _reads(self.base))
 
     def _join(self, x: Wire, context: Wire, batch: Size) -> Wire:
         return (x, _flat(context, batch, 1)) if self._joins(context) else x
@@ -156,7 +153,7 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
     Source:
         Tabak and Turner (2013); Rezende and Mohamed (2015).
     """
-    return Flow(op, base, with_log_det(op, exact=exact))
+    return Flow(op, base, with_log_det(op, exact=exact), any(isinstance(fn, Given) for fn in op.functions))
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------

@@ -256,6 +256,38 @@ def test_samples_that_are_no_tensor_are_named() -> None:
     assert_refused(WireError, message, lambda: density.log_prob(1.0))
 
 
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+def normed_flow() -> tuple[inv.Invertible, nn.Module]:
+    norm = inv.nn.BatchNorm1d(4, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(4) + 0.5)
+    f = Shift(0)
+    couple = inv.chain(inv.split(2), inv.couple(f, law=inv.affine), inv.concat(2))
+    return inv.chain(norm.op, couple, ops.tanh(), ops.atanh(), ops.leaky_tanh(6.0)), nn.ModuleList([norm, f])
+
+
+@lowerings
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+def test_a_flow_with_a_batch_norm_that_trains_is_one_graph(wrap: Any) -> None:
+    op, modules = normed_flow()
+    density, x = inv.flow(wrap(op), Normal(torch.zeros(4), 1.0)), torch.randn(8, 4)
+    before = {name: buffer.clone() for name, buffer in modules.named_buffers()}
+
+    def step(fn: Any) -> list[Tensor]:
+        modules.load_state_dict(before, strict=False)
+        inner = x.clone().requires_grad_()
+        value = fn(inner)
+        found = torch.autograd.grad(value.sum(), [inner, *modules.parameters()])
+        return [value, *found, *(buffer.clone() for buffer in modules.buffers())]
+
+    expected = step(inv.flow(op, Normal(torch.zeros(4), 1.0)).log_prob)
+    assert_close(step(torch.compile(density.log_prob, backend="aot_eager", fullgraph=True)), expected, 1e-9)
+    assert modules[0].num_batches_tracked == 1
+
+
 # ---- half precision --------------------------------------------------------------------------------------------------
 
 

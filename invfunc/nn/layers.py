@@ -10,7 +10,7 @@ dicts load here, and the other way round.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -477,11 +477,13 @@ class _BatchNorm(Layer):
         return 1.0 / (int(self.num_batches_tracked) + 1)
 
 
+@dataclass(frozen=True, eq=False)
 class _Counted:
     """The forward function of a batch norm, which counts its batches."""
 
-    def __init__(self, module: _BatchNorm, fn: Callable[..., Any], counts: bool) -> None:
-        self.module, self.fn, self.counts = module, fn, counts
+    module: _BatchNorm
+    fn: Callable[..., Any]
+    counts: bool
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:

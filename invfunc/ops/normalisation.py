@@ -243,12 +243,12 @@ def _of_batch(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _denormalise(affine: Affine, kept: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
     mean, inverse_deviation = kept
     check_size("the inverse of batch_norm", y, 1, len(mean))
-    affine = _cast(affine, at_least(y.dtype))
+    weight, bias = _cast(affine, at_least(y.dtype))  # below an autograd Function, Dynamo knows no names of a tuple
     factor = 1 / inverse_deviation
-    if affine.weight is not None:
-        _check_weight(affine.weight)
-        factor = factor / affine.weight
-    shifted = y if affine.bias is None else y - meeting(affine.bias, y)
+    if weight is not None:
+        _check_weight(weight)
+        factor = factor / weight
+    shifted = y if bias is None else y - meeting(bias, y)
     return (shifted * meeting(factor, y) + meeting(mean, y)).to(y.dtype)
 
 
@@ -260,7 +260,7 @@ def _pull_normalise(affine: Affine, eps: float, kept: tuple[Tensor, Tensor], y: 
     """The gradient through the statistics too, by the same kernel as `torch.nn.BatchNorm2d`'s; forward does not run."""
     x = _denormalise(affine, kept, y)
     gx, gweight, gbias = torch.ops.aten.native_batch_norm_backward(
-        gy, x, _cast(affine, at_least(x.dtype)).weight, None, None, *kept, True, eps, [True, True, True]
+        gy, x, _cast(affine, at_least(x.dtype))[0], None, None, *kept, True, eps, [True, True, True]
     )
     return x, gx, affine.closed(gweight, gbias)
 
@@ -271,9 +271,10 @@ def _log_det_normalise(affine: Affine, eps: float, x: Tensor, y: Tensor) -> Tens
 
 def _log_det_affine(affine: Affine, inverse_deviation: Tensor, x: Tensor) -> Tensor:
     log_scale = inverse_deviation.log()
-    if affine.weight is not None:
-        _check_weight(affine.weight)
-        log_scale = log_scale + affine.weight.to(at_least(x.dtype)).abs().log()
+    weight, _ = affine
+    if weight is not None:
+        _check_weight(weight)
+        log_scale = log_scale + weight.to(at_least(x.dtype)).abs().log()
     return per_position(log_scale.sum(), x, 1)
 
 
