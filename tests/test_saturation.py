@@ -115,6 +115,94 @@ def test_beyond_its_domain_an_op_returns_nan_lowered_as_plain(name: str, dtype: 
         assert way(torch.tensor(points, dtype=dtype).requires_grad_()).isnan().all()
 
 
+@pytest.mark.parametrize("name", [name for name in BEYOND if name != "mixture_cdf, inverse"])
+def test_beyond_its_domain_the_gradients_are_nan_lowered_as_plain(name: str) -> None:
+    op, points = BEYOND[name]
+    for way in op, inv.checkpoint(op):
+        x = torch.tensor(points, dtype=torch.float64, requires_grad=True)
+        y, total = inv.log_det(way, x)
+        for found in y, total:
+            assert torch.autograd.grad(found.sum(), x, retain_graph=True)[0].isnan().all()
+
+
+# ---- what is before --------------------------------------------------------------------------------------------------
+
+PARAMETERS = torch.tensor([0.3, -0.2]), torch.tensor([-1.0, 2.0]), torch.tensor([0.0, 0.3])
+SATURATED: dict[str, tuple[inv.Invertible, list[float]]] = {
+    "tanh": (ops.tanh(), [4.0, 8.0, 12.0, 40.0, -12.0]),
+    "sigmoid": (ops.sigmoid(), [8.0, 12.0, 40.0, -200.0]),
+    "softplus": (ops.softplus(), [-8.0, -200.0, 40.0]),
+    "exp": (ops.exp(), [-12.0, -200.0]),
+    "mixture_cdf": (ops.mixture_cdf(*PARAMETERS), [12.0, 40.0, -60.0]),
+    "leaky_tanh": (ops.leaky_tanh(5.0), [4.5, 10.0, 50.0, -50.0]),
+    "power": (ops.power(3.0), [1e-2, 1e-3, 60.0]),
+    "logit": (ops.logit(), [1 - 2**-8, 0.25]),
+    "atanh": (ops.atanh(), [1 - 2**-8, -0.25]),
+    "from_transform": (ops.from_transform(torch.distributions.transforms.TanhTransform()), [8.0, 12.0]),
+}
+
+
+def as_op(op: inv.Invertible) -> inv.Invertible:
+    return op
+
+
+def as_law(op: inv.Invertible) -> inv.Invertible:
+    """One half of a tensor of two equal halves, by a coupling."""
+    coupled = inv.couple(lambda x: x, law=lambda t: op)
+    return inv.chain(inv.split(2), inv.parallel(inv.affine(torch.tensor(1.0), torch.tensor(0.0)), inv.chain()), coupled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", [as_op, as_law])
+@pytest.mark.parametrize("name", SATURATED)
+def test_a_parameter_before_an_op_that_saturates_gets_the_gradient_of_plain(name: str, place: Any, dtype: Any) -> None:
+    """The op keeps what rounding would lose, so that what comes before it is rebuilt from its own input."""
+    op, points = SATURATED[name]
+    x = torch.tensor([points, points], dtype=dtype).T.contiguous()
+
+    def gradients(wrap: Any) -> list[Tensor]:
+        scale = torch.ones(2, dtype=dtype, requires_grad=True)
+        shift = torch.zeros(2, dtype=dtype, requires_grad=True)
+        inner = x.clone().requires_grad_()
+        counting = wrap(inv.with_log_det(inv.chain(inv.affine(scale, shift), place(op))))
+        y, total = counting(inner, torch.zeros(len(x), dtype=torch.float32))
+        value = sum(leaf.float().sum() for leaf in leaves(y)) + (total * torch.arange(1.0, len(x) + 1)).sum()
+        return list(torch.autograd.grad(value, [inner, scale, shift]))
+
+    assert_close(gradients(inv.checkpoint), gradients(as_op), torch.finfo(dtype).eps)
+
+
+def test_a_squashed_policy_trains_its_scale_lowered_as_plain() -> None:
+    found = []
+    for way in ops.tanh(), inv.checkpoint(ops.tanh()):
+        scale = torch.ones(1, dtype=torch.float32, requires_grad=True)
+        _, total = inv.log_det(way, 12 * scale * torch.ones(1, 1, dtype=torch.float32))
+        found += torch.autograd.grad(total.sum(), scale)
+    assert_close(found, [torch.full((1,), -24.0, dtype=torch.float32)] * 2, 1e-5)
+
+
+@pytest.mark.parametrize("wrap", [torch.func.grad, torch.func.jacrev])
+def test_a_transform_finds_what_an_op_that_saturates_keeps(wrap: Any) -> None:
+    def total(scale: Tensor, way: Any) -> Tensor:
+        op = way(inv.with_log_det(inv.chain(inv.affine(scale, torch.zeros(1)), ops.tanh())))
+        return op(torch.full((1, 1), 40.0), torch.zeros(1))[1].sum()
+
+    scale = torch.ones(1)
+    assert_close(wrap(lambda s: total(s, inv.checkpoint))(scale), wrap(lambda s: total(s, as_op))(scale))
+
+
+def test_an_input_that_an_op_keeps_and_that_is_written_into_is_named() -> None:
+    x = torch.randn(3).requires_grad_()
+    inner = x * 1
+    y = inv.checkpoint(ops.tanh())(inner)
+    with torch.no_grad():
+        inner.zero_()
+    with pytest.raises(
+        inv.errors.ReplayError, match=r"tanh\(\): a tensor of shape \(3,\) that backward needs has been modified"
+    ):
+        y.sum().backward()
+
+
 # ---- no numbers ----------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +248,58 @@ def test_of_an_infinity_an_elementwise_op_makes_its_limit_or_no_number(name: str
                 continue
             far = op(torch.full((1, 3), sign * 1e300))
             assert (~y.isfinite() | ((y - far).abs() < 1e-100)).all()
+
+
+LIMITS: dict[str, tuple[inv.Invertible, float, float]] = {  # the log-determinant at -inf and at inf
+    "exp": (ops.exp(), -INF, INF),
+    "sigmoid": (ops.sigmoid(), -INF, -INF),
+    "tanh": (ops.tanh(), -INF, -INF),
+    "softplus": (ops.softplus(), -INF, 0.0),
+    "sinh": (ops.sinh(), INF, INF),
+    "asinh": (ops.asinh(), -INF, -INF),
+    "cbrt": (ops.cbrt(), -INF, -INF),
+    "leaky_tanh": (ops.leaky_tanh(1.0), 2 * math.log(1 / math.cosh(1)), 2 * math.log(1 / math.cosh(1))),
+    "leaky_relu": (ops.leaky_relu(0.1), math.log(0.1), 0.0),
+    "linear_spline": (ops.linear_spline(torch.randn(4)), 0.0, 0.0),
+    "rational_quadratic_spline": (ops.rational_quadratic_spline(torch.zeros(11)), 0.0, 0.0),
+    "mixture_logit": (ops.mixture_logit(*PARAMETERS), -0.3, -0.3),  # that of the widest component
+    "mixture_cdf": (ops.mixture_cdf(*PARAMETERS), -INF, -INF),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", LIMITS)
+def test_at_an_infinity_the_log_determinant_is_its_limit(name: str, dtype: torch.dtype) -> None:
+    op, low, high = LIMITS[name]
+    x = torch.tensor([-INF, INF], dtype=dtype)
+    assert_close(inv.log_det(op, x)[1], torch.tensor([low, high], dtype=dtype), 1e-6)
+
+
+def test_the_inverse_of_a_mixture_at_an_infinity_is_one() -> None:
+    x = torch.tensor([-INF, INF, 0.5])
+    back = ops.mixture_logit(*PARAMETERS).inverse(x)
+    assert torch.equal(back[:2], x[:2]) and back[2].isfinite()
+
+
+CONSTANT = "abs", "additive", "affine", "actnorm"  # whose derivative does not depend on x
+
+
+@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name.partition(",")[0] not in (*CONSTANT, "relu")])
+def test_of_nan_the_log_determinant_is_nan(name: str) -> None:
+    op = EXAMPLES[name].make()
+    for way in op, ~op, inv.checkpoint(op):
+        assert inv.log_det(way, torch.full((1, 3), NAN))[1].isnan().all()
+
+
+def test_of_nan_the_bound_of_dequantisation_is_nan() -> None:
+    assert inv.log_det(ops.dequantize(17), torch.tensor([[NAN, 1.0]]))[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("x", [200.0, -3e4, 1e6])
+def test_far_away_a_mixture_has_the_slope_of_its_widest_component(x: float, dtype: torch.dtype) -> None:
+    op = ops.mixture_logit(*(p.to(dtype) for p in PARAMETERS))
+    assert_close(inv.log_det(op, torch.tensor([x], dtype=dtype))[1], torch.tensor([-0.3], dtype=dtype), 1e-5)
 
 
 @pytest.mark.parametrize(
