@@ -118,8 +118,8 @@ class OrthogonalLinear(Linear):
 
     def make(self) -> Invertible:
         with without_autocast(self._rotation.base.device.type):
-            parameter = self.get_parameter("parametrizations.weight.original")
-            make = partial(_rotation_in_dtype_of, self._rotation, parameter)
+            made: Any = self.get_submodule("parametrizations.weight")
+            make = partial(_rotation_in_dtype_of, self._rotation, made.original)
             op = orthogonal_by(make, self.weight, self.bias)
         assert isinstance(op, Pair)
         return replace(op, pullback_fn=None)  # a pullback tells gradients of the weight alone, not of what made it
