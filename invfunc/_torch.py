@@ -751,10 +751,10 @@ def parametrized_as(cache: dict[Any, Any] | None) -> Iterator[None]:
 is_view: Callable[[Tensor], bool] = _private("torch.Tensor._is_view", lambda tensor: tensor._base is not None)
 
 
-def is_view_of_leaf(tensor: Tensor) -> bool:
-    """Whether a tensor is a view of one that nobody has computed, such as a weight."""
+def is_view_of_leaf(tensor: Tensor, given: Sequence[Tensor] = ()) -> bool:
+    """Whether a tensor is a view of one that nobody has computed, such as a weight, and shares nothing with these."""
     base = tensor._base
-    return base is not None and base.is_leaf
+    return base is not None and base.is_leaf and not any([base is t or base is t._base for t in given])
 
 
 # What runs when the gradient of a leaf is there. Otherwise every leaf is said to have some.

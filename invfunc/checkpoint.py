@@ -276,7 +276,7 @@ def checkpoint(
             what rounding accumulates over, and in mode ``"recompute"`` the region that is run again.
         cuts: In place of a number: before which of the chain's parts to cut. `invfunc.look.calibrate` finds the fewest
             that keep what is rebuilt within a tolerance.
-        drift: What to do when the input of a trunk is rebuilt too far from what it was, estimated from 64 of its
+        drift: What to do when the first wire of a trunk is rebuilt too far from what it was, estimated from 64 of its
             values: ``"warn"`` (a `DriftWarning`), ``"raise"`` (a `DriftError`) or ``"off"``; from a relative error of
             1e-6 on in float64, 1e-3 in float32, 3e-2 in half precision. A number warns from that on. On a device
             nothing waits for the numbers: a warning may come in the next step. Only ``"raise"`` waits, in the backward
@@ -285,7 +285,8 @@ def checkpoint(
         preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
         determinism_check: Whether the shapes and dtypes of what a function saves when it runs again are compared with
             forward (``"default"``) or not (``"none"``), as in `torch.utils.checkpoint`. Their number always is.
-        early_stop: Whether a function that runs again stops with the last tensor that backward needs of it.
+        early_stop: Whether a function that runs again stops with the last tensor that backward needs of it: a
+            recomputed one, and the first of a pipeline, whose input nobody needs.
             `torch.utils.checkpoint.set_checkpoint_early_stop` goes before it.
         keep: Which results are kept from forward in place of being computed again, in the functions of couplings as
             well: operators of ``torch.ops.aten`` and names that `keep` gives, or a policy as in

@@ -147,7 +147,14 @@ def test_a_function_that_does_something_else_on_replay(name: str) -> None:
         loss(y).backward()
 
 
-@pytest.mark.parametrize("lower", [inv.checkpoint, lambda f: inv.checkpoint(inv.pair(f, torch.log))])
+@pytest.mark.parametrize(
+    "lower",
+    [
+        inv.checkpoint,
+        lambda f: inv.checkpoint(inv.pair(f, torch.log)),
+        lambda f: lambda x: inv.checkpoint(inv.couple(f))(torch.zeros(3, 4), x)[0],
+    ],
+)
 def test_what_a_function_does_behind_the_last_saved_tensor_is_not_run_again(lower: Callable[..., Any]) -> None:
     f, x = unsteady("more"), leaf(3, 4)
     loss(lower(f)(x)).backward()
@@ -156,7 +163,7 @@ def test_what_a_function_does_behind_the_last_saved_tensor_is_not_run_again(lowe
 
 @pytest.mark.parametrize("name", ["shape", "broadcast", "dtype", "more", "none"])
 def test_a_coupling_function_that_returns_something_else_on_replay(name: str) -> None:
-    y = inv.checkpoint(inv.couple(unsteady(name)))(leaf(3, 4), leaf(3, 4))
+    y = inv.checkpoint(inv.chain(inv.couple(torch.tanh), inv.couple(unsteady(name))))(leaf(3, 4), leaf(3, 4))
     with pytest.raises((ReplayError, WireError), match="f returned|" + SAVED):
         loss(y).backward()
 

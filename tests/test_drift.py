@@ -3,12 +3,12 @@
 import copy
 import gc
 import math
-import os
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from typing import Any
 
 import pytest
@@ -56,6 +56,14 @@ TWO = torch.tensor(2.0)  # a tensor, so that the graph of a product with it has 
 def wrong_by(error: float) -> inv.Invertible:
     """A pair whose inverse is off by a known part of x."""
     return inv.pair(lambda x: TWO * x, lambda y: y / 2 * (1 + error), name="wrong")
+
+
+def drawn(x: Tensor) -> Tensor:
+    """Another value whenever it is asked."""
+    return TWO * (x * (1 + next(DRAWS) / 2**16)).exp()
+
+
+DRAWS = count()
 
 
 def rows(*shape: int) -> Callable[[], Tensor]:
@@ -121,7 +129,7 @@ def test_the_estimate_is_within_a_factor_of_2(name: str, float32: None, estimate
     for seed in range(3):
         torch.manual_seed(seed)
         op, x = make(), inputs()
-        step(op, x, drift=0.5)
+        step(op, x, drift=0.5, early_stop=False)
         assert 0.5 < estimates.pop() / true_error(op, x) < 2
 
 
@@ -259,6 +267,46 @@ def test_a_tolerance_below_the_rounding_of_the_stream_is_named() -> None:
     assert str(caught.value) == f"{expected} stream"
 
 
+# ---- a first stage that stops early, whose input is not rebuilt -------------------------------------------------------
+
+
+def test_the_estimate_is_that_of_the_first_wire_that_is_rebuilt(float32: None, estimates: list[float]) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fs, x = [branch(WIDE, 1.5) for _ in range(32)], torch.randn(16, 2 * WIDE)
+        step(network(fs, dim=-1), x, drift=0.5)
+        behind, (left, right) = network([torch.zeros_like, *fs[1:]], dim=-1), x.chunk(2, -1)
+        wire, saved = estimates
+        assert 0.5 < wire / true_error(behind, torch.cat([left + fs[0](right), right], -1).detach()) < 2
+        assert 0.1 < saved / wire < 10
+        estimates.clear()
+
+
+TOLD: dict[str, tuple[Callable[[], inv.Invertible], str]] = {
+    "a later stage": (
+        lambda: inv.chain(inv.couple(nn.Linear(4, 4)), inv.couple(drawn)),
+        "what chain stage 0 (couple) gives, rebuilt in backward, .*: chain stage 1 (couple) gave two values for one input",
+    ),
+    "the first": (
+        lambda: inv.chain(inv.couple(drawn), inv.couple(nn.Linear(4, 4))),
+        "what chain stage 0 (couple) saves for backward, rebuilt in backward, .*: chain stage 0 (couple) gave two values",
+    ),
+    "the only one": (
+        lambda: inv.couple(drawn),
+        "what the pipeline saves for backward, .*: half(drawn, target=0) gave two",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_of_a_stage_that_stops_early_what_it_gave_and_saved_is_told(name: str) -> None:
+    make, text = TOLD[name]
+    with pytest.warns(inv.errors.DriftWarning) as caught:
+        step(make(), (leaf(3, 4), leaf(3, 4)))
+    assert len(caught) == 1
+    assert re.search(re.escape(text).replace(r"\.\*", ".*"), str(caught[0].message))
+
+
 # ---- where it is silent ----------------------------------------------------------------------------------------------
 
 
@@ -317,9 +365,7 @@ def test_nothing_of_the_size_of_an_activation_is_kept() -> None:
     step(op, x)
     with_meter, without = (measure(lambda d=d: inv.checkpoint(op, drift=d)(x)).held_bytes for d in ("warn", "off"))
     assert with_meter == without
-    peaks = [  # without a meter, and with early stop, nobody wants the input
-        measure(lambda d=d: step(op, x, drift=d, early_stop=False)).peak_bytes for d in ("warn", "off")
-    ]
+    peaks = [measure(lambda d=d: step(op, x, drift=d)).peak_bytes for d in ("warn", "off")]
     assert peaks[0] == peaks[1]
 
 
@@ -348,10 +394,6 @@ def test_on_cuda_the_warning_comes_in_its_own_backward() -> None:
 
 
 # ---- causes ----------------------------------------------------------------------------------------------------------
-
-
-def drawn(x: Tensor) -> Tensor:
-    return TWO * x * (1 + int.from_bytes(os.urandom(2), "big") / 2**17)
 
 
 def around(*stages: inv.Invertible) -> inv.Invertible:
@@ -446,10 +488,10 @@ def test_segments_and_cuts_store_alike(float32: None) -> None:
 
 def test_cuts_bound_the_drift(float32: None, estimates: list[float]) -> None:
     op, x = additive(32, 1.5), torch.randn(16, 2 * WIDE)
-    step(op, x, drift=0.5)
+    step(op, x, drift=0.5, early_stop=False)
     (free,) = estimates
     estimates.clear()
-    step(op, x, drift=0.5, segments=8)
+    step(op, x, drift=0.5, segments=8, early_stop=False)
     assert len(estimates) == 8 and max(estimates) < free / 10
 
 

@@ -280,7 +280,7 @@ def halves(*fns: Any) -> inv.Invertible:
 
 def test_other_pins_in_backward() -> None:
     names = iter(["first", "second"])
-    text = message(lambda: step(halves(lambda x: x.sin() * inv.pin(next(names), 2))), ReplayError)
+    text = message(lambda: step(halves(lambda x: (x * inv.pin(next(names), 2)).sin())), ReplayError)
     assert text == (
         "chain stage 1 (couple): pin('second') on replay, expected pin('first'); pin the same names in the same order in every run of "
         "the function"
@@ -293,8 +293,8 @@ def test_more_pins_in_backward() -> None:
     def more(x: Tensor) -> Tensor:
         calls.append(1)
         for _ in calls:
-            x = x.sin() * inv.pin("n", 2)
-        return x
+            x = x * inv.pin("n", 2)
+        return x.sin()
 
     text = message(lambda: step(halves(more)), ReplayError)
     assert text.startswith("chain stage 1 (couple): pin('n') on replay, expected nothing more; pin the same names")

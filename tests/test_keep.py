@@ -129,9 +129,9 @@ def test_what_can_not_be_kept(keep: Any) -> None:
 # ---- early stop ------------------------------------------------------------------------------------------------------
 
 
-def flops(fn: Callable[[Tensor], Tensor]) -> int:
+def flops(fn: Callable[[Tensor], Tensor], has_gradient: bool = True) -> int:
     with FlopCounterMode(display=False) as counter:
-        fn(torch.randn(4, 2 * WIDTH, requires_grad=True)).sum().backward()
+        fn(torch.randn(4, 2 * WIDTH, requires_grad=has_gradient)).sum().backward()
     return counter.get_total_flops()
 
 
@@ -147,14 +147,57 @@ def test_a_block_stops_where_torch_s_does(early_stop: bool, context: Any) -> Non
     assert (ours / flops(block) < 1.25) == (early_stop and context is nullcontext)
 
 
-def test_the_first_stage_stops_where_nobody_wants_its_input() -> None:
-    """The meter does, unless it is off."""
-    halves = [nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)]
-    net = inv.chain(inv.split(2), *[inv.couple(nn.Sequential(*halves))] * 3, inv.concat(2))
-    product = 2 * 4 * WIDTH * 4 * WIDTH  # of one linear layer
-    assert flops(inv.checkpoint(net)) - flops(net) == 6 * product
-    assert flops(inv.checkpoint(net, drift="off")) - flops(net) == 5 * product
-    assert flops(inv.checkpoint(net, drift="off", early_stop=False)) - flops(net) == 6 * product
+def mlp(width: int = WIDTH, out: int = 1) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, out * width))
+
+
+def last_product(width: int = WIDTH) -> int:
+    """The operations of an MLP's last layer."""
+    return 2 * 4 * 4 * width * width
+
+
+def in_parts(*stages: Any) -> inv.Invertible:
+    return inv.chain(inv.split(2), *stages, inv.concat(2))
+
+
+FIRST: dict[str, tuple[Callable[[], inv.Invertible], int]] = {  # and what its first stage need not run again
+    "a coupling": (lambda: in_parts(*[inv.couple(mlp(), mlp())] * 3), last_product()),
+    "a linear layer": (lambda: in_parts(inv.couple(nn.Linear(WIDTH, WIDTH), mlp())), 2 * 4 * WIDTH * WIDTH),
+    "behind one that saves nothing": (lambda: in_parts(inv.couple(torch.detach), inv.couple(mlp())), last_product()),
+    "side by side": (
+        lambda: in_parts(inv.parallel(*[in_parts(inv.couple(mlp(WIDTH // 2))) for _ in range(2)]), inv.couple(mlp())),
+        2 * last_product(WIDTH // 2),
+    ),
+    "side by side, behind another": (
+        lambda: in_parts(inv.couple(mlp()), inv.parallel(*[in_parts(inv.couple(mlp(WIDTH // 2))) for _ in range(2)])),
+        last_product(),
+    ),
+    "a law that saves": (lambda: in_parts(inv.couple(inv.ops.tanh_scale(mlp(out=2)), law=inv.affine)), 0),
+}
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+@pytest.mark.parametrize("drift", ["warn", "off"])
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_stage_stops_where_nobody_wants_its_input(name: str, drift: str, has_gradient: bool) -> None:
+    make, saved = FIRST[name]
+    net = make()
+    whole, early = (flops(inv.checkpoint(net, drift=drift, early_stop=on), has_gradient) for on in (False, True))
+    assert whole - early == saved
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+def test_a_chain_runs_all_but_one_layer_again(has_gradient: bool) -> None:
+    net = in_parts(*[inv.couple(mlp(), mlp()) for _ in range(4)])
+    assert flops(inv.checkpoint(net), has_gradient) - flops(net, has_gradient) == (16 - 1) * last_product()
+
+
+def test_a_first_stage_that_stops_has_the_gradients_of_plain_autograd() -> None:
+    for make, _ in FIRST.values():
+        net, x = make(), torch.randn(4, 2 * WIDTH, requires_grad=True)
+        weights = [x, *inv.nn.Lowered(net).parameters()]
+        found, expected = (torch.autograd.grad(op(x).sin().sum(), weights) for op in (inv.checkpoint(net), net))
+        assert_close(found, expected)
 
 
 # ---- contexts, and debug ---------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_a_step_runs_each_function_three_times_and_takes_twice_as_long() -> None
     for name, net in ("plain", plain), ("fast", fast):
         calls: list[nn.Module] = []
         for block in net.blocks:
-            block.register_forward_hook(lambda module, args, out, calls=calls: calls.append(module))
+            block.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(module))
         train(net, steps=1)
         counts[name] = [calls.count(block) for block in net.blocks]
     assert counts == {"plain": [1] * 6, "fast": [2] * 6}

@@ -86,10 +86,10 @@ class Answers:
             yield self.late.popleft().values(wait=True)
 
 
-_QUEUE: deque[tuple[Sequence[Late], Callable[[], None]]] = deque()
+_QUEUE: deque[tuple[Sequence[Late], Callable[[], object]]] = deque()
 
 
-def when_here(numbers: Sequence[Late], judge: Callable[[], None]) -> None:
+def when_here(numbers: Sequence[Late], judge: Callable[[], object]) -> None:
     """Call a function when numbers have arrived: now, or when somebody calls `settle` later."""
     if all([number.is_here() for number in numbers]):
         judge()

@@ -100,6 +100,8 @@ class Evaluation(Again):
                         return call(fn, x)
                 return call(fn, x)
             except RuntimeError as error:
+                if stops and len(self.made) == self.count:  # what TorchScript makes of it
+                    raise Stop from error
                 if type(error) is RuntimeError:  # torch's own; a subclass is what it says, such as a lack of memory
                     raise _raised(error) from error
                 raise

@@ -34,8 +34,8 @@ class Record:
     """What it takes to evaluate a call again: rule 6 of NOTE [Trunk]."""
 
     __slots__ = (
-        "around", "cache", "conditions", "copies", "frame", "functions", "has_own_conditions", "is_checked", "kept",
-        "kinds", "leaves", "like", "op", "path", "pins", "random", "residue", "stops", "stored",
+        "around", "cache", "conditions", "copies", "evaluated", "frame", "functions", "has_own_conditions",
+        "is_checked", "kept", "kinds", "leaves", "like", "op", "path", "pins", "random", "residue", "stops", "stored",
     )  # fmt: skip
 
     def __init__(self, op: Invertible | None, path: Path, options: Options) -> None:
@@ -46,6 +46,7 @@ class Record:
         has_around = options.keep is not None or options.context_fn is not None or debug
         self.around = Around(options.keep, options.context_fn, debug) if has_around else None
         self.kinds: list[Kind] = []  # of what was packed as a number
+        self.evaluated = 0  # how many of them when the op's function returned, and the op went on
         self.leaves: list[Tensor] = []  # what was packed as itself
         self.like: Wire = None
         self.residue: Residue = None
@@ -224,10 +225,12 @@ class Frame:
             observer.append(Observed(record, self.owner, first, _torch.graph_position()))
         return out
 
-    def forward(self, op: Invertible, x: Wire) -> tuple[Wire, Residue]:
-        """An op's forward; what its function has saved is let go before memory for the result is taken."""
+    def forward(self, op: Invertible, x: Wire, show: Callable[[Sequence[Tensor]], None]) -> tuple[Wire, Residue]:
+        """An op's forward; what its function has saved is shown, and let go before memory for the result is taken."""
         t = op.evaluate(x)
         if self.held and not self.record.conditions.snapshot.is_lazy:
+            self.record.evaluated = len(self.held)
+            show([tensor for tensor, _ in self.held.values()])
             self.held.clear()
         return op.forward_by(t, x)
 

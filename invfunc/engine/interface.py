@@ -28,6 +28,11 @@ def places_on(path: Path) -> list[str]:
     return [place for place in reversed(found) if place]
 
 
+def which(verb: str, path: Path) -> str:
+    """What the call at a path gives or saves, as errors show it."""
+    return f"what {': '.join(places_on(path)) or 'the pipeline'} {verb}"
+
+
 @dataclass(frozen=True)
 class Whole:
     """What is around a whole op: the end of its path, which errors do not show."""

@@ -5,6 +5,8 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
 1.  *Where.* At the input of every trunk: the pipeline's own, and each cut, where an activation is stored. There the
     error is largest, since it has come all the way down. First stages of which the graph asks for nothing (they move
     or scale values) are not undone for the meter's sake: the input of the first that is rebuilt is compared instead.
+    Nor is a first coupling whose function has saved all that its graph asks for: its input is wanted by nobody, and
+    the function stops early. What that coupling gave is compared instead, and what its function has saved.
 2.  *What.* The root of the sum of squared errors over that of the squared values, as a norm would give it, from values
     at fixed places that are spread over the whole wire. On chains that drift, that lands within a factor of 2 of the
     true error. It does not find a single wrong element: it measures rounding, it does not search for bugs.
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 from .. import _torch
 from ..core.compare import relative_error_of_numbers
 from ..errors import DriftError, DriftWarning, OptionError
+from ..wires import is_differentiable
 from .devices import Late, is_captured, place_on, when_here
 
 Drift: TypeAlias = str | float  # "warn", "raise", "off", or the tolerance from which on to warn
@@ -58,6 +61,7 @@ CURE = (
     "less: a wider stream dtype, normalised branches, bounded scales (inv.ops.tanh_scale)"
 )
 CHECK = "inv.check(op, x) measures every stage"
+SAVES = "saves for backward"
 
 
 class Cause(NamedTuple):
@@ -140,6 +144,15 @@ def _numbers(samples: Sequence[Sample]) -> list[float]:
     return [n for sample in samples for n in (sample.values(wait=True) if isinstance(sample, Late) else sample)]
 
 
+def telling(saved: Sequence[Tensor], given: Sequence[Tensor] = ()) -> int:
+    """Which of the tensors that a call has saved tells most of it: the last of the largest; -1 for none.
+
+    It depends on what was computed before. Constants do not, and are small; nor does a weight that is saved transposed.
+    """
+    computed = (n for n, t in enumerate(saved) if is_differentiable(t) and not _torch.is_view_of_leaf(t, given))
+    return max(computed, key=lambda number: (saved[number].numel(), number), default=-1)
+
+
 # ---- the probe of a trunk --------------------------------------------------------------------------------------------
 
 
@@ -152,13 +165,16 @@ class Probe:
     places: Places
     samples: list[Sample]
 
-    def compare(self, rebuilt: Sequence[Tensor | None], functions: Iterable[Any], why: Why) -> None:
-        """Compare what was rebuilt with the samples; later, where reading it would wait for the device.
+    def compare(self, rebuilt: Sequence[Tensor | None], functions: Iterable[Any], why: Why) -> bool:
+        """Compare what was rebuilt with the samples, and speak; later, where reading it would wait for the device.
 
         Args:
             rebuilt: The tensors of the wire.
             functions: Those of the stage that it goes into.
             why: Finds the cause of an error.
+
+        Returns:
+            Whether it has spoken.
         """
         was, now = [], []
         for sample, tensor, indices in zip(self.samples, rebuilt, self.places.indices, strict=True):
@@ -169,20 +185,21 @@ class Probe:
         late = [sample for sample in (*was, *now) if isinstance(sample, Late)]
         if late and not found and self.drift != "raise":
             when_here(late, partial(self.judge, was, now, found, lambda _: _NOT_YET))
-        else:
-            self.judge(was, now, found, why)
+            return False
+        return self.judge(was, now, found, why)
 
-    def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause], why: Why) -> None:
+    def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause], why: Why) -> bool:
         """Warn or raise if samples are further apart than they may be."""
         error = relative_error_of_numbers(_numbers(now), _numbers(was))
         if error <= self.places.tolerance:
-            return
+            return False
         # One digit: no more is known, and Python shows a warning of the same text once.
         size = f"off by about {error:.0e} of its size" if error < math.inf else "not finite where it was"
         subject = f"{self.place()}, rebuilt in backward, is {size}"
         if found.get(subject, _NOT_YET) is _NOT_YET:
             found[subject] = _cause(why, error)
         self._speak(subject, found[subject])
+        return True
 
     def _speak(self, subject: str, cause: Cause) -> None:
         expected = f"at most {self.places.tolerance:.0e} ({str(self.places.dtype)[6:]})"

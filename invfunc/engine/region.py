@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
 from ..core.op import Invertible
-from ..wires import Wire, is_differentiable, leaves, map_wire
+from ..wires import Wire, leaves, map_wire
 from .conditions import Conditions, RandomState
 from .evaluation import evaluate_again, evaluate_quietly, in_backward
 from .frame import Frame, Kept, Record, like_of
-from .interface import Options, Path, places_on
-from .meter import CHECK, Cause, Probe, probe
+from .interface import Options, Path, which
+from .meter import CHECK, SAVES, Cause, Probe, probe, telling
 from .snapshot import Snapshot
 
 
@@ -51,7 +50,7 @@ class Region:
         self.random: RandomState | None = None
         self.kept: Kept | None = None
         self.probe: Probe | None = None
-        self.watched: int | None = None  # which of the saved tensors is sampled
+        self.watched = -1  # which of the saved tensors is sampled
 
     def run(self, args: Sequence[Any], tensors: Sequence[Any], functions: Iterable[Any]) -> Any:
         """``fn(*args)``, recorded; the tensors are those among its arguments."""
@@ -78,11 +77,10 @@ class Region:
         return self.kept is not None
 
     def watch(self, saved: Sequence[Tensor]) -> None:
-        """Sample the last result that the call has saved: it depends on what was computed before."""
-        results = (number for number in reversed(range(len(saved))) if _is_result(saved[number]))
-        self.watched = next(results, None) if self.options.drift != "off" else None
-        if self.watched is not None:
-            self.probe = probe([saved[self.watched]], self.options.drift, partial(_saved_by, self.record.path))
+        """Sample what tells most of the call, of what it has saved."""
+        self.watched = telling(saved) if self.options.drift != "off" else -1
+        if self.watched >= 0:
+            self.probe = probe([saved[self.watched]], self.options.drift, partial(which, SAVES, self.record.path))
 
     def _rebuild(self) -> Tensor | None:
         assert self.kept is not None
@@ -91,20 +89,10 @@ class Region:
 
     def _replay(self, again: Any, x: tuple[Any, ...]) -> Tensor | None:
         again.hand_over(self._again, x, self.record.like)
-        has_watched = self.watched is not None and self.watched < len(again.made)
-        return again.made[self.watched].detach() if has_watched else None
+        return again.made[self.watched].detach() if 0 <= self.watched < len(again.made) else None
 
     def _again(self, tensors: tuple[Any, ...]) -> Any:
         return self.fn(*self.build(tensors))
-
-
-def _saved_by(path: Path) -> str:
-    return f"what {': '.join(places_on(path)) or 'the pipeline'} saves for backward"
-
-
-def _is_result(tensor: Tensor) -> bool:
-    """Whether a saved tensor was computed: a weight that is saved transposed is not."""
-    return is_differentiable(tensor) and not _torch.is_view_of_leaf(tensor)
 
 
 def _not_the_same(error: float) -> Cause:

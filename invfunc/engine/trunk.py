@@ -31,6 +31,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ from .cause import Visit, cause_of
 from .conditions import Conditions, RandomState
 from .evaluation import Evaluation, Stop, evaluate_again, in_backward
 from .frame import Frame, Kept, Like, Record, gone, lay_out, like_of, shown
-from .interface import Options, Path, Place
-from .meter import Probe, probe
+from .interface import Options, Path, Place, which
+from .meter import SAVES, Cause, Drift, Probe, probe, telling
 
 # ---- the output -----------------------------------------------------------------------------------------------------
 
@@ -291,7 +292,7 @@ def _compares(level: Any) -> bool:
 class Levels:
     """The levels of a trunk, and the state: how far they have been undone. Refers to neither trunk nor frames."""
 
-    __slots__ = ("is_measured", "is_wanted", "items", "probe", "probed", "restore", "state")
+    __slots__ = ("is_measured", "is_wanted", "items", "probe", "probed", "restore", "state", "watch", "watched")
 
     def __init__(self) -> None:
         self.restore: Callable[[Wire], None] | None = None  # told what the trunk begins with, when it is rebuilt
@@ -299,6 +300,8 @@ class Levels:
         self.state: Any = None  # (level, wire), or nothing
         self.probe: Probe | None = None
         self.probed = -1  # the level whose input the meter watches
+        self.watched: int | None = None  # or its output, and this of what its function has saved; -1 for nothing
+        self.watch: Probe | None = None  # of that
         self.is_wanted = False  # whether anybody wants the input again
         self.is_measured = True  # not in a gradient that is differentiated again
 
@@ -346,10 +349,15 @@ class Levels:
     @property
     def last(self) -> int:
         """The level whose input nobody wants: the first that has saved anything, unless it is compared there."""
-        if self.is_wanted or self.restore is not None:
-            return -1
         first = next((at for at, level in enumerate(self.items) if level.has_saved()), -1)
-        return -1 if self.probed == first or any(map(_compares, self.items[: first + 1])) else first
+        if first < 0 or (self.probed == first and self.watched is None) or _compares(self.items[first]):
+            return -1
+        return -1 if self.is_wanted_by(self.items[:first]) else first
+
+    def is_wanted_by(self, levels: Sequence[Any]) -> bool:
+        """Whether anybody wants again what these first levels gave."""
+        by_trunk = self.is_wanted or self.restore is not None
+        return by_trunk or any([level.has_saved() or _compares(level) for level in levels])
 
     def go_down(self, to: int) -> None:
         """Undo levels; only the last is asked for what it has saved. Nobody else has the state meanwhile (rule 8)."""
@@ -364,13 +372,32 @@ class Levels:
             try:
                 wire = levels[at].undo(wire, at == to, at == last)
             except Stop:
+                self._compare_last(at, wire)
                 return
             if at == self.probed and self.probe is not None and self.is_measured:
-                rebuilt = [leaf for leaf in leaves(wire) if is_differentiable(leaf)]
-                self.probe.compare(rebuilt, levels[at].op.functions, partial(cause_of, self, at, wire))
+                self._compare(self.probe, at, wire)
         if not at and self.restore is not None:
             self.restore(wire)
         self.state = at, wire
+
+    def _compare(self, sampled: Probe, at: int, wire: Wire) -> bool:
+        """Compare the input of a level."""
+        rebuilt = [leaf for leaf in leaves(wire) if is_differentiable(leaf)]
+        ops = (level.op for level in islice(self.items, at, None) if isinstance(level, Stage))
+        functions = (fn for op in ops if op is not None for fn in op.functions)
+        return sampled.compare(rebuilt, functions, partial(cause_of, self, at, wire))
+
+    def _compare_last(self, at: int, y: Wire) -> None:
+        """Compare the output of the last level; if it is as it was, what its function has saved again."""
+        if not self.is_measured or (self.probe is not None and self._compare(self.probe, at + 1, y)):
+            return
+        frame = self.items[at].frame()
+        rebuilt = None if frame is None else frame.saved.get(self.watched)
+        if self.watch is not None and isinstance(rebuilt, Tensor):
+            self.watch.compare([rebuilt], self.items[at].op.functions, partial(self._cause_of_saved, at, y))
+
+    def _cause_of_saved(self, at: int, y: Wire, error: float) -> Cause:
+        return cause_of(self, at, self.items[at].undo(y, False, False), error)
 
 
 # ---- the trunk ------------------------------------------------------------------------------------------------------
@@ -407,25 +434,44 @@ class Trunk:
         flat = leaves(x)
         record.like = map_wire(like_of, x)
         given = [leaf for leaf in flat if isinstance(leaf, Tensor)]
-        y, residue = frame.run(frame.forward, (op, x), op.functions, given, options.preserve_rng_state)
-        if levels.probed < 0 and options.drift != "off" and record.kinds:
+        is_first = levels.probed < 0 and options.drift != "off"
+        show = partial(self._watch, record, options.drift, given) if is_first else _ignore
+        y, residue = frame.run(frame.forward, (op, x, show), op.functions, given, options.preserve_rng_state)
+        if is_first and record.kinds:
             levels.probed = frame.level
-            levels.probe = probe([t for t in given if is_differentiable(t)], options.drift, self.place)
+            levels.probe = self._probe(record, options.drift, given, y)
         record.keep_residue(residue)
         if frame.held is not None:  # rule 9 of NOTE [Trunk]
             record.stored = Kept(list(map(_without_graph, flat)))
         levels.items.append(record)
         return y
 
+    def _watch(self, record: Stage, drift: Drift, given: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+        """Sample what a first function has saved: rule 1 of NOTE [Drift]."""
+        levels = self.levels
+        if record.stops and not (_compares(record) or levels.is_wanted_by(levels.items)):
+            levels.watched = telling(saved, given)
+            if levels.watched >= 0:
+                levels.watch = probe([saved[levels.watched]], drift, partial(which, SAVES, record.path))
+
+    def _probe(self, record: Stage, drift: Drift, given: Sequence[Tensor], y: Wire) -> Probe | None:
+        """Sample the input of a first stage, or its output: likewise."""
+        levels = self.levels
+        if levels.watched is None or record.evaluated < len(record.kinds):
+            levels.watched = levels.watch = None
+            return probe([t for t in given if is_differentiable(t)], drift, self.place)
+        return probe([t for t in leaves(y) if is_differentiable(t)], drift, partial(which, "gives", record.path))
+
     def component(self) -> Trunk:
-        """A trunk for one component of a wire."""
-        return Trunk(self.conditions, self.place)
+        """A trunk for one component of a wire: what it begins with is wanted by the levels below."""
+        component, levels = Trunk(self.conditions, self.place), self.levels
+        component.levels.is_wanted = levels.is_wanted_by(levels.items)
+        return component
 
     def join(self, trunks: Sequence[Trunk]) -> None:
         """Put trunks side by side on top of this one."""
         for place, trunk in enumerate(trunks):
             trunk.parent = self, len(self.levels.items), place
-            trunk.levels.is_wanted = True
         self.levels.items.append(Fork([trunk.levels for trunk in trunks]))
         self.random = None  # they may have drawn
 
@@ -535,6 +581,10 @@ class Trunk:
 
 
 def _nothing(leaf: Any) -> None:
+    return None
+
+
+def _ignore(saved: Sequence[Tensor]) -> None:
     return None
 
 

@@ -157,7 +157,7 @@ class Trial:
         del x
         state = through(state, run)
         self.y, self.trunk = state.wire, state.trunk
-        self.trunk.levels.is_wanted = True  # by the drift meter, which is off here
+        self.trunk.levels.is_wanted = True  # by the op before
         roots = [t for t in leaves(self.y) if is_differentiable(t) and t.requires_grad]
         ends = [t.detach() for t in leaves(self.y) if is_differentiable(t)] if carried else []  # by the op behind
         self.sent = Sent(ends, layouts)
