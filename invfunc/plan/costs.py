@@ -79,6 +79,9 @@ class OpCosts:
         peak_inverse: The most in a fused inverse, y and its gradient included, beyond the residue.
         region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again;
             infinite where none can begin.
+        ends: Seconds of a forward that a region which ends here does not run again: what comes behind the last tensor
+            that is saved.
+        begins: Seconds that the inverse takes less where a run of inverses begins here: nobody wants its input.
         alone: Whether it can not be in a region with other ops.
         parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour, and in
             long chains both halves of a coupling are one.
@@ -86,8 +89,8 @@ class OpCosts:
         doubt: Seconds between what was timed and what is said here, in the way in which they differ most.
 
     Raises:
-        OptionError: When seconds are negative, or an inverse takes less than the backward in it: no plan could keep
-            what such costs promise.
+        OptionError: When seconds are negative, or a part is more than the whole, as a backward is a part of an inverse:
+            no plan could keep what such costs promise.
 
     Example:
         >>> OpCosts("op", forward=1.0, backward=2.0, bytes=100, tape=800).inverse
@@ -114,20 +117,26 @@ class OpCosts:
     peak_backward: int = 0
     peak_inverse: int = 0
     region: float = 0.0
+    ends: float = 0.0
+    begins: float = 0.0
     alone: bool = False
     parts: int = 1
     off: float = 1.0
     doubt: float = 0.0
 
     def __post_init__(self) -> None:
-        least = {"forward": 0.0, "backward": 0.0, "region": 0.0, "inverse": self.backward}
+        least = {"forward": 0.0, "backward": 0.0, "region": 0.0, "inverse": self.backward, "ends": 0.0, "begins": 0.0}
+        most = {"ends": self.forward, "begins": self.inverse - self.backward}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise OptionError(f"op {self.name!r}: {name} is {getattr(self, name)} s", expected=f"{bound} or more")
+        for name, bound in most.items():
+            if getattr(self, name) > bound * (1 + 1e-9):  # they were scaled
+                raise OptionError(f"op {self.name!r}: {name} is {getattr(self, name)} s", expected=f"{bound} or less")
 
     def in_units(self, unit: float) -> OpCosts:
         """The same with whole numbers of a unit in the place of seconds."""
-        names = ("forward", "backward", "inverse", "region")
+        names = ("forward", "backward", "inverse", "region", "ends", "begins")
         return replace(self, **{name: _whole(getattr(self, name), unit) for name in names})
 
 

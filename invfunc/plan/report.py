@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import OptionError
 from .costs import EXACT, HELD, KEPT, Costs, Ledger, OpCosts, show_bytes
-from .schedule import Invert, Recompute, Schedule, Store, first_pass, notes_inside
+from .schedule import Invert, Recompute, Schedule, Store, first_pass, notes_inside, seconds_behind
 from .search import tables
 from .solver import Table
 
@@ -72,18 +72,22 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
     for node in schedule:
         i = node.first
         if isinstance(node, Recompute):
-            inner = _rows(costs, ledger, node.inner, depth + 1, node.stop, KEPT)
+            inner = [
+                row._replace(keeps=0)  # what it keeps, it keeps in backward alone
+                for row in _rows(costs, ledger, node.inner, depth + 1, node.stop, KEPT)
+            ]
             kept = ledger.region(i, node.stop, r) + notes_inside(ledger, node)
-            first = next(inner)
-            yield first._replace(keeps=kept * (depth == 0), extra=first.extra + costs.ops[i].region)
-            yield from (row._replace(keeps=0) for row in inner)  # what it keeps, it keeps in backward alone
+            inner[-1] = inner[-1]._replace(extra=inner[-1].extra - seconds_behind(costs, node.inner))
+            inner[0] = inner[0]._replace(keeps=kept * (depth == 0), extra=inner[0].extra + costs.ops[i].region)
+            yield from inner
             r = ledger.behind(i, node.stop)
         elif isinstance(node, Store):
             yield _stored(costs, i, depth, ledger.store(i, j, r)[0])
             r = HELD
         else:
             for q in range(i, node.stop):
-                yield _inverted(costs, q, depth, ledger.sizes[q + 1] * (q + 1 == node.stop < ledger.length))
+                row = _inverted(costs, q, depth, ledger.sizes[q + 1] * (q + 1 == node.stop < ledger.length))
+                yield row._replace(extra=row.extra - costs.ops[q].begins * (q == i))
             r = EXACT
 
 
@@ -255,9 +259,11 @@ class _Clock:
     """Walks through a schedule as a step does: forward over its nodes, then back."""
 
     def __init__(self, costs: Costs, aside: int) -> None:
-        self.ops, self.now, self.aside = costs.ops, 0.0, aside
+        self.costs, self.ops, self.now, self.aside = costs, costs.ops, 0.0, aside
 
-    def run(self, ledger: Ledger, schedule: Schedule, kept: dict[int, int], j: int, r: int) -> Iterator[Moment]:
+    def run(
+        self, ledger: Ledger, schedule: Schedule, kept: dict[int, int], j: int, r: int, behind: float = 0.0
+    ) -> Iterator[Moment]:
         back: list[Iterator[Moment]] = []
         for node in schedule:
             i, k, demand = node.first, node.stop, r
@@ -275,6 +281,7 @@ class _Clock:
             yield self._moment(kept, need)
             self.now += sum(op.forward for op in self.ops[i:k])
             kept = kept | {i: kept.get(i, 0) + keeps}
+        self.now -= behind
         yield self._moment(kept, ledger.end(j))
         for moments in reversed(back):
             yield from moments
@@ -289,7 +296,7 @@ class _Clock:
     def _by_inverse(self, ledger: Ledger, node: Invert, kept: dict[int, int], j: int, r: int) -> Iterator[Moment]:
         for p in range(node.stop, node.first, -1):
             yield self._moment(kept, ledger.undo(node.first, p, j, r)[1])
-            self.now += self.ops[p - 1].inverse
+            self.now += self.ops[p - 1].inverse - self.ops[p - 1].begins * (p == node.first + 1)
 
     def _again(self, ledger: Ledger, node: Recompute, kept: dict[int, int], r: int) -> Iterator[Moment]:
         i, k = node.first, node.stop
@@ -297,7 +304,8 @@ class _Clock:
         notes = ledger.notes(i, k) if runs_again else 0
         self.aside += notes
         self.now += self.ops[i].region
-        yield from self.run(ledger.inside(), node.inner, kept, k, KEPT if runs_again else r)
+        behind = seconds_behind(self.costs, node.inner)
+        yield from self.run(ledger.inside(), node.inner, kept, k, KEPT if runs_again else r, behind)
         self.aside -= notes
 
 

@@ -156,9 +156,24 @@ def extra_seconds(costs: Costs, schedule: Schedule) -> float:
     for node in schedule:
         ops = costs.ops[node.first : node.stop]
         if isinstance(node, Invert):
-            total += sum(op.inverse - op.backward for op in ops)
+            total += sum(op.inverse - op.backward for op in ops) - ops[0].begins
         elif isinstance(node, Recompute):
-            total += ops[0].region + sum(op.forward for op in ops) + extra_seconds(costs, node.inner)
+            again = sum(op.forward for op in ops) - seconds_behind(costs, node.inner)
+            total += ops[0].region + again + extra_seconds(costs, node.inner)
+    return max(total, 0.0)
+
+
+def seconds_behind(costs: Costs, inner: Schedule) -> float:
+    """What a region does not run again: what comes behind the last tensor that it saves."""
+    total = 0.0
+    for node in reversed(inner):
+        ops = costs.ops[node.first : node.stop]
+        if isinstance(node, Store):
+            total += ops[0].ends
+        elif isinstance(node, Recompute):  # which has saved its input before it ran
+            total += sum(op.forward for op in ops)
+        if isinstance(node, Invert) or any(op.saves for op in ops):
+            break
     return total
 
 

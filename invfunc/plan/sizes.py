@@ -18,7 +18,7 @@ from ..wires import Wire, is_differentiable, leaves
 from .costs import OpCosts
 from .executor import has_inverse
 from .inputs import as_input, copied, nbytes, realised, storages
-from .trials import Layout, Layouts, Trial, by_inverse, by_tape, forward_of, layout_of, no_op
+from .trials import Layout, Layouts, Trial, as_result, by_inverse, by_tape, forward_of, layout_of, no_op
 from .work import LEVEL, REGION, Counts, Work
 
 
@@ -57,8 +57,13 @@ class Books(StorageLedger):
 
     def take_work(self) -> Work:
         """The work since it was last taken."""
-        work, self.calls, self.flops, self.traffic = Work(self.calls, self.flops, self.traffic), 0, 0, 0
+        work, self.calls, self.flops, self.traffic = self.work, 0, 0, 0
         return work
+
+    @property
+    def work(self) -> Work:
+        """The work since it was last taken."""
+        return Work(self.calls, self.flops, self.traffic)
 
     def run_back(self, trial: Trial) -> Back:
         """What happens while a trial runs back."""
@@ -111,7 +116,9 @@ class Subject:
         found = replace(found, parameters=sum(p.numel() * p.element_size() for p in parameters))
         stored = self._try(_bytes_by_tape, found, parameters, self.layouts)
         step = stored.counts["step"].beyond(self._try(_work_of_no_op, self.layouts, False))
-        stored = stored._replace(counts={"forward": forward, "step": step, "again": step.plus(forward).plus(REGION)})
+        ends = self._try(_work_behind_what_is_saved)
+        again = step.plus(forward).beyond(ends).plus(REGION)
+        stored = stored._replace(counts={"forward": forward, "step": step, "again": again, "ends": ends})
         if not has_inverse(self.op):
             return stored
         try:
@@ -120,7 +127,9 @@ class Subject:
             return stored
         larger = max(stored.sends.gradients, rebuilt.sends.gradients, key=_bytes_in)
         undone = rebuilt.counts["undone"].beyond(self._try(_work_of_no_op, self.layouts, True)).plus(LEVEL)
-        return Sizes(rebuilt.costs, Layouts(larger, rebuilt.sends.values), {**stored.counts, "undone": undone})
+        first = self._try(_work_of_the_first, parameters, self.layouts)
+        counts = {**stored.counts, "undone": undone, "begins": rebuilt.counts["undone"].beyond(first)}
+        return Sizes(rebuilt.costs, Layouts(larger, rebuilt.sends.values), counts)
 
     def _rebuilt(self, found: OpCosts, parameters: list[Tensor]) -> Sizes:
         """On a trunk: y comes as the inverse of the op after makes it, or as a tail has kept it; the worse counts."""
@@ -160,6 +169,31 @@ def _bytes_forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor], Work
     sizes = {"bytes": size, "gradient": gradient, "shares_output": shared, "recording": noted}
     saves = bool(recording.region.record.kinds)
     return OpCosts(op.name, 0.0, 0.0, saves=saves, peak_forward=peak, **sizes), recording.parameters, work
+
+
+def _work_behind_what_is_saved(op: Invertible, x: Wire) -> Work:
+    """What a region that ends with an op does not run again."""
+    with Books() as books:
+        last = [Work()]
+
+        def pack(tensor: Tensor) -> Tensor:
+            if not (tensor.requires_grad and tensor.is_leaf):  # which is at hand
+                last[0] = books.work
+            return tensor
+
+        x = as_result(x)
+        books.take_work()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            op.forward(x)
+        return books.take_work().beyond(last[0])
+
+
+def _work_of_the_first(op: Invertible, x: Wire, parameters: list[Tensor], layouts: Layouts) -> Work:
+    """What it takes to run an op and undo it where a run of inverses begins with it."""
+    with Books() as books:
+        trial = Trial(by_inverse(op), copied(x), parameters, carried=True, layouts=layouts, is_first=True)
+        books.run_back(trial)
+        return books.take_work()
 
 
 def _work_of_no_op(op: Invertible, x: Wire, layouts: Layouts, carried: bool) -> Work:

@@ -14,6 +14,9 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
 
         u_p + b_p + V_held(p, j, m - tape)
 
+    Where a region ends with p, it does not run again what comes behind the last tensor that p saves: `OpCosts.ends`;
+    nor where it goes on with ops that save nothing.
+
 4.  *Recompute* ops i+1..k, x[i] kept; when the rest is done the same problem begins again from x[i], which is kept to
     its end, since it may be asked for again. (Ops that save nothing at all do not run again.) ::
 
@@ -25,6 +28,8 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
 5.  *Invert* ops i+1..k, only x[k] kept, and that exactly; not where x[i] itself is wanted exactly::
 
         U(i, k) + C(i, k) + V_exact(k, j, m - residues)
+
+    Nobody wants x[i] then, so that op p may stop early: `OpCosts.begins` is taken off C.
 
 6.  Each choice also needs memory for its own moments (`Ledger`); where m is less, it is infinite.
 7.  *Objectives.* One table answers all: least time in a budget is ``V_held(0, L, budget)``, least memory in a time is
@@ -80,6 +85,7 @@ class Table:
         self.M = int(budget / self.unit + 1e-9)
         starts, q = range(self.L), self.ledger.residues
         self.seconds = torch.tensor([op.forward + op.backward for op in costs.ops], dtype=TIME)
+        self.spared = torch.tensor([_filled(self._spared(i), self.L, 0.0) for i in starts], dtype=TIME)
         self.in_hand = self.units([[self.ledger.in_hand(i, r) for i in starts] for r in DEMANDS])
         self.residues = self.units([_filled([q[k] - q[i] for k in range(i + 1, self.L + 1)], self.L) for i in starts])
         self.inside, self.whole = Moments(self, INSIDE), Moments(self, self.L)
@@ -150,6 +156,12 @@ class Table:
                 found[first, i - first :] = math.inf
         return found
 
+    def _spared(self, i: int) -> Iterator[float]:
+        """What an op on a tape does not run again where a region ends behind it, or behind ops that save nothing."""
+        yield self.costs.ops[i].ends
+        behind = accumulate((not op.saves for op in self.costs.ops[i + 1 :]), min)
+        yield from (self.costs.ops[i].ends * quiet for quiet in behind)
+
     def _rest(self, i: int, j: int) -> Tensor:
         """``[r, 0, k - i - 1]``: the time of what follows each beginning of a stretch."""
         return self.V[:, j : j + 1, i + 1 : j + 1]
@@ -175,7 +187,8 @@ class Table:
         """Rules 3 to 5 of NOTE [Plan]: ``[r, i, m]``; ``[i, k, m - a_i]`` and ``[i, k, m]``, whatever the demand."""
         length = rest.shape[2]
         held = rest[HELD, :, 0].expand(len(DEMANDS), -1, -1)
-        stored = taken_off(held, moments.store_keeps[:, starts]) + self.seconds[starts, None]
+        seconds = self.seconds - self.spared[:, length - 1] if moments is self.inside else self.seconds
+        stored = taken_off(held, moments.store_keeps[:, starts]) + seconds[starts, None]
         stored = cut(stored, moments.store_needs[:, starts])
         redone = rest[FREE, :, :-1] + self.again[starts, : length - 1]
         exact, residues = rest[EXACT], self.residues[starts, :length]
@@ -246,6 +259,7 @@ class Moments:
         found = accumulate(op.forward + op.inverse for op in costs.ops[i:])
         for k, seconds in enumerate(found, i + 1):
             error = 0.0 if limit is None or math.isinf(seconds) else run_error(costs, i, k)
+            seconds -= costs.ops[i].begins
             yield seconds if error is not None and (limit is None or error <= limit) else math.inf
 
     def _run_needs(self, i: int) -> Iterator[float]:

@@ -145,10 +145,17 @@ class Trial:
         parameters: What it closes over.
         carried: Whether its input comes on a trunk.
         layouts: How what comes back to it lies in memory.
+        is_first: Whether nobody wants its input again.
     """
 
     def __init__(
-        self, through: Through, x: Wire, parameters: Sequence[Tensor], carried: bool = False, layouts: Layouts = APART
+        self,
+        through: Through,
+        x: Wire,
+        parameters: Sequence[Tensor],
+        carried: bool = False,
+        layouts: Layouts = APART,
+        is_first: bool = False,
     ) -> None:
         anchor, self.gxs = torch.zeros((), requires_grad=True), list[Any]()
         self.inputs, self.carried = [anchor, *parameters], carried
@@ -157,7 +164,7 @@ class Trial:
         del x
         state = through(state, run)
         self.y, self.trunk = state.wire, state.trunk
-        self.trunk.levels.is_wanted = True  # by the op before
+        self.trunk.levels.is_wanted = not is_first
         roots = [t for t in leaves(self.y) if is_differentiable(t) and t.requires_grad]
         ends = [t.detach() for t in leaves(self.y) if is_differentiable(t)] if carried else []  # by the op behind
         self.sent = Sent(ends, layouts)
@@ -170,7 +177,7 @@ class Trial:
             return APART
         torch.autograd.grad(self.seed, self.inputs, allow_unused=True)
         rebuilt: list[Any] = []
-        if self.carried and self.trunk.levels.items:
+        if self.carried and self.trunk.levels.items and self.trunk.levels.is_wanted:
             rebuilt = [t for t in leaves(self.trunk.bottom()) if is_differentiable(t)]
         return Layouts(layout_of(self.gxs), layout_of(rebuilt))
 
@@ -248,7 +255,7 @@ def forward_of(op: Invertible, x: Wire) -> tuple[Wire, Forward]:
     roots = map_wire(_as_root, x)
     region = Region(op.forward, lambda tensors: tensors, None, conditions_of(op.functions), Options())
     with torch.enable_grad():
-        y = region.run((map_wire(_as_result, roots),), [], op.functions)
+        y = region.run((as_result(roots),), [], op.functions)
     return map_wire(_detached, y), Forward(closed_over(y, roots), region)
 
 
@@ -265,8 +272,10 @@ def closed_over(y: Wire, roots: Wire) -> list[Tensor]:
     return graph_leaves(ends, {id(leaf) for leaf in leaves(roots)})
 
 
-def _as_result(leaf: Any) -> Any:
-    return leaf.view_as(leaf) if is_differentiable(leaf) else leaf  # a leaf is saved as it is, and not counted
+def as_result(x: Wire) -> Wire:
+    """A wire as an op's output: a leaf would be saved as it is, and not counted."""
+    with torch.enable_grad():
+        return map_wire(lambda leaf: leaf.view_as(leaf) if is_differentiable(leaf) else leaf, x)
 
 
 def _as_root(leaf: Any) -> Any:

@@ -45,6 +45,7 @@ REGION = Work(calls=30)  # what Python does to begin a region, and to call it up
 LEVEL = Work(calls=10)  # what it does to undo an op
 
 Counts = Mapping[str, Work]  # of each way that an op has
+PARTS = "forward", "ends", "begins"  # which are no ways of their own
 
 TICK, MOMENT = 0.02, 50e-6  # of a plain step, and seconds: what is not told from noise, and decides little
 FACTOR = 3.0  # how far seconds may be from what is counted, and still say the same
@@ -106,9 +107,9 @@ def read(
 
 
 def _expected(counts: Counts, rates: Rates) -> Seconds:
-    """What is counted as seconds: no way takes less than a step, but for forward."""
+    """What is counted as seconds: no way takes less than a step, but for those that are a part of one."""
     found = {way: work.seconds(rates) for way, work in counts.items()}
-    return {way: s if way == "forward" else max(s, found["step"]) for way, s in found.items()}
+    return {way: s if way in PARTS else max(s, found["step"]) for way, s in found.items()}
 
 
 def _read(timed: Seconds, expected: Seconds, tick: float, known: Factors) -> Reading:
@@ -116,9 +117,9 @@ def _read(timed: Seconds, expected: Seconds, tick: float, known: Factors) -> Rea
     timed = timed | {"forward": min(timed["forward"], timed["step"])}
     factors = {"step": _believed(timed["step"], expected["step"], tick, known.get("step", 1.0))}
     step = {way: factors["step"] * s for way, s in expected.items()}
-    factors |= {way: _believed(timed[way], step[way], tick, known.get(way, 1.0)) for way in step if way != "step"}
-    seconds = {way: (factors[way] if way != "step" else 1.0) * step[way] for way in step}
-    doubt = max(abs(_extra(timed, way) - _extra(seconds, way)) for way in seconds)
+    factors |= {way: _believed(timed[way], step[way], tick, known.get(way, 1.0)) for way in timed if way != "step"}
+    seconds = {way: (factors.get(way, 1.0) if way != "step" else 1.0) * step[way] for way in step}
+    doubt = max(abs(_extra(timed, way) - _extra(seconds, way)) for way in timed)
     return Reading(seconds, factors, doubt, all(known.get(way, 1.0) == factor for way, factor in factors.items()))
 
 
@@ -141,11 +142,14 @@ def _believed(timed: float, expected: float, tick: float, known: float) -> float
 
 def costs_in(seconds: Seconds, unit: float) -> Seconds:
     """The seconds of `OpCosts`: none is negative, and nothing is faster than a plain step."""
-    step = whole(seconds["step"], unit)
+    step, ends, begins = (whole(seconds.get(way, 0.0), unit) for way in ("step", "ends", "begins"))
     forward = min(whole(seconds["forward"], unit), step)
-    region = max(whole(seconds["again"], unit) - step - forward, 0.0)
-    undone = max(whole(seconds["undone"], unit), step) if "undone" in seconds else math.inf
-    return {"forward": forward, "backward": step - forward, "inverse": undone - forward, "region": region}
+    backward, ends = step - forward, min(ends, forward)
+    region = max(whole(seconds["again"], unit) - step - forward + ends, 0.0)
+    inverse = max(whole(seconds["undone"], unit), step) - forward if "undone" in seconds else math.inf
+    begins = max(min(begins, inverse - backward), 0.0)
+    found = {"forward": forward, "backward": backward, "inverse": inverse, "region": region}
+    return found | {"ends": ends, "begins": begins}
 
 
 def unit_of(plain: float) -> float:
