@@ -173,7 +173,7 @@ class Cached(nn.Module):
 BYTES = [
     name
     for name in OpCosts.__dataclass_fields__
-    if name not in ("forward", "backward", "inverse", "region", "ends", "begins", "off", "doubt")
+    if name not in ("forward", "backward", "inverse", "region", "ends", "begins", "spares", "off", "doubt")
 ]
 
 

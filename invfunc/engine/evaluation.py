@@ -175,7 +175,9 @@ class Evaluation(Again):
         self.abandon()
         if len(made) != self.count:
             raise self._saved_otherwise(f"{len(made)} tensors", str(self.count))
-        frame = self.record.frame()
+        frame, around = self.record.frame(), self.record.around
+        if around is not None and not _torch.keeps_graph():
+            around.let_go()
         if frame is not None:
             frame.saved = {place: t if t.is_leaf else t.detach() for place, t in enumerate(made)}
             for place, tensor in enumerate(made):

@@ -291,7 +291,7 @@ OBSERVER: ContextVar[list[Observed] | None] = ContextVar("observer", default=Non
 # ---- what forward knew of a tensor ----
 
 
-_PLAIN = torch.Tensor, torch.nn.Parameter
+_PLAIN = torch.Tensor, torch.nn.Parameter, _torch.FakeTensor
 
 
 class Like:

@@ -246,6 +246,11 @@ class Around:
         giving = None if self.keeping is None else Giving(self.keeping.results)
         return _within(self.contexts and self.contexts[1], giving, self.again)
 
+    def let_go(self) -> None:
+        """Nobody asks for a replay again, or nearly: one that is asked for does without what was kept."""
+        if self.keeping is not None:
+            self.keeping.results = {}
+
     def difference(self) -> str:
         """What the trace tells of a replay that was not the same."""
         return "" if self.trace is None or self.again is None else self.again.difference(self.trace)

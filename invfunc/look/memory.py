@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -260,8 +261,16 @@ def _wraps_tensors(kind: type) -> bool:
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     # Not `FlopCounterMode`: the hooks by which it follows modules raise under `torch.func.hessian`.
-    formula = flop_registry.get(getattr(func, "overloadpacket", func))
+    packet = getattr(func, "overloadpacket", func)
+    formula = flop_registry.get(packet) or flop_registry.get(_alike(packet))
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+@cache
+def _alike(packet: Any) -> Any:
+    """The operator of an accelerator that multiplies what this one of the CPU does, which torch has no formula for."""
+    name = getattr(packet, "__name__", "")
+    return getattr(torch.ops.aten, name.replace("_for_cpu", ""), None) if "attention_for_cpu" in name else None
 
 
 def _seconds(fn: Callable[..., Any], args: Any, kwargs: Any) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import TracebackType
@@ -103,8 +103,8 @@ class Handle:
 class Chooses(Protocol):
     """Who chooses the blocks that run again: a plan."""
 
-    def recomputed(self, model: nn.Module) -> list[str]:
-        """Their paths."""
+    def recomputed(self, model: nn.Module) -> Mapping[str, Mapping[str, Any]]:
+        """Their paths, each with the options that it has."""
         ...
 
 
@@ -163,16 +163,11 @@ def checkpoint_blocks(model: nn.Module, blocks: str | Chooses, **options: Any) -
     Source:
         Chen et al., Training Deep Nets with Sublinear Memory Cost (2016).
     """
-    handle = Handle(_chosen(model, blocks))
+    chosen = dict.fromkeys(find_blocks(model, blocks), {}) if isinstance(blocks, str) else blocks.recomputed(model)
+    handle = Handle({path: model.get_submodule(path) for path in chosen})
     for path, block in handle.blocks.items():
-        handle.put(path, checkpoint(block.forward, **options))
+        handle.put(path, checkpoint(block.forward, **{**chosen[path], **options}))
     return handle
-
-
-def _chosen(model: nn.Module, blocks: str | Chooses) -> dict[str, nn.Module]:
-    if isinstance(blocks, str):
-        return find_blocks(model, blocks)
-    return {path: model.get_submodule(path) for path in blocks.recomputed(model)}
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

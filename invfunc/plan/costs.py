@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -82,6 +82,11 @@ class OpCosts:
         ends: Seconds of a forward that a region which ends here does not run again: what comes behind the last tensor
             that is saved.
         begins: Seconds that the inverse takes less where a run of inverses begins here: nobody wants its input.
+        keep: Which expensive results may be kept where it runs again or is undone: ``"attention"``, ``"products"`` of
+            matrices and convolutions, or none.
+        kept: Bytes of them.
+        spares: Seconds that it takes less if they are kept: to run again as a region, to be undone, and to be undone
+            where a run of inverses begins.
         alone: Whether it can not be in a region with other ops.
         parts: How many ops of the flattened chain this is: those that only make views belong to a neighbour, and in
             long chains both halves of a coupling are one.
@@ -119,6 +124,9 @@ class OpCosts:
     region: float = 0.0
     ends: float = 0.0
     begins: float = 0.0
+    keep: str = ""
+    kept: int = 0
+    spares: tuple[float, float, float] = (0.0, 0.0, 0.0)
     alone: bool = False
     parts: int = 1
     off: float = 1.0
@@ -133,11 +141,18 @@ class OpCosts:
         for name, bound in most.items():
             if getattr(self, name) > bound * (1 + 1e-9):  # they were scaled
                 raise OptionError(f"op {self.name!r}: {name} is {getattr(self, name)} s", expected=f"{bound} or less")
+        undone = self.inverse - self.backward
+        bounds = self.forward - self.ends, undone, undone - self.begins
+        if any(
+            not 0 <= spared <= bound * (1 + 1e-9) + 1e-12 for spared, bound in zip(self.spares, bounds, strict=True)
+        ):
+            raise OptionError(f"op {self.name!r}: spares is {self.spares} s", expected=f"0.0 to {bounds}")
 
     def in_units(self, unit: float) -> OpCosts:
         """The same with whole numbers of a unit in the place of seconds."""
         names = ("forward", "backward", "inverse", "region", "ends", "begins")
-        return replace(self, **{name: _whole(getattr(self, name), unit) for name in names})
+        found: dict[str, Any] = {name: _whole(getattr(self, name), unit) for name in names}
+        return replace(self, spares=tuple(_whole(s, unit) for s in self.spares), **found)
 
 
 @dataclass(frozen=True)
@@ -242,10 +257,12 @@ class Ledger:
         copies: Bytes of buffers that are kept to run ops again, summed likewise.
         paid: Bytes of x[i] that somebody else pays for, by demand.
         paid_inputs: The part of them that the tape of op i+1 holds.
+        results: Bytes of the results that are kept of each op.
     """
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, keeping: Collection[int] = ()) -> None:
         self.ops = costs.ops
+        self.results = [op.kept if i in keeping else 0 for i, op in enumerate(costs.ops)]
         self.length = len(costs.ops)
         self.sizes = [costs.input_bytes, *(op.bytes for op in costs.ops)]
         self.loss = costs.loss_bytes
@@ -258,7 +275,7 @@ class Ledger:
             shared = (sum(map(min, o, n)) for o, n in zip(outs, ins[1:], strict=True))
             self.paid_inputs[r] = [self.inputs[0], *shared]
         self.paid[KEPT], self.paid_inputs[KEPT] = self.sizes, self.inputs
-        self.residues = _sums([op.residue for op in costs.ops])
+        self.residues = _sums([op.residue + kept for op, kept in zip(costs.ops, self.results, strict=True)])
         self.copies = _sums([op.recording for op in costs.ops])
 
     def inside(self) -> Ledger:
@@ -299,8 +316,10 @@ class Ledger:
         return any([op.saves for op in self.ops[i:k]])
 
     def region(self, i: int, k: int, r: int) -> int:
-        """Keeps of ops i+1..k as a region: x[i], to its end, and buffers as they were."""
-        return self.in_hand(i, r) + self.notes(i, k) if self.runs_again(i, k) else self._input_kept(i, r)
+        """Keeps of ops i+1..k as a region: x[i], to its end, buffers as they were, and results of one op."""
+        if not self.runs_again(i, k):
+            return self._input_kept(i, r)
+        return self.in_hand(i, r) + self.notes(i, k) + self.results[i] * (k == i + 1)
 
     def notes(self, i: int, k: int) -> int:
         """Bytes of copies of the buffers that ops i+1..k write."""

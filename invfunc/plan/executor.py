@@ -22,6 +22,7 @@ from ..engine.mode import forced_mode
 from ..errors import place_error
 from ..exact.transform import Exact, Gridded
 from ..wires import Wire, leaves
+from .keeping import POLICIES
 from .schedule import Recompute, Schedule, Store
 
 
@@ -147,21 +148,40 @@ class Region:
         return y
 
 
-def steps_of(ops: SubChain, starts: Sequence[int], schedule: Schedule, options: Options) -> tuple[Step, ...]:
-    """A schedule as the steps that take a state through it; ``starts`` tells which ops a node's numbers stand for."""
+def steps_of(
+    ops: SubChain, starts: Sequence[int], schedule: Schedule, options: Options, kinds: Sequence[str] = ()
+) -> tuple[Step, ...]:
+    """A schedule as the steps that take a state through it.
+
+    Args:
+        ops: The chain.
+        starts: Which ops a node's numbers stand for.
+        schedule: What to do.
+        options: How.
+        kinds: Of each number, which results may be kept.
+    """
     steps: list[Step] = []
     for node in schedule:
         span = starts[node.first], starts[node.stop]
         stretch, each = ops.part(*span), [ops.part(i, i + 1) for i in range(*span)]
         if isinstance(node, Recompute):
             region = Region(stretch, steps_of(ops, starts, node.inner, options))
-            steps.append(Step("recompute", stretch, options, region))
+            keeps = keeping_options(options, kinds[node.first]) if node.keeps else options
+            steps.append(Step("recompute", stretch, keeps, region))
         elif isinstance(node, Store):
             steps += [Step("store", op, replace(options, mode="store")) for op in each]
         else:
             steps += [Step("open", stretch, options)] * bool(steps)
-            steps += [Step("invert", op, replace(options, mode="invert")) for op in each]
+            for q in range(node.first, node.stop):
+                keeps = keeping_options(options, kinds[q]) if q in node.keeps else options
+                parts = range(starts[q] - span[0], starts[q + 1] - span[0])
+                steps += [Step("invert", each[i], replace(keeps, mode="invert")) for i in parts]
     return tuple(steps)
+
+
+def keeping_options(options: Options, kind: str) -> Options:
+    """The same with expensive results kept, unless the user says what is."""
+    return options if options.keep is not None else replace(options, keep=POLICIES[kind])
 
 
 def follow(steps: Sequence[Step], box: list[State], run: Run) -> None:
@@ -198,7 +218,8 @@ class Planned(Wrapper):
         if options not in self.steps:
             starts = tuple(accumulate((cost.parts for cost in self.plan.costs.ops), initial=0))
             inner = replace(options, segments=1)
-            self.steps[options] = steps_of(SubChain.of(self.op), starts, self.plan.schedule, inner)
+            kinds = [cost.keep for cost in self.plan.costs.ops]
+            self.steps[options] = steps_of(SubChain.of(self.op), starts, self.plan.schedule, inner, kinds)
         return self.steps[options]
 
     def check_shape(self, x: Wire) -> None:

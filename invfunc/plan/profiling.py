@@ -199,7 +199,7 @@ class Profiler:
                 name=_joined([next(titles) for _ in range(count)]),
                 parts=count,
                 exact=is_exact(unit),
-                **{k: scale * v for k, v in times.items()},
+                **{k: _scaled(v, scale) for k, v in times.items()},
                 off=reading.off,
                 doubt=scale * reading.doubt,
             )
@@ -210,7 +210,7 @@ class Profiler:
 
     def _seconds(
         self, ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, sizes: Sequence[Sizes]
-    ) -> tuple[list[tuple[Reading, Seconds]], float]:
+    ) -> tuple[list[tuple[Reading, dict[str, Any]]], float]:
         """What was read of each op, and its seconds, in whole numbers of a unit: rules 2 and 6 of NOTE [Profile]."""
         kinds = [_kind_in_time(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
         ways: dict[Any, tuple[bool, Through]] = {}
@@ -248,6 +248,10 @@ class Profiler:
             if len(found) == len(ways):
                 break
         return found
+
+
+def _scaled(seconds: Any, scale: float) -> Any:
+    return tuple(scale * s for s in seconds) if isinstance(seconds, tuple) else scale * seconds
 
 
 def _least(a: dict[Any, Seconds], b: dict[Any, Seconds]) -> dict[Any, Seconds]:

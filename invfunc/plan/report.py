@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import OptionError
 from .costs import EXACT, HELD, KEPT, Costs, Ledger, OpCosts, show_bytes
-from .schedule import Invert, Recompute, Schedule, Store, first_pass, notes_inside, seconds_behind
+from .schedule import Invert, Recompute, Schedule, Store, first_pass, keeping, notes_inside, seconds_behind
 from .search import tables
 from .solver import Table
 
@@ -65,7 +65,8 @@ class Row(NamedTuple):
 
 def rows(plan: Plan) -> list[Row]:
     """One row for each op; what they take beyond plain training adds up to what the plan does."""
-    return list(_rows(plan.costs, Ledger(plan.costs), plan.schedule, 0, len(plan.costs.ops), HELD))
+    ledger = Ledger(plan.costs, keeping(plan.schedule))
+    return list(_rows(plan.costs, ledger, plan.schedule, 0, len(plan.costs.ops), HELD))
 
 
 def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, r: int) -> Iterator[Row]:
@@ -79,6 +80,8 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
             kept = ledger.region(i, node.stop, r) + notes_inside(ledger, node)
             inner[-1] = inner[-1]._replace(extra=inner[-1].extra - seconds_behind(costs, node.inner))
             inner[0] = inner[0]._replace(keeps=kept * (depth == 0), extra=inner[0].extra + costs.ops[i].region)
+            if node.keeps:
+                inner[0] = _with_results(inner[0], costs.ops[i], 0)
             yield from inner
             r = ledger.behind(i, node.stop)
         elif isinstance(node, Store):
@@ -87,8 +90,16 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
         else:
             for q in range(i, node.stop):
                 row = _inverted(costs, q, depth, ledger.sizes[q + 1] * (q + 1 == node.stop < ledger.length))
-                yield row._replace(extra=row.extra - costs.ops[q].begins * (q == i))
+                row = row._replace(extra=row.extra - costs.ops[q].begins * (q == i))
+                yield _with_results(row, costs.ops[q], 2 if q == i else 1) if q in node.keeps else row
             r = EXACT
+
+
+def _with_results(row: Row, op: OpCosts, way: int) -> Row:
+    """The row of an op whose expensive results are kept."""
+    return row._replace(
+        mode=f"{row.mode}, {op.keep} kept", keeps=row.keeps + op.kept * (way > 0), extra=row.extra - op.spares[way]
+    )
 
 
 def _stored(costs: Costs, i: int, depth: int, kept: int) -> Row:
@@ -249,7 +260,7 @@ class Moment(NamedTuple):
 
 def timeline(costs: Costs, schedule: Schedule) -> Iterator[Moment]:
     """The memory over a step: its highest point is the peak of the plan."""
-    ledger = Ledger(costs)
+    ledger = Ledger(costs, keeping(schedule))
     clock = _Clock(costs, ledger.sizes[ledger.length])
     yield from clock.run(ledger, schedule, {}, ledger.length, HELD)
     yield Moment(clock.now, {}, clock.aside)
@@ -296,14 +307,15 @@ class _Clock:
     def _by_inverse(self, ledger: Ledger, node: Invert, kept: dict[int, int], j: int, r: int) -> Iterator[Moment]:
         for p in range(node.stop, node.first, -1):
             yield self._moment(kept, ledger.undo(node.first, p, j, r)[1])
-            self.now += self.ops[p - 1].inverse - self.ops[p - 1].begins * (p == node.first + 1)
+            is_first, op = p == node.first + 1, self.ops[p - 1]
+            self.now += op.inverse - op.begins * is_first - op.spares[1 + is_first] * (p - 1 in node.keeps)
 
     def _again(self, ledger: Ledger, node: Recompute, kept: dict[int, int], r: int) -> Iterator[Moment]:
         i, k = node.first, node.stop
         runs_again = ledger.runs_again(i, k)
         notes = ledger.notes(i, k) if runs_again else 0
         self.aside += notes
-        self.now += self.ops[i].region
+        self.now += self.ops[i].region - self.ops[i].spares[0] * node.keeps
         behind = seconds_behind(self.costs, node.inner)
         yield from self.run(ledger.inside(), node.inner, kept, k, KEPT if runs_again else r, behind)
         self.aside -= notes

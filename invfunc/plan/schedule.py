@@ -39,6 +39,7 @@ class Invert:
 
     first: int
     stop: int
+    keeps: tuple[int, ...] = ()  # ops whose expensive results are kept
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Recompute:
 
     first: int
     inner: Schedule
+    keeps: bool = False  # whether its expensive results are kept; of a region of one op
 
     @property
     def stop(self) -> int:
@@ -87,7 +89,7 @@ class Need(NamedTuple):
 
 def predict(costs: Costs, schedule: Schedule) -> Prediction:
     """Time, peak and error of a schedule."""
-    ledger = Ledger(costs)
+    ledger = Ledger(costs, keeping(schedule))
     need = _needs(ledger, schedule, 0, ledger.length, HELD).on(ledger.sizes[ledger.length])
     seconds = costs.seconds + extra_seconds(costs, schedule)
     return Prediction(seconds, need.bytes, error_of(costs, schedule), need.op, need.moment)
@@ -157,10 +159,17 @@ def extra_seconds(costs: Costs, schedule: Schedule) -> float:
         ops = costs.ops[node.first : node.stop]
         if isinstance(node, Invert):
             total += sum(op.inverse - op.backward for op in ops) - ops[0].begins
+            total -= sum(costs.ops[q].spares[2 if q == node.first else 1] for q in node.keeps)
         elif isinstance(node, Recompute):
             again = sum(op.forward for op in ops) - seconds_behind(costs, node.inner)
-            total += ops[0].region + again + extra_seconds(costs, node.inner)
+            total += ops[0].region + again + extra_seconds(costs, node.inner) - ops[0].spares[0] * node.keeps
     return max(total, 0.0)
+
+
+def keeping(schedule: Schedule) -> set[int]:
+    """The ops whose expensive results a schedule keeps."""
+    found = {q for node in schedule if isinstance(node, Invert) for q in node.keeps}
+    return found | {node.first for node in schedule if isinstance(node, Recompute) and node.keeps}
 
 
 def seconds_behind(costs: Costs, inner: Schedule) -> float:
@@ -263,6 +272,7 @@ def check(costs: Costs, schedule: Schedule) -> None:
         for i in range(run.first, run.stop):
             if costs.ops[i].inverse == float("inf"):
                 raise OptionError(f"a schedule inverts op {i} ({costs.ops[i].name})", expected="an op with an inverse")
+    _check_keeps(costs, schedule)
     for region in regions(schedule):
         ops = costs.ops[region.first : region.stop]
         if ops[0].region == float("inf") or (len(ops) > 1 and any(op.alone for op in ops)):
@@ -270,6 +280,21 @@ def check(costs: Costs, schedule: Schedule) -> None:
                 f"a schedule recomputes ops {region.first} to {region.stop - 1}",
                 expected=f"regions that do without {ops[0].name!r}, or of one op",
             )
+
+
+def _check_keeps(costs: Costs, schedule: Schedule) -> None:
+    for node in schedule:
+        kept = node.keeps if isinstance(node, Invert) else (node.first,) * (isinstance(node, Recompute) and node.keeps)
+        for q in kept:
+            if not (node.first <= q < node.stop and costs.ops[q].keep) or (
+                isinstance(node, Recompute) and node.inner != (Store(q),)
+            ):
+                raise OptionError(
+                    f"a schedule keeps results of op {q} ({costs.ops[q].name})",
+                    expected="an op of a run of inverses, or of a region of its own, that has results to keep",
+                )
+    if any(keeping(region.inner) for region in regions(schedule)):
+        raise OptionError("a schedule keeps results inside of a region", expected="those of ops that are in none")
 
 
 def _check_span(schedule: Sequence[Node], first: int, stop: int) -> None:
@@ -290,14 +315,16 @@ def _check_span(schedule: Sequence[Node], first: int, stop: int) -> None:
 def to_data(schedule: Schedule) -> list[Any]:
     """A schedule as nested lists: ``["store", i]``, ``["invert", i, k]``, ``["recompute", i, [...]]``.
 
+    Where results are kept, the last two say so: ``["invert", i, k, [q, ...]]``, ``["recompute", i, [...], True]``.
+
     Example:
         >>> to_data((Recompute(0, (Store(0), Store(1))), Invert(2, 5)))
         [['recompute', 0, [['store', 0], ['store', 1]]], ['invert', 2, 5]]
     """
     return [
         ["store", n.first] if isinstance(n, Store)
-        else ["invert", n.first, n.stop] if isinstance(n, Invert)
-        else ["recompute", n.first, to_data(n.inner)]
+        else ["invert", n.first, n.stop, *[list(n.keeps)] * bool(n.keeps)] if isinstance(n, Invert)
+        else ["recompute", n.first, to_data(n.inner), *[True] * n.keeps]
         for n in schedule
     ]  # fmt: skip
 
@@ -308,7 +335,11 @@ def from_data(data: Any) -> Schedule:
     Raises:
         OptionError: When the lists are not those of a schedule.
     """
-    kinds = {"store": Store, "invert": Invert, "recompute": lambda first, inner: Recompute(first, from_data(inner))}
+    kinds = {
+        "store": Store,
+        "invert": lambda first, stop, keeps=(): Invert(first, stop, tuple(keeps)),
+        "recompute": lambda first, inner, keeps=False: Recompute(first, from_data(inner), keeps),
+    }
     try:
         return tuple(kinds[kind](*rest) for kind, *rest in data)
     except (TypeError, KeyError, ValueError) as error:

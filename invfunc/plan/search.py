@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import NamedTuple
 
 from ..errors import OptionError
 from .costs import Costs, show_bytes
-from .schedule import Schedule, predict, store_all
+from .keeping import KINDS
+from .schedule import Invert, Schedule, keeping, predict, store_all
 from .solver import Table
 
 POINTS = 16  # of a curve, from each table
@@ -46,14 +47,50 @@ def best(costs: Costs, limits: Limits) -> Schedule:
 
 def fastest(costs: Costs, budget: int, max_error: float | None = None) -> Schedule:
     """The fastest schedule whose peak, to the byte, fits: units round up, so that one for a little more may fit too."""
-    table = table_for(costs, budget, max_error)
-    falls = table.budgets()
-    count = bisect_left(falls, True, key=lambda at: predict(costs, table.schedule(at)).peak_bytes > budget)
-    if count:
-        return table.schedule(falls[count - 1])
+    fitting = [
+        s for some in with_fewer_results(costs) for s in _fitting(costs, table_for(some, budget, max_error), budget)
+    ]
+    if fitting:
+        return min(fitting, key=lambda schedule: predict(costs, schedule).seconds)
     if (found := least(costs, max_error)) and predict(costs, found).peak_bytes <= budget:
         return found
     raise _below_least(costs, budget, max_error, found)
+
+
+def _fitting(costs: Costs, table: Table, budget: int) -> Iterator[Schedule]:
+    """The fastest schedule of a table that fits, if one does."""
+    falls = table.budgets()
+    count = bisect_left(falls, True, key=lambda at: predict(costs, table.schedule(at)).peak_bytes > budget)
+    if count:
+        yield with_results(costs, table.schedule(falls[count - 1]), budget)
+
+
+def with_fewer_results(costs: Costs) -> Iterator[Costs]:
+    """The costs where all results may be kept, and where only those may that spare most for a byte."""
+    kinds = [kind for kind in KINDS if any(op.keep == kind for op in costs.ops)]
+    yield costs
+    for count in range(len(kinds) - 1, 0, -1):
+        ops = (
+            op if op.keep in kinds[:count] else replace(op, keep="", kept=0, spares=(0.0, 0.0, 0.0)) for op in costs.ops
+        )
+        yield replace(costs, ops=tuple(ops))
+
+
+def with_results(costs: Costs, schedule: Schedule, budget: int) -> Schedule:
+    """The same, with more results of single ops as far as the budget goes: first those that spare most for a byte."""
+    inverted = (q for run in schedule if isinstance(run, Invert) for q in range(run.first, run.stop))
+    able = [q for q in inverted if costs.ops[q].keep and q not in keeping(schedule)]
+    able.sort(key=lambda q: -costs.ops[q].spares[1] / max(costs.ops[q].kept, 1))
+    more = [_keeping_more(schedule, able[:count]) for count in range(len(able) + 1)]
+    count = bisect_left(more, True, key=lambda found: predict(costs, found).peak_bytes > budget)
+    return more[max(count - 1, 0)]
+
+
+def _keeping_more(schedule: Schedule, ops: Sequence[int]) -> Schedule:
+    def changed(run: Invert) -> Invert:
+        return replace(run, keeps=tuple(sorted({*run.keeps, *(q for q in ops if run.first <= q < run.stop)})))
+
+    return tuple(changed(node) if isinstance(node, Invert) else node for node in schedule)
 
 
 def smallest(costs: Costs, max_time: float, max_error: float | None = None) -> Schedule:

@@ -18,7 +18,19 @@ from ..wires import Wire, is_differentiable, leaves
 from .costs import OpCosts
 from .executor import has_inverse
 from .inputs import as_input, copied, nbytes, realised, storages
-from .trials import Layout, Layouts, Trial, as_result, by_inverse, by_tape, forward_of, layout_of, no_op
+from .keeping import kind_of, name_of_operator
+from .trials import (
+    Layout,
+    Layouts,
+    Trial,
+    as_result,
+    by_inverse,
+    by_recompute,
+    by_tape,
+    forward_of,
+    layout_of,
+    no_op,
+)
 from .work import LEVEL, REGION, Counts, Work
 
 
@@ -29,6 +41,7 @@ class Books(StorageLedger):
         super().__init__()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # real tensors, and the fake ones that stand for them
         self.calls = self.traffic = 0
+        self.operators: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # fake tensors ask for each other's device all the time
@@ -38,6 +51,7 @@ class Books(StorageLedger):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if not getattr(func, "is_view", False):
             self.calls += 1
+            self.operators.add(name_of_operator(func))
             self.traffic += sum(map(_size, trees.tree_leaves((args, kwargs, out))))
         return out
 
@@ -116,9 +130,12 @@ class Subject:
         found = replace(found, parameters=sum(p.numel() * p.element_size() for p in parameters))
         stored = self._try(_bytes_by_tape, found, parameters, self.layouts)
         step = stored.counts["step"].beyond(self._try(_work_of_no_op, self.layouts, False))
-        ends = self._try(_work_behind_what_is_saved)
+        ends, operators = self._try(_work_behind_what_is_saved)
         again = step.plus(forward).beyond(ends).plus(REGION)
         stored = stored._replace(counts={"forward": forward, "step": step, "again": again, "ends": ends})
+        keep = kind_of(operators)
+        if keep and found.saves:
+            stored = self._with_results(stored, keep, parameters)
         if not has_inverse(self.op):
             return stored
         try:
@@ -127,9 +144,20 @@ class Subject:
             return stored
         larger = max(stored.sends.gradients, rebuilt.sends.gradients, key=_bytes_in)
         undone = rebuilt.counts["undone"].beyond(self._try(_work_of_no_op, self.layouts, True)).plus(LEVEL)
-        first = self._try(_work_of_the_first, parameters, self.layouts)
+        first = self._try(_work_undone, parameters, self.layouts, True)
         counts = {**stored.counts, "undone": undone, "begins": rebuilt.counts["undone"].beyond(first)}
+        if stored.costs.keep:
+            whole = self._try(_work_undone, parameters, self.layouts, False)
+            for way, work in ("spared undone", whole), ("spared first", first):
+                kept = self._try(_work_undone, parameters, self.layouts, way == "spared first", keep)
+                counts[way] = work.beyond(kept)
         return Sizes(rebuilt.costs, Layouts(larger, rebuilt.sends.values), counts)
+
+    def _with_results(self, stored: Sizes, keep: str, parameters: list[Tensor]) -> Sizes:
+        """The same, and what is spared where expensive results are kept."""
+        (whole, noted), (spared, kept) = (self._try(_again, parameters, self.layouts, k) for k in ("", keep))
+        costs = replace(stored.costs, keep=keep, kept=max(kept - noted, 0))
+        return stored._replace(costs=costs, counts={**stored.counts, "spared again": whole.beyond(spared)})
 
     def _rebuilt(self, found: OpCosts, parameters: list[Tensor]) -> Sizes:
         """On a trunk: y comes as the inverse of the op after makes it, or as a tail has kept it; the worse counts."""
@@ -171,8 +199,8 @@ def _bytes_forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor], Work
     return OpCosts(op.name, 0.0, 0.0, saves=saves, peak_forward=peak, **sizes), recording.parameters, work
 
 
-def _work_behind_what_is_saved(op: Invertible, x: Wire) -> Work:
-    """What a region that ends with an op does not run again."""
+def _work_behind_what_is_saved(op: Invertible, x: Wire) -> tuple[Work, set[str]]:
+    """What a region that ends with an op does not run again; and the op's operators."""
     with Books() as books:
         last = [Work()]
 
@@ -185,15 +213,28 @@ def _work_behind_what_is_saved(op: Invertible, x: Wire) -> Work:
         books.take_work()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             op.forward(x)
-        return books.take_work().beyond(last[0])
+        return books.take_work().beyond(last[0]), books.operators
 
 
-def _work_of_the_first(op: Invertible, x: Wire, parameters: list[Tensor], layouts: Layouts) -> Work:
-    """What it takes to run an op and undo it where a run of inverses begins with it."""
+def _work_undone(
+    op: Invertible, x: Wire, parameters: list[Tensor], layouts: Layouts, is_first: bool, keep: str = ""
+) -> Work:
+    """What it takes to run an op and undo it; where a run of inverses begins with it, if it is the first."""
     with Books() as books:
-        trial = Trial(by_inverse(op), copied(x), parameters, carried=True, layouts=layouts, is_first=True)
-        books.run_back(trial)
+        through = by_inverse(op, keep)
+        books.run_back(Trial(through, copied(x), parameters, carried=True, layouts=layouts, is_first=is_first))
         return books.take_work()
+
+
+def _again(op: Invertible, x: Wire, parameters: list[Tensor], layouts: Layouts, keep: str) -> tuple[Work, int]:
+    """What it takes to run an op, and again, as a region; and the bytes that are alive between the two."""
+    with Books() as books:
+        xs = copied(x)
+        trial = Trial(by_recompute(op, keep), xs, parameters, layouts=layouts)
+        trial.y = xs = None
+        alive = books.balance
+        books.run_back(trial)
+        return books.take_work(), alive
 
 
 def _work_of_no_op(op: Invertible, x: Wire, layouts: Layouts, carried: bool) -> Work:

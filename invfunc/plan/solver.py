@@ -38,6 +38,10 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
     table counts it twice, as the price of a demand less. Likewise it does not know of buffers that are copied for
     regions inside of each other. A schedule that is read off is told to the byte (`predict`).
 
+9.  *Keeping.* An op that is not inside of a region may keep expensive results from forward on, attention's, say: a
+    region of one op by a term of rule 4 with their bytes and without their seconds, and a run of inverses likewise by
+    one of rule 5 in which all ops keep what they can. What is left of a budget keeps results of single ops (`search`).
+
 The letters: u, b and C are the seconds of a forward, a backward and a run of inverses, U(i, k) those of ops i+1..k
 forward, a the bytes of x[i] (`Ledger.sizes`); `Ledger` names the others.
 
@@ -83,12 +87,12 @@ class Table:
         self.costs, self.ledger, self.budget, self.max_error = costs, Ledger(costs), budget, max_error
         self.L, self.unit = self.ledger.length, unit_for(self.ledger, budget, units)
         self.M = int(budget / self.unit + 1e-9)
-        starts, q = range(self.L), self.ledger.residues
+        starts = range(self.L)
         self.seconds = torch.tensor([op.forward + op.backward for op in costs.ops], dtype=TIME)
         self.spared = torch.tensor([_filled(self._spared(i), self.L, 0.0) for i in starts], dtype=TIME)
         self.in_hand = self.units([[self.ledger.in_hand(i, r) for i in starts] for r in DEMANDS])
-        self.residues = self.units([_filled([q[k] - q[i] for k in range(i + 1, self.L + 1)], self.L) for i in starts])
         self.inside, self.whole = Moments(self, INSIDE), Moments(self, self.L)
+        self.kept = self._kept_moments()  # rule 9
         self.notes = self.units(
             [_filled((self.ledger.notes(i, k) for k in range(i + 1, self.L + 1)), self.L) for i in starts]
         )
@@ -181,7 +185,20 @@ class Table:
             best = torch.minimum(best, taken_off(again, self.in_hand[:, starts]))
         inverted = cut(undone.amin(1), moments.begins[INVERTED, starts])
         best[INVERTED] = torch.minimum(best[INVERTED], inverted)
+        if moments is self.whole and self.kept is not None:
+            redone, undone = self._kept_choices(self.kept, starts, rest)
+            best = torch.minimum(best, taken_off(redone[:, 0].expand(len(DEMANDS), -1, -1), self.in_hand[:, starts]))
+            inverted = cut(undone.amin(1), self.kept.begins[INVERTED, starts])
+            best[INVERTED] = torch.minimum(best[INVERTED], inverted)
         return best
+
+    def _kept_choices(self, kept: Moments, starts: slice, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Rule 9: ``[i, 0, m - a_i]`` for a region of one op, and ``[i, k, m]`` for runs, with results kept."""
+        length = rest.shape[2]
+        redone = taken_off(rest[FREE, :, :1] + self.again[starts, :1], self.results[starts, None])
+        redone = redone - self.spares[starts, None, None] if length > 1 else torch.full_like(redone, math.inf)
+        undone = taken_off(rest[EXACT], kept.residues[starts, :length]) + kept.runs[starts, :length]
+        return redone, undone
 
     def _choices(self, moments: Moments, starts: slice, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rules 3 to 5 of NOTE [Plan]: ``[r, i, m]``; ``[i, k, m - a_i]`` and ``[i, k, m]``, whatever the demand."""
@@ -191,7 +208,7 @@ class Table:
         stored = taken_off(held, moments.store_keeps[:, starts]) + seconds[starts, None]
         stored = cut(stored, moments.store_needs[:, starts])
         redone = rest[FREE, :, :-1] + self.again[starts, : length - 1]
-        exact, residues = rest[EXACT], self.residues[starts, :length]
+        exact, residues = rest[EXACT], moments.residues[starts, :length]
         if residues.any():
             exact = taken_off(exact, residues)
         return stored, redone, exact + moments.runs[starts, :length]
@@ -213,12 +230,36 @@ class Table:
         store = float(stored[r, 0, m])
         again, k = _least(redone[0, :, m - hand]) if m >= hand else _NONE
         invert, end = _least(undone[0, :, m]) if r != EXACT and m >= moments.begins[r, i] else _NONE
+        if moments is self.whole and self.kept is not None:
+            seconds, kept = self._chosen_kept(self.kept, r, i, j, m)
+            if seconds < min(store, again, invert):
+                return kept
         if store <= min(again, invert):
             return Store(i), HELD, m - int(moments.store_keeps[r, i])
         if invert <= again:
-            return Invert(i, i + 1 + end), EXACT, m - int(self.residues[i, end])
+            return Invert(i, i + 1 + end), EXACT, m - int(moments.residues[i, end])
         inner = self._traced(KEPT, i, i + 1 + k, m - hand - int(self.notes[i, k]))
         return Recompute(i, inner), FREE, m - hand
+
+    def _chosen_kept(self, kept: Moments, r: int, i: int, j: int, m: int) -> tuple[float, tuple[Node, int, int]]:
+        """The same with results kept, and its time."""
+        redone, undone = self._kept_choices(kept, slice(i, i + 1), self._rest(i, j))
+        hand = int(self.in_hand[r, i])
+        again = float(redone[0, 0, m - hand]) if m >= hand else math.inf
+        invert, end = _least(undone[0, :, m]) if r != EXACT and m >= kept.begins[r, i] else _NONE
+        if invert <= again:
+            keeps = tuple(q for q in range(i, i + 1 + end) if self.costs.ops[q].keep)
+            return invert, (Invert(i, i + 1 + end, keeps), EXACT, m - int(kept.residues[i, end]))
+        return again, (Recompute(i, (Store(i),), True), FREE, m - hand - int(self.results[i]))
+
+    def _kept_moments(self) -> Moments | None:
+        """Those of runs that keep results; None where there is nothing to keep."""
+        able = [i for i, op in enumerate(self.costs.ops) if op.keep]
+        if not able:
+            return None
+        self.results = self.units([op.kept for op in self.costs.ops])
+        self.spares = torch.tensor([op.spares[0] for op in self.costs.ops], dtype=TIME)
+        return Moments(self, self.L, Ledger(self.costs, able))
 
 
 _NONE = math.inf, 0  # no choice: its time, its place
@@ -235,10 +276,14 @@ def _least(seconds: Tensor) -> tuple[float, int]:
 class Moments:
     """What each choice needs at its own moments (`Ledger`), in units: by start, and by length less one."""
 
-    def __init__(self, table: Table, j: int) -> None:
-        self.table, self.ledger, self.j, self.L = table, table.ledger, j, table.L
+    def __init__(self, table: Table, j: int, ledger: Ledger | None = None) -> None:
+        self.table, self.ledger, self.j, self.L = table, table.ledger if ledger is None else ledger, j, table.L
+        self.is_kept = ledger is not None  # whether results are
         self._read_store()
         self._read_runs()
+        q = self.ledger.residues
+        residues = [_filled([q[k] - q[i] for k in range(i + 1, self.L + 1)], self.L) for i in range(self.L)]
+        self.residues = table.units(residues)
 
     def _read_store(self) -> None:
         ledger, starts = self.ledger, range(self.L)
@@ -256,10 +301,11 @@ class Moments:
     def _run_seconds(self, i: int) -> Iterator[float]:
         """The time of a run of inverses from x[i] to each k; infinite where it rounds too much."""
         costs, limit = self.table.costs, self.table.max_error
-        found = accumulate(op.forward + op.inverse for op in costs.ops[i:])
+        spared = [op.spares[1] * self.is_kept for op in costs.ops]
+        found = accumulate(op.forward + op.inverse - s for op, s in zip(costs.ops[i:], spared[i:], strict=True))
         for k, seconds in enumerate(found, i + 1):
             error = 0.0 if limit is None or math.isinf(seconds) else run_error(costs, i, k)
-            seconds -= costs.ops[i].begins
+            seconds -= costs.ops[i].begins + costs.ops[i].spares[2] * self.is_kept - spared[i]
             yield seconds if error is not None and (limit is None or error <= limit) else math.inf
 
     def _run_needs(self, i: int) -> Iterator[float]:

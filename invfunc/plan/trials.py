@@ -21,6 +21,7 @@ from ..engine.snapshot import Parts, undrawn
 from ..engine.trunk import Trunk
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .executor import SubChain, follow, steps_of
+from .keeping import POLICIES
 from .schedule import Recompute, Store
 
 Through = Callable[[OnTrunk, Run], OnTrunk]
@@ -32,15 +33,17 @@ def by_tape(op: Invertible) -> Through:
     return lambda state, run: walk(op, state, run.under(Options(mode="store")))
 
 
-def by_inverse(op: Invertible) -> Through:
-    """Through an op on a trunk."""
-    return lambda state, run: walk(op, state, run)
+def by_inverse(op: Invertible, keep: str = "") -> Through:
+    """Through an op on a trunk; results of this kind are kept."""
+    options = Options(drift="off", keep=POLICIES.get(keep))
+    return lambda state, run: walk(op, state, run.under(options))
 
 
-def by_recompute(op: Invertible) -> Through:
-    """Through a region of one op."""
+def by_recompute(op: Invertible, keep: str = "") -> Through:
+    """Through a region of one op, likewise."""
     stretch = SubChain.of(op)
-    steps = steps_of(stretch, (0, len(stretch.parts)), (Recompute(0, (Store(0),)),), Options())
+    schedule = (Recompute(0, (Store(0),), bool(keep)),)
+    steps = steps_of(stretch, (0, len(stretch.parts)), schedule, Options(), [keep])
 
     def through(state: OnTrunk, run: Run) -> OnTrunk:
         box = [state]

@@ -24,7 +24,7 @@ from ..wires import Wire, is_differentiable, leaves, map_wire
 from . import report
 from .clock import least_seconds
 from .costs import Costs, parse_bytes, show_bytes
-from .executor import Planned, flat_ops, grouped
+from .executor import Planned, flat_ops, grouped, keeping_options
 from .inputs import is_real
 from .model import Blocks, function_of, planned_as, with_blocks, with_forward
 from .profiling import bytes_only, key_of, mean_square, profile, shape_key
@@ -165,8 +165,8 @@ class Plan:
         op = Checkpointed(self._applied_to(found), options)
         return with_forward(f, op) if isinstance(f, nn.Module) else op
 
-    def recomputed(self, model: nn.Module) -> list[str]:
-        """The paths of the blocks of a model that run again.
+    def recomputed(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """The paths of the blocks of a model that run again, each with the options that it has by this plan.
 
         Raises:
             OptionError: When the plan is for another model, or for one without a list of blocks.
@@ -178,24 +178,30 @@ class Plan:
                 expected="a model with a list of blocks",
                 cure="inv.checkpoint(model, plan=plan) returns one that runs as planned",
             )
-        return [path for path, again in zip(found.paths, self._run_again(found), strict=True) if again]
+        ways = zip(found.paths, self._ways(found, Options()), strict=True)
+        return {path: {} if how.keep is None else {"keep": how.keep} for path, how in ways if how is not None}
 
     def _in_blocks(self, blocks: Blocks, options: Options) -> nn.Module:
         """A model whose blocks are stored or run again; in the costs, its ends stand around them."""
-        again = self._run_again(blocks)
+        ways = self._ways(blocks, options)
 
         def lower(i: int, block: nn.Module) -> nn.Module:
-            return with_forward(block, CheckpointedFunction(function_of(block), options)) if again[i] else block
+            how = ways[i]
+            return block if how is None else with_forward(block, CheckpointedFunction(function_of(block), how))
 
         return with_blocks(blocks, lower)
 
-    def _run_again(self, blocks: Blocks) -> list[bool]:
-        """Of each block, whether it runs again."""
+    def _ways(self, blocks: Blocks, options: Options) -> list[Options | None]:
+        """Of each block, how it runs again; None if it does not."""
         got = " > ".join(blocks.names)
         if self.costs.key[:1] != (got,):
             raise self._is_for_another((*self.costs.key, "another op")[0], got)
-        ways = [isinstance(node, Recompute) for node in self.schedule[1:-1]]
-        return [way for way, op in zip(ways, self.costs.ops[1:-1], strict=True) for _ in range(op.parts)]
+        found: list[Options | None] = []
+        for node, op in zip(self.schedule[1:-1], self.costs.ops[1:-1], strict=True):
+            keeps = isinstance(node, Recompute) and node.keeps
+            again = keeping_options(options, op.keep) if keeps else options
+            found += [again if isinstance(node, Recompute) else None] * op.parts
+        return found
 
     def _applied_to(self, op: Invertible) -> Planned:
         ops, count = flat_ops(op), sum(c.parts for c in self.costs.ops)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Seconds = dict[str, float]
 
@@ -45,7 +45,8 @@ REGION = Work(calls=30)  # what Python does to begin a region, and to call it up
 LEVEL = Work(calls=10)  # what it does to undo an op
 
 Counts = Mapping[str, Work]  # of each way that an op has
-PARTS = "forward", "ends", "begins"  # which are no ways of their own
+SPARED = "spared again", "spared undone", "spared first"  # where results are kept
+PARTS = "forward", "ends", "begins", *SPARED  # which are no ways of their own
 
 TICK, MOMENT = 0.02, 50e-6  # of a plain step, and seconds: what is not told from noise, and decides little
 FACTOR = 3.0  # how far seconds may be from what is counted, and still say the same
@@ -140,7 +141,7 @@ def _believed(timed: float, expected: float, tick: float, known: float) -> float
     return 1.0 if abs(powers) < 1 else FACTOR ** (math.trunc(powers) + math.copysign(0.5, powers))
 
 
-def costs_in(seconds: Seconds, unit: float) -> Seconds:
+def costs_in(seconds: Seconds, unit: float) -> dict[str, Any]:
     """The seconds of `OpCosts`: none is negative, and nothing is faster than a plain step."""
     step, ends, begins = (whole(seconds.get(way, 0.0), unit) for way in ("step", "ends", "begins"))
     forward = min(whole(seconds["forward"], unit), step)
@@ -149,7 +150,10 @@ def costs_in(seconds: Seconds, unit: float) -> Seconds:
     inverse = max(whole(seconds["undone"], unit), step) - forward if "undone" in seconds else math.inf
     begins = max(min(begins, inverse - backward), 0.0)
     found = {"forward": forward, "backward": backward, "inverse": inverse, "region": region}
-    return found | {"ends": ends, "begins": begins}
+    bounds = forward - ends, inverse - backward, inverse - backward - begins
+    spared = [whole(seconds.get(way, 0.0), unit) for way in SPARED]
+    spares = tuple(max(min(s, bound), 0.0) for s, bound in zip(spared, bounds, strict=True))
+    return found | {"ends": ends, "begins": begins, "spares": spares}
 
 
 def unit_of(plain: float) -> float:
