@@ -15,10 +15,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import invfunc as inv
-from invfunc.plan import profile
+from invfunc.plan import Costs, profile
 
 from .networks import Net
 
@@ -95,7 +95,7 @@ def by_hand(net: Net) -> Call:
     return lambda x: Twice.apply(net, x, *weights)  # pyright: ignore[reportReturnType]
 
 
-def checkpointed(length: Callable[[int], int], net: Net) -> Call:
+def checkpointed(length: Callable[[int], int], net: Net, **options: Any) -> Call:
     """Torch's own, over segments of a length that depends on the depth."""
     size = length(len(net.pairs))
     segments = [net.pairs[i : i + size] for i in range(0, len(net.pairs), size)]
@@ -103,7 +103,7 @@ def checkpointed(length: Callable[[int], int], net: Net) -> Call:
     def call(x: Tensor) -> Tensor:
         halves = x.chunk(2, net.dim)
         for segment in segments:
-            halves = checkpoint(streams, segment, *halves, use_reentrant=False)
+            halves = checkpoint(streams, segment, *halves, use_reentrant=False, **options)
         return torch.cat(halves, net.dim)  # pyright: ignore[reportArgumentType]
 
     return call
@@ -201,23 +201,40 @@ ATTENTION = ["_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product
 ATTENTION += ["_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"]
 
 
+def attention_operators() -> list[Any]:
+    return [getattr(torch.ops.aten, name).default for name in ATTENTION if hasattr(torch.ops.aten, name)]
+
+
 def attention_kept(net: Net) -> Call:
     """Where there is attention its result is kept, and it runs once."""
-    operators = [getattr(torch.ops.aten, name) for name in ATTENTION if hasattr(torch.ops.aten, name)]
-    return inv.checkpoint(pipeline(net), keep=operators)
+    return inv.checkpoint(pipeline(net), keep=attention_operators())
+
+
+def attention_kept_by_torch(net: Net) -> Call:
+    """The same policy for torch's own, each block."""
+    contexts = partial(create_selective_checkpoint_contexts, attention_operators())
+    return checkpointed(lambda depth: 1, net, context_fn=contexts)
 
 
 def planned(peer: Engine, net: Net) -> Call:
-    """The fastest plan in the memory that a peer takes.
+    """The fastest plan in the memory that a peer takes."""
+    return planned_in(peak(peer.build(net), net), *plannable(net), net)
+
+
+def plannable(net: Net) -> tuple[inv.Invertible, Costs]:
+    """What is planned, and its costs.
 
     A plan leaves the input to its caller, who lets it go here: a copy of it is what the plan decides on, and no region
-    begins at the input itself, which it would keep. Nor does a plan know of sums that are written in place, so that
-    more may fit than it says.
+    begins at the input itself, which it would keep.
     """
-    op, limit = inv.chain(torch.clone, pipeline(net)), peak(peer.build(net), net)
+    op = inv.chain(torch.clone, pipeline(net))
     costs = profile(op, net.x.detach())
     first, *others = costs.ops
-    costs = replace(costs, ops=(replace(first, region=math.inf), *others))
+    return op, replace(costs, ops=(replace(first, region=math.inf), *others))
+
+
+def planned_in(limit: int, op: inv.Invertible, costs: Costs, net: Net) -> Call:
+    """The fastest plan in a budget. It does not know of sums that are written in place: more may fit than it says."""
     plans = (inv.plan(costs, budget=limit + eighth * net.x.nbytes // 8) for eighth in range(8, -9, -1))
     return next(call for plan in plans if peak(call := inv.checkpoint(op, plan=plan), net) <= limit)
 
@@ -253,6 +270,8 @@ PLAIN = Engine("plain", plain)
 BLOCKWISE = Engine("torch checkpoint, each block", partial(checkpointed, lambda depth: 1))
 SEGMENTS = Engine("torch checkpoint, sqrt segments", partial(checkpointed, math.isqrt))
 INVFUNC = Engine("invfunc", lowered)
+ATTENTION_KEPT = Engine("invfunc, attention kept", attention_kept)
+ATTENTION_KEPT_BY_TORCH = Engine("torch checkpoint, each block, attention kept", attention_kept_by_torch)
 ENGINES = (
     PLAIN,
     BLOCKWISE,
@@ -269,7 +288,7 @@ ENGINES = (
     Engine("invfunc, nn.Lowered", module),
     Engine("invfunc, nn.Sequential of nn.Coupling", partial(sequential, inv.nn.Sequential)),
     Engine("invfunc, nn.Coupling in torch's Sequential", partial(sequential, nn.Sequential)),
-    Engine("invfunc, attention kept", attention_kept),
+    ATTENTION_KEPT,
     Engine("invfunc, planned in the peak of checkpoint, each block", partial(planned, BLOCKWISE)),
     Engine("invfunc, planned in the peak of checkpoint, sqrt", partial(planned, SEGMENTS)),
     Engine("invfunc, exact grid", partial(exact, "grid")),

@@ -51,8 +51,16 @@ STUDIES = {
 def rows(network: str, study: Study, depth: int, engines: Sequence[Engine], device: str) -> list[Row]:
     """One row for each engine; what went wrong stands in its row."""
     net = study.networks[network].at(depth, device=device)
-    found = {engine.name: {"network": network, "depth": depth, "engine": engine.name} for engine in engines}
-    calls = {}
+    found, calls = begun(engines, net)
+    times(found, calls, net, study.turns(depth))
+    errors(found, [engine for engine in engines if engine.name in calls], SMALL[network].at(depth, device=device))
+    return [{"network": network, "depth": depth, **row} for row in found.values()]
+
+
+def begun(engines: Sequence[Engine], net: Net) -> tuple[dict[str, Row], dict[str, Call]]:
+    """The beginning of each engine's row, and what it has built; or what went wrong."""
+    found: dict[str, Row] = {engine.name: {"engine": engine.name} for engine in engines}
+    calls: dict[str, Call] = {}
     for engine in engines:
         match attempt(lambda: first_step(engine, net)):
             case str(error):
@@ -60,9 +68,7 @@ def rows(network: str, study: Study, depth: int, engines: Sequence[Engine], devi
             case call, costs:
                 calls[engine.name] = call
                 found[engine.name] |= costs
-    times(found, calls, net, study.turns(depth))
-    errors(found, [engine for engine in engines if engine.name in calls], SMALL[network].at(depth, device=device))
-    return list(found.values())
+    return found, calls
 
 
 def first_step(engine: Engine, net: Net) -> tuple[Call, Row]:
