@@ -82,6 +82,7 @@ def test_no_clock_makes_a_plan_faster_than_plain_training(seed):
 def test_seconds_are_whole_numbers_of_a_unit_so_that_like_ops_tie():
     unit = unit_of(0.1)
     found = costs_in({"forward": 0.0123, "step": 0.0345, "again": 0.05, "undone": 0.0001}, unit)
+    assert found.pop("spares") == (0.0, 0.0, 0.0)
     assert all(seconds / unit == pytest.approx(round(seconds / unit)) for seconds in found.values())
     assert found["inverse"] == found["backward"]
     costs = Costs((OpCosts("op", **found),), unit=unit)

@@ -200,6 +200,8 @@ class Profiler:
                 parts=count,
                 exact=is_exact(unit),
                 **{k: _scaled(v, scale) for k, v in times.items()},
+                keep=bytes_.keep * any(times["spares"]),
+                kept=bytes_.kept * any(times["spares"]),
                 off=reading.off,
                 doubt=scale * reading.doubt,
             )

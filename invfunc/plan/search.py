@@ -79,7 +79,7 @@ def with_fewer_results(costs: Costs) -> Iterator[Costs]:
 def with_results(costs: Costs, schedule: Schedule, budget: int) -> Schedule:
     """The same, with more results of single ops as far as the budget goes: first those that spare most for a byte."""
     inverted = (q for run in schedule if isinstance(run, Invert) for q in range(run.first, run.stop))
-    able = [q for q in inverted if costs.ops[q].keep and q not in keeping(schedule)]
+    able = [q for q in inverted if costs.ops[q].spares[2] and q not in keeping(schedule)]
     able.sort(key=lambda q: -costs.ops[q].spares[1] / max(costs.ops[q].kept, 1))
     more = [_keeping_more(schedule, able[:count]) for count in range(len(able) + 1)]
     count = bisect_left(more, True, key=lambda found: predict(costs, found).peak_bytes > budget)

@@ -31,7 +31,7 @@ from .trials import (
     layout_of,
     no_op,
 )
-from .work import LEVEL, REGION, Counts, Work
+from .work import KEEPING, LEVEL, REGION, Counts, Work
 
 
 class Books(StorageLedger):
@@ -41,7 +41,7 @@ class Books(StorageLedger):
         super().__init__()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # real tensors, and the fake ones that stand for them
         self.calls = self.traffic = 0
-        self.operators: set[str] = set()
+        self.operators: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # fake tensors ask for each other's device all the time
@@ -49,9 +49,9 @@ class Books(StorageLedger):
         if fake_mode() is not None and any(map(_is_real, trees.tree_leaves((args, kwargs)))):
             args, kwargs = trees.tree_map_only(Tensor, self._faked, (args, kwargs))
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.operators.append(name_of_operator(func))
         if not getattr(func, "is_view", False):
             self.calls += 1
-            self.operators.add(name_of_operator(func))
             self.traffic += sum(map(_size, trees.tree_leaves((args, kwargs, out))))
         return out
 
@@ -135,7 +135,7 @@ class Subject:
         stored = stored._replace(counts={"forward": forward, "step": step, "again": again, "ends": ends})
         keep = kind_of(operators)
         if keep and found.saves:
-            stored = self._with_results(stored, keep, parameters)
+            stored = self._with_results(stored, keep, len(operators), parameters)
         if not has_inverse(self.op):
             return stored
         try:
@@ -150,14 +150,14 @@ class Subject:
             whole = self._try(_work_undone, parameters, self.layouts, False)
             for way, work in ("spared undone", whole), ("spared first", first):
                 kept = self._try(_work_undone, parameters, self.layouts, way == "spared first", keep)
-                counts[way] = work.beyond(kept)
+                counts[way] = _spared(work, kept, len(operators))
         return Sizes(rebuilt.costs, Layouts(larger, rebuilt.sends.values), counts)
 
-    def _with_results(self, stored: Sizes, keep: str, parameters: list[Tensor]) -> Sizes:
+    def _with_results(self, stored: Sizes, keep: str, operators: int, parameters: list[Tensor]) -> Sizes:
         """The same, and what is spared where expensive results are kept."""
         (whole, noted), (spared, kept) = (self._try(_again, parameters, self.layouts, k) for k in ("", keep))
         costs = replace(stored.costs, keep=keep, kept=max(kept - noted, 0))
-        return stored._replace(costs=costs, counts={**stored.counts, "spared again": whole.beyond(spared)})
+        return stored._replace(costs=costs, counts={**stored.counts, "spared again": _spared(whole, spared, operators)})
 
     def _rebuilt(self, found: OpCosts, parameters: list[Tensor]) -> Sizes:
         """On a trunk: y comes as the inverse of the op after makes it, or as a tail has kept it; the worse counts."""
@@ -173,6 +173,12 @@ class Subject:
                 return way(self.op, self.x, *args)
         except LOOKS_AT_VALUES:
             return way(self.op, realised(None, self.x), *args)
+
+
+def _spared(whole: Work, kept: Work, operators: int) -> Work:
+    """What is spared where results are kept, which may be less than it takes to keep them."""
+    found = whole.beyond(kept)
+    return found._replace(calls=found.calls - KEEPING * operators)
 
 
 def _bytes_in(layout: Layout) -> int:
@@ -199,7 +205,7 @@ def _bytes_forward(op: Invertible, x: Wire) -> tuple[OpCosts, list[Tensor], Work
     return OpCosts(op.name, 0.0, 0.0, saves=saves, peak_forward=peak, **sizes), recording.parameters, work
 
 
-def _work_behind_what_is_saved(op: Invertible, x: Wire) -> tuple[Work, set[str]]:
+def _work_behind_what_is_saved(op: Invertible, x: Wire) -> tuple[Work, list[str]]:
     """What a region that ends with an op does not run again; and the op's operators."""
     with Books() as books:
         last = [Work()]

@@ -248,7 +248,7 @@ class Table:
         again = float(redone[0, 0, m - hand]) if m >= hand else math.inf
         invert, end = _least(undone[0, :, m]) if r != EXACT and m >= kept.begins[r, i] else _NONE
         if invert <= again:
-            keeps = tuple(q for q in range(i, i + 1 + end) if self.costs.ops[q].keep)
+            keeps = tuple(q for q in range(i, i + 1 + end) if self.costs.ops[q].spares[2 if q == i else 1])
             return invert, (Invert(i, i + 1 + end, keeps), EXACT, m - int(kept.residues[i, end]))
         return again, (Recompute(i, (Store(i),), True), FREE, m - hand - int(self.results[i]))
 

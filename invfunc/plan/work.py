@@ -43,6 +43,7 @@ class Rates(NamedTuple):
 CPU, ACCELERATOR = Rates(4e-6, 110e9, 16e9), Rates(5e-6, 60e12, 3e12)
 REGION = Work(calls=30)  # what Python does to begin a region, and to call it up again
 LEVEL = Work(calls=10)  # what it does to undo an op
+KEEPING = 7  # calls for each operator of an op, to see in both passes which results are kept
 
 Counts = Mapping[str, Work]  # of each way that an op has
 SPARED = "spared again", "spared undone", "spared first"  # where results are kept
