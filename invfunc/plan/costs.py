@@ -77,6 +77,7 @@ class OpCosts:
         peak_taped: The most in a taped forward, beyond x.
         peak_backward: The most in its backward, tape and gradient of y included, beyond x.
         peak_inverse: The most in a fused inverse, y and its gradient included, beyond the residue.
+        peak_first: The same where a run of inverses begins here, if that is less; otherwise 0.
         region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again;
             infinite where none can begin.
         ends: Seconds of a forward that a region which ends here does not run again: what comes behind the last tensor
@@ -121,6 +122,7 @@ class OpCosts:
     peak_taped: int = 0
     peak_backward: int = 0
     peak_inverse: int = 0
+    peak_first: int = 0
     region: float = 0.0
     ends: float = 0.0
     begins: float = 0.0
@@ -336,7 +338,8 @@ class Ledger:
         x = self.in_hand(i, r) if p == i + 1 else self.sizes[p - 1] + kept
         own = self.sizes[p] if p == self.length else 0  # the caller's
         forward = residues + x + op.peak_forward + self.waits(j, p) - self.output(j)
-        return forward, residues + op.peak_inverse + kept - own
+        peak = op.peak_first if op.peak_first and p == i + 1 else op.peak_inverse
+        return forward, residues + peak + kept - own
 
     def invert(self, i: int, k: int, j: int, r: int) -> tuple[int, int]:
         """(keeps, needs) of a run of inverses over ops i+1..k."""

@@ -144,14 +144,17 @@ class Subject:
             return stored
         larger = max(stored.sends.gradients, rebuilt.sends.gradients, key=_bytes_in)
         undone = rebuilt.counts["undone"].beyond(self._try(_work_of_no_op, self.layouts, True)).plus(LEVEL)
-        first = self._try(_work_undone, parameters, self.layouts, True)
+        first, peak = self._try(_undone, parameters, self.layouts, True)
+        if self.layouts.values is not None:
+            peak = max(peak, self._try(_undone, parameters, self.layouts._replace(values=None), True)[1])
         counts = {**stored.counts, "undone": undone, "begins": rebuilt.counts["undone"].beyond(first)}
         if stored.costs.keep:
-            whole = self._try(_work_undone, parameters, self.layouts, False)
+            whole, _ = self._try(_undone, parameters, self.layouts, False)
             for way, work in ("spared undone", whole), ("spared first", first):
-                kept = self._try(_work_undone, parameters, self.layouts, way == "spared first", keep)
+                kept, _ = self._try(_undone, parameters, self.layouts, way == "spared first", keep)
                 counts[way] = _spared(work, kept, len(operators))
-        return Sizes(rebuilt.costs, Layouts(larger, rebuilt.sends.values), counts)
+        costs = replace(rebuilt.costs, peak_first=peak * (peak < rebuilt.costs.peak_inverse))
+        return Sizes(costs, Layouts(larger, rebuilt.sends.values), counts)
 
     def _with_results(self, stored: Sizes, keep: str, operators: int, parameters: list[Tensor]) -> Sizes:
         """The same, and what is spared where expensive results are kept."""
@@ -222,14 +225,16 @@ def _work_behind_what_is_saved(op: Invertible, x: Wire) -> tuple[Work, list[str]
         return books.take_work().beyond(last[0]), books.operators
 
 
-def _work_undone(
+def _undone(
     op: Invertible, x: Wire, parameters: list[Tensor], layouts: Layouts, is_first: bool, keep: str = ""
-) -> Work:
-    """What it takes to run an op and undo it; where a run of inverses begins with it, if it is the first."""
+) -> tuple[Work, int]:
+    """The work of running an op and undoing it, and the peak back; where a run begins with it, if it is the first."""
     with Books() as books:
-        through = by_inverse(op, keep)
-        books.run_back(Trial(through, copied(x), parameters, carried=True, layouts=layouts, is_first=is_first))
-        return books.take_work()
+        trial = Trial(by_inverse(op, keep), copied(x), parameters, carried=True, layouts=layouts, is_first=is_first)
+        residue = books.balance - nbytes(trial.y)
+        trial.y = None
+        back = books.run_back(trial).on(residue)
+        return books.take_work(), back.peak
 
 
 def _again(op: Invertible, x: Wire, parameters: list[Tensor], layouts: Layouts, keep: str) -> tuple[Work, int]:
