@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import WRAPPER_ASSIGNMENTS
-from types import MethodType
 from typing import Any
 
 import torch
@@ -84,10 +83,10 @@ class CheckpointedFunction:
             )
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """A checkpointed function in a class is a method."""
-        if instance is None:
+        """A checkpointed function in a class is a method, if the function is one there."""
+        if instance is None or not hasattr(self.__wrapped__, "__get__"):
             return self
-        return CheckpointedFunction(MethodType(self.__wrapped__, instance), self.options)
+        return CheckpointedFunction(self.__wrapped__.__get__(instance), self.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self if global_name(self) else copy_object(self, memo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import invfunc as inv
-from invfunc.errors import ReplayError
+from invfunc.errors import DriftWarning, ReplayError
 
 WIDTH = 4
 
@@ -52,14 +53,14 @@ class Net(nn.Module):
         self.base, self.adapter, self.norm = nn.Linear(WIDTH, WIDTH), Adapter(), nn.BatchNorm1d(WIDTH)
         self.act, self.dropout = nn.Tanh(), nn.Dropout(0.5)
         self.scale, self.kind, self.config, self.slotted = 1.5, "tanh", Config(), Slotted()
-        self.scales, self.nested, self.flags = [1.0, 2.0], {"a": {"b": [1.0]}}, {1}
+        self.scales, self.nested, self.flags, self.queue = [1.0, 2.0], {"a": {"b": [1.0]}}, {1}, deque([1.0])
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if self.adapter.is_active():
             y = y + self.adapter.b(self.adapter.a(x))
         y = self.act(y) * self.scale * self.config.scale * self.config.table["k"] * self.slotted.scale
-        y = y * self.scales[1] * self.nested["a"]["b"][0]
+        y = y * self.scales[1] * self.nested["a"]["b"][0] * self.queue[0]
         y = y.sin() if self.kind == "sin" else y
         y = y.exp() if 2 in self.flags else y
         return self.dropout(self.norm(y))
@@ -102,6 +103,7 @@ RESTORED: dict[str, Callable[[Net], Any]] = {
     "an item of a list": lambda net: net.scales.__setitem__(1, 9.0),
     "an item far inside": lambda net: net.nested["a"]["b"].__setitem__(0, 9.0),
     "another branch": lambda net: setattr(net, "kind", "sin"),
+    "an item of a queue": lambda net: net.queue.__setitem__(0, 9.0),
     "an item of a set": lambda net: net.flags.add(2),
     "an adapter that is switched off": lambda net: setattr(net.adapter, "disabled", True),
     "an adapter that is told to be merged": lambda net: net.adapter.merged.append("default"),
@@ -237,3 +239,103 @@ def test_a_tensor_in_containers_inside_of_each_other_is_found() -> None:
         w.add_(1)
     with pytest.raises(ReplayError, match="a tensor of shape .* of its closure changed"):
         loss(y).backward()
+
+
+# ---- what neither is restored nor raises: the meter tells it ---------------------------------------------------------
+
+
+class OfClass(nn.Module):
+    factor = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.net(x) * self.factor).sin()
+
+
+def doubled_by_all(module: nn.Module, xs: Any, y: Tensor) -> Tensor:
+    return 2 * y
+
+
+UNSEEN: dict[str, Callable[[OfClass, pytest.MonkeyPatch], Any]] = {
+    "an attribute of a class": lambda net, patch: patch.setattr(OfClass, "factor", 3.0),
+    "a hook of all modules": lambda net, patch: patch.setitem(
+        nn.modules.module._global_forward_hooks, 0, doubled_by_all
+    ),
+    "a write through .data": lambda net, patch: net.net.weight.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_nobody_looks_at_is_told_by_the_meter(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = OfClass().double()
+    op = inv.chain(inv.split(2), inv.couple(net), inv.swap(), inv.couple(net), inv.concat(2))
+    y = inv.checkpoint(op, mode=mode)(torch.randn(3, 2 * WIDTH, dtype=torch.float64, requires_grad=True))
+    UNSEEN[name](net, monkeypatch)
+    with pytest.warns(DriftWarning, match="when it ran again|did something else|do now|gave two values"):
+        y.sum().backward()
+
+
+def of_own_generator() -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return lambda x: torch.tanh(x * torch.rand(WIDTH, generator=generator).to(x)).sin()
+
+
+def of_own_count() -> Callable[[Tensor], Tensor]:
+    calls = [0]
+
+    def f(x: Tensor) -> Tensor:
+        calls[0] += 1
+        return torch.tanh(x * calls[0]).sin()
+
+    return f
+
+
+@pytest.mark.parametrize("make", [of_own_generator, of_own_count])
+def test_what_a_function_changes_itself_is_told(make: Callable[[], Callable[[Tensor], Tensor]]) -> None:
+    x = torch.randn(3, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    op = inv.chain(inv.split(2), inv.couple(make()), inv.swap(), inv.couple(make()), inv.concat(2))
+    for mode in "invert", "recompute":
+        y = inv.checkpoint(op, mode=mode)(x)
+        with pytest.warns(DriftWarning):
+            y.sum().backward()
+    with pytest.raises(ReplayError):
+        inv.checkpoint(inv.exact(op, "codes"))(x).sum().backward()
+
+
+def test_a_tensor_that_a_function_writes_moves_again() -> None:
+    mean = torch.zeros(WIDTH, dtype=torch.float64)
+
+    def f(x: Tensor) -> Tensor:
+        mean.add_(x.detach().mean(0))
+        return torch.tanh(x)
+
+    x = torch.ones(3, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    inv.checkpoint(inv.chain(inv.split(2), inv.couple(f), inv.concat(2)))(x).sum().backward()
+    assert_close(mean, 2 * torch.ones_like(mean))
+
+
+def test_recurrent_weights_that_a_transform_has_left_behind() -> None:
+    cell = nn.RNN(WIDTH, WIDTH).double()
+    op = inv.chain(inv.split(2), inv.couple(lambda x: cell(x)[0]), inv.concat(2))
+    x = torch.randn(3, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    fast = inv.checkpoint(op)
+    torch.func.grad(lambda x: fast(x).sin().sum())(x.detach())
+    found = torch.autograd.grad(fast(x).sin().sum(), [x, *cell.parameters()])
+    assert_close(found, torch.autograd.grad(op(x).sin().sum(), [x, *cell.parameters()]))
+
+
+def test_a_batch_of_one_keeps_its_strides() -> None:
+    first, last = nn.Linear(WIDTH, 5).double(), nn.Linear(WIDTH, WIDTH).double()
+
+    def f(x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(torch.tanh(first(x)).sum(), x, create_graph=True)
+        return last(slope)
+
+    x = torch.randn(2 * WIDTH, 1, dtype=torch.float64).t().requires_grad_()
+    op = inv.chain(inv.split(2), inv.couple(f), inv.concat(2))
+    found = torch.autograd.grad(inv.checkpoint(op)(x).sin().sum(), x)
+    assert_close(found, torch.autograd.grad(op(x).sin().sum(), x))

@@ -3,10 +3,10 @@
 import functools
 import gc
 import inspect
-from collections import namedtuple
+from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -313,6 +313,57 @@ def test_a_method_of_a_plain_class_may_be_decorated() -> None:
 
     layer, x = Layer(), leaf(A)
     assert_same(lambda x: x * layer.w, layer, [x, layer.w], x)
+
+
+class InSlots:
+    __slots__ = ("h",)
+
+    def __init__(self, h: Tensor) -> None:
+        self.h = h
+
+
+class Steps(NamedTuple):
+    found: list[Tensor]
+
+
+WRITTEN: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor], Callable[[Any, Tensor], Any]]] = {
+    "slot": (InSlots, lambda a: a.h, lambda a, t: setattr(a, "h", t)),
+    "queue": (lambda t: deque([t]), lambda a: a.popleft(), lambda a, t: a.append(t)),
+    "list of a default": (
+        lambda t: defaultdict(list, h=[t]), lambda a: a["h"].pop(), lambda a, t: a["h"].append(t)
+    ),
+    "list in a named tuple": (lambda t: Steps([t]), lambda a: a.found.pop(), lambda a, t: a.found.append(t)),
+    "set beside": (
+        lambda t: {"h": t, "seen": {1}}, lambda a: a["h"] * (2 if a["seen"] else 3), lambda a, t: a["seen"].clear()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_argument_that_is_written_is_found_again_as_it_was(name: str) -> None:
+    make, read, write = WRITTEN[name]
+    net, x = nn.Linear(A, A), leaf(2, A)
+
+    def f(holder: Any) -> Tensor:
+        y = torch.tanh(net(read(holder)))
+        write(holder, y)
+        return y.sin()
+
+    def run(fn: Callable[[Any], Tensor]) -> Any:
+        holder = make(x)
+        found = torch.autograd.grad(fn(holder).sum(), [x, *net.parameters()])
+        return found, [] if name == "set beside" else read(holder)
+
+    assert_close(run(inv.checkpoint(f)), run(f))
+
+
+def test_what_is_no_method_is_none_under_checkpoint() -> None:
+    class Net:
+        module, part = inv.checkpoint(nn.Linear(A, A)), inv.checkpoint(functools.partial(torch.mul, 2))
+
+    x = leaf(A)
+    assert_close(Net().part(x), 2 * x)
+    assert Net().module(x).shape == (A,)
 
 
 # ---- plain functions: when nothing has to be kept --------------------------------------------------------------------

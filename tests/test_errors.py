@@ -347,7 +347,7 @@ class Held:
 
 def test_what_is_rebound_where_nobody_looks() -> None:
     Held.w = torch.ones(2, requires_grad=True)
-    rebind = lambda: setattr(Held, "w", torch.ones(2, requires_grad=True))  # noqa: E731
+    rebind = lambda: setattr(Held, "w", torch.full((2,), 2.0, requires_grad=True))  # noqa: E731
     text = message(lambda: step(halves(lambda x: x * Held.w), rebind), ReplayError)
     assert text == f"{COUPLING}the function met a tensor of shape (2,) that it did not meet in forward{REBOUND}"
 

@@ -44,6 +44,19 @@ class Closures(nn.Module):
         return self.head(self.op(x))
 
 
+class Decorated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = layer()
+
+    @inv.checkpoint
+    def half(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        return scale * torch.sin(self.f(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.half(x[:, :WIDTH], scale=2.0)
+
+
 class Planned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -88,6 +101,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "donated": lambda: nn.Sequential(nn.Linear(SIZE, SIZE), coupling(donate=True)),
     "closures": Closures,
     "planned": Planned,
+    "decorated": Decorated,
     "InvertibleModule": lambda: nn.Sequential(nn.Linear(SIZE, SIZE), Scale()),
     "layers": lambda: inv.nn.Sequential(
         inv.nn.OrthogonalLinear(SIZE, SIZE), inv.nn.LULinear(SIZE), inv.nn.BatchNorm1d(SIZE), actnorm()
@@ -138,7 +152,7 @@ def test_what_a_tracer_makes_trains(name: str, tracer: str) -> None:
         assert_close(found, step(module, module))
 
 
-@pytest.mark.parametrize("name", ["Sequential", "closures", "layers", "memcnn"])  # Dynamo takes its time
+@pytest.mark.parametrize("name", ["Sequential", "closures", "decorated", "layers", "memcnn"])  # Dynamo takes its time
 def test_what_a_strict_export_makes_trains(name: str) -> None:
     module = MODULES[name]()
     program = exported(True)(module, torch.randn(5, SIZE))

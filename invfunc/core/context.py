@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
@@ -183,34 +184,34 @@ class Told:
 
 def has_state(item: Any) -> bool:
     """Whether a function may write into what it is given, other than into a tensor."""
-    kind = type(item)
-    if kind is tuple:
+    if isinstance(item, tuple):
         return any(map(has_state, item))
-    if kind is list or kind is dict:
+    if isinstance(item, (list, dict, set, deque)):
         return True
     if isinstance(item, (Tensor, nn.Module, type, Enum, Invertible, FunctionType, MethodType, partial)):
         return False
-    return hasattr(item, "__dict__") and kind.__module__.partition(".")[0] not in ("builtins", "torch")
+    return bool(_attributes_of(item)) and type(item).__module__.partition(".")[0] not in ("builtins", "torch")
+
+
+def _attributes_of(item: Any) -> dict[str, Any]:
+    slots = [name for name in getattr(type(item), "__slots__", ()) if hasattr(item, name)]
+    return {**getattr(item, "__dict__", {}), **{name: getattr(item, name) for name in slots}}
 
 
 def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
     """An object and what it is made of, copied, down to the tensors, which are shared."""
     copied = {} if copied is None else copied
-    kind = type(item)
     if id(item) in copied:
         return copied[id(item)]
-    if kind is tuple:
-        return tuple([copy_state(part, copied) for part in item])
-    if kind is list:
-        new = copied[id(item)] = []
-        new.extend([copy_state(part, copied) for part in item])
-        return new
-    if kind is dict:
-        new = copied[id(item)] = {}
-        new.update({key: copy_state(part, copied) for key, part in item.items()})
-        return new
     if not has_state(item):
         return item
+    if isinstance(item, tuple):
+        parts = [copy_state(part, copied) for part in item]
+        return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
     new = copied[id(item)] = copy.copy(item)
-    vars(new).update({name: copy_state(part, copied) for name, part in vars(item).items()})
+    if isinstance(item, (list, deque, dict)):
+        for place, part in list(item.items() if isinstance(item, dict) else enumerate(item)):
+            new[place] = copy_state(part, copied)
+    for name, part in _attributes_of(item).items():
+        object.__setattr__(new, name, copy_state(part, copied))
     return new

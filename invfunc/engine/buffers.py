@@ -42,7 +42,7 @@ def may_write(module: nn.Module) -> bool:
 
 def may_write_into(module: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether it may write this one."""
-    if tensor.requires_grad:
+    if tensor.requires_grad or nn.parameter.is_lazy(tensor):
         return False
     return _is_copied_unasked(module, tensor) or _is_known_to_write(module, (name, _is_training(module))) is not False
 

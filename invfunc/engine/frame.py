@@ -19,7 +19,7 @@ from .buffers import BufferCopy, copies_of, worth_keeping
 from .conditions import PINS, Conditions, RandomState, Recorder, random_state
 from .interface import Options, Path, places_on
 from .keep import Around
-from .parts import Parts, version
+from .parts import Parts, is_lazy, version
 from .sharding import check_callees, checking_calls, is_any_sharded
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype]
@@ -68,7 +68,7 @@ class Record:
     def place(self, error: Exception) -> None:
         """Tell an error where in the pipeline it happened."""
         places = places_on(self.path)
-        if isinstance(error, ReplayError) and error.about is not None:
+        if isinstance(error, ReplayError) and (error.about is not None or not (places or error.path)):
             places, error.about = self._places_of(error.about, places), None
         for place in reversed(places):
             place_error(error, place)
@@ -182,7 +182,7 @@ class Frame:
         record.conditions, record.functions = conditions.here(), functions
         record.has_own_conditions = record.conditions is not conditions
         copies = copies_of(functions) if snapshot.has_buffers else ()
-        is_lazy = snapshot.is_lazy and any(["_initialize_hook" in m.__dict__ for m in Parts(functions).modules])
+        is_first = snapshot.is_lazy and is_lazy(functions)
         if is_any_sharded():
             check_callees(functions)
         before = None
@@ -202,14 +202,14 @@ class Frame:
                 out = self._call(fn, args)
         except RuntimeError as error:
             if any(text in str(error) for text in _IN_PLACE):
-                raise changed_input(fn if record.op is None else record.op.forward_with_residue) from error
+                raise changed_input(_name_of_call(record)) from error
             raise
         finally:
             PINS.reset(token)
             held, self.held = self.held, None
         if [t._version for t in given] != versions:
-            raise changed_input(fn if record.op is None else record.op.forward_with_residue)
-        if is_lazy:
+            raise changed_input(_name_of_call(record))
+        if is_first:
             self.held = {number: _without_node(*item) for number, item in (held or {}).items()}  # rule 9
         if record.op is None and held:
             self.owner.watch([tensor for tensor, _ in held.values()])
@@ -345,10 +345,14 @@ def without_shape() -> WireError:
     )
 
 
-def changed_input(fn: Callable[..., Any]) -> ReplayError:
+def _name_of_call(record: Record) -> str:
+    return ", ".join(map(name_of, record.functions)) if record.op is None else name_of(record.op.forward_with_residue)
+
+
+def changed_input(name: str) -> ReplayError:
     """The error of a function that writes into what it is given."""
     return ReplayError(
-        f"{name_of(fn)} changed its input in place",
+        f"{name} changed its input in place",
         expected="a function that leaves its input alone: backward runs it again",
         cure="use the out-of-place operation, or clone the input first",
     )

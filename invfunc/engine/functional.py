@@ -12,9 +12,10 @@ from torch import Tensor
 from .. import _torch
 from ..core.couple import Half
 from ..core.op import Invertible, Residue
+from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .interface import Run
-from .parts import Parts
+from .parts import Parts, is_lazy
 from .strands import (
     OnStrands,
     State,
@@ -69,6 +70,16 @@ ENGINE = Functional()
 def any_gradient(x: Wire) -> bool:
     """Whether a tensor on a wire may get a gradient."""
     return any(isinstance(leaf, Tensor) and needs_gradient(leaf) for leaf in leaves(x))
+
+
+def refuse_lazy(op: Invertible) -> None:
+    """A module whose first call makes its parameters can not make them below a transform: torch itself crashes."""
+    if is_lazy(op.functions):
+        raise ReplayError(
+            f"{op!r} has a lazy module that has not run yet",
+            expected="parameters, below a torch.func transform",
+            cure="call it once before",
+        )
 
 
 def may_have_gradients(op: Invertible, x: Wire) -> bool:

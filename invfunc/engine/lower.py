@@ -61,6 +61,7 @@ def engine_for(op: Invertible, x: Wire) -> Engine | None:
             compiled.refuse_nested()
         return compiled.ENGINE if compiled.may_have_gradients(op, x) else None
     if _torch.active():
+        functional.refuse_lazy(op)
         return functional.ENGINE if functional.may_have_gradients(op, x) else None
     return Hooked(op.functions)
 

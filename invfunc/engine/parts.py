@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
 from itertools import islice
@@ -88,7 +89,7 @@ class Contents(NamedTuple):
     def put(self, value: Any) -> None:
         """Put something in its place."""
         self.table.clear()
-        (self.table.extend if isinstance(self.table, list) else self.table.update)(value)
+        (self.table.extend if isinstance(self.table, (list, deque)) else self.table.update)(value)
 
     def unwritten(self) -> list[Place]:
         """Where the call has written into it: the places that it has left alone."""
@@ -172,7 +173,7 @@ class Parts:
             if child is not None:
                 self._add_module(child)
         for value in islice(attributes.values(), _OWN_ATTRIBUTES, None):  # a list hides modules from torch
-            if type(value) in _CONTAINERS or isinstance(value, (list, dict, set)):
+            if type(value) in _CONTAINERS or isinstance(value, _TABLES):
                 self.add(value, 1)
             elif isinstance(value, Tensor):
                 name = next(name for name, item in attributes.items() if item is value)
@@ -185,7 +186,7 @@ class Parts:
         if type(item) in _PLAIN or id(item) in self.seen or depth > _DEPTH:
             return
         self.seen.add(id(item))
-        if isinstance(item, (list, dict, set)):
+        if isinstance(item, _TABLES):
             if self._note_contents(item):
                 for part in item.values() if isinstance(item, dict) else item:
                     self._add_values(part, depth + 1)
@@ -193,7 +194,7 @@ class Parts:
             self._add_values(getattr(item, "__dict__", None), depth + 1)
             self.places += _slots_of(item)
 
-    def _note_contents(self, table: list[Any] | dict[Any, Any] | set[Any]) -> bool:
+    def _note_contents(self, table: list[Any] | dict[Any, Any] | set[Any] | deque[Any]) -> bool:
         """Unless it is large: it is copied in every call."""
         if len(table) > _MANY:
             return False
@@ -215,7 +216,7 @@ class Parts:
         elif isinstance(item, tuple):
             for part in item:
                 self.add(part, depth - 1)
-        elif isinstance(item, (list, dict, set)):
+        elif isinstance(item, _TABLES):
             self._add_items(item, depth - 1)
         elif not isinstance(item, (type, ModuleType, BuiltinFunctionType)):
             self.is_opaque |= callable(item)
@@ -272,6 +273,7 @@ class Parts:
 
 _NOTHING: dict[str, Any] = {}
 _OWN_ATTRIBUTES = len(vars(nn.Module()))  # every module's own, which come first
+_TABLES = (list, dict, set, deque)
 _CONTAINERS = frozenset((tuple, FunctionType, MethodType, partial))
 _PLAIN = frozenset((
     int, float, str, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device, torch.Generator,
@@ -301,3 +303,8 @@ def _is_value(item: Any) -> bool:
 def version(tensor: Tensor) -> int:
     """A tensor's version counter; inference tensors have none and can not change under autograd."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def is_lazy(functions: Iterable[Any]) -> bool:
+    """Whether a call of functions initialises parameters."""
+    return any(["_initialize_hook" in module.__dict__ for module in Parts(functions).modules])

@@ -14,7 +14,8 @@ NOTE [Snapshot] No gradient depends on what is found here: it only tells what ha
     those of a module in eval, are copied if the module's first call was seen to write them.
 4.  *A tensor that was written in place*, moved, or given other data can not be restored: it raises, and names the
     module and the tensor.
-5.  *Tensors that the call leaves* on a module when it runs again are taken away: those of forward stay.
+5.  *Tensors that the call leaves* on a module, in a container or in a closure when it runs again are taken away: those
+    of forward stay.
 6.  A module that is shared with another thread is changed by one replay at a time; see `conditions.turn`.
 """
 
@@ -74,7 +75,7 @@ class Snapshot:
     """The modules and tensors of functions; made before a call, and completed behind it by `note`."""
 
     __slots__ = (
-        "addresses", "attributes", "buffers", "checked", "classes", "dtypes", "flags", "has_buffers",
+        "addresses", "attributes", "buffers", "checked", "classes", "dtypes", "filled", "flags", "has_buffers",
         "has_gradient_hooks", "hooks", "is_lazy", "is_noted", "names", "owned", "parts", "sizes", "slots", "tables",
         "tensors", "versions", "written",
     )  # fmt: skip
@@ -84,6 +85,7 @@ class Snapshot:
         self.is_noted = False
         self.checked = -1  # the backward in which all was found to be the same
         self.written: set[tuple[int, str]] = set()  # attributes that the call writes itself
+        self.filled: list[Any] = []  # containers and places that it writes itself, without what was there
         self.owned = owned = [m.__dict__ for m in self.parts.modules]
         self.attributes = _flat(owned)
         # As they are before the call, which may assign one.
@@ -135,17 +137,21 @@ class Snapshot:
     def _note_written(self) -> None:
         """What the call has written on its modules; as they were is known in order only, and what is new comes last."""
         known = set(map(id, self.attributes))
+        read = set(map(id, _flat([table for attributes in self.owned for table in _tables_of(attributes)])))
         for i, attributes in enumerate(self.owned):
             for name, value in attributes.items():
                 if id(value) not in known:
                     self.written.add((i, name))
                     if type(value) is list:  # such as the flat weights of an RNN: it stays, its items are put back
-                        self.parts.places += [Place(value, n, item) for n, item in enumerate(value)]
+                        old = [(n, t) for n, t in enumerate(value) if id(t) in read or not _has_graph(t)]
+                        self.parts.places += [Place(value, n, item) for n, item in old]
 
     def _forget_written(self) -> None:
         """What the call has written itself is not put back."""
         parts = self.parts
         written = {id(place.value) for place in parts.places if place.now() is not place.value}
+        self.filled = [place._replace(value=None) for place in parts.places if place.now() is not place.value]
+        self.filled += [contents._replace(value=None) for contents in parts.contents if not contents.is_same()]
         parts.places = [place for place in parts.places if place.now() is place.value]
         for contents in (c for c in parts.contents if not c.is_same()):
             parts.places += contents.unwritten()
@@ -250,16 +256,18 @@ class Snapshot:
                     changes.append(Place(now, name, type(now[name])(was)))
         return changes
 
-    def look(self) -> list[dict[str, Any]]:
-        """The attributes of the modules now, for `take_away`."""
-        return [attributes.copy() for attributes in self.owned]
+    def look(self) -> list[tuple[Any, Any]]:
+        """What is now where the call writes, for `take_away`."""
+        places = [Place(self.owned[i], name, None) for i, name in self.written]
+        return [(place, place.now()) for place in (*places, *self.filled)]
 
-    def take_away(self, before: list[dict[str, Any]]) -> None:
-        """Rule 5 of NOTE [Snapshot]: tensors that were not there before the call ran again."""
-        for now, was in zip(self.owned, before, strict=True):
-            for name, value in list(now.items()):
-                if isinstance(value, Tensor) and was.get(name, ABSENT) is not value:
-                    Place(now, name, None).put(was.get(name, ABSENT))
+    def take_away(self, before: list[tuple[Any, Any]]) -> None:
+        """Rule 5 of NOTE [Snapshot]: tensors that were not there before the call ran again, and what goes with them."""
+        changed = [(place, was) for place, was in before if place.now() is not was]
+        owners = {id(place.table) for place, was in changed if _tensors_of(place.now()) - _tensors_of(was)}
+        for place, was in changed:
+            if id(place.table) in owners:
+                place.put(was)
 
     def _changed_flags(self, copies: Sequence[BufferCopy], functions: Iterable[Any]) -> list[tuple[Tensor, bool]]:
         """Rule 4 of NOTE [Snapshot]; a tensor that was only frozen, or thawed, is restored."""
@@ -325,6 +333,14 @@ def _with_own_graph(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_().view_as(tensor)
 
 
+def _has_graph(item: Any) -> bool:
+    return any([t.grad_fn is not None for t in _torch.trees.tree_leaves(item) if isinstance(t, Tensor)])
+
+
+def _tensors_of(item: Any) -> set[int]:
+    return {id(leaf) for leaf in _torch.trees.tree_leaves(item) if isinstance(leaf, Tensor)}
+
+
 def _ids_in_sight(snapshot: Snapshot) -> set[int]:
     return {id(tensor) for tensor in snapshot.tensors_in_sight()}
 
@@ -339,7 +355,9 @@ def _versions_of(tensors: list[Tensor]) -> list[int]:
 def _addresses_of(tensors: list[Tensor]) -> list[tuple[int, int | torch.SymInt] | None]:
     """Where tensors live: in a storage, and not at a pointer, since FSDP empties a storage, and fills it again."""
     return [
-        (_torch.storage_of(t), t.storage_offset()) if type(t) in _WITH_ADDRESS and t.layout is torch.strided else None
+        (_torch.storage_of(t), t.storage_offset())
+        if type(t) in _WITH_ADDRESS and t.layout is torch.strided and not _torch.is_wrapped(t)
+        else None
         for t in tensors
     ]
 

@@ -390,7 +390,7 @@ def record_call(
     finally:
         PINS.reset(token)
     if [version(t) for t in given] != versions:
-        raise changed_input(fn)
+        raise changed_input(name_of(fn))
     drew = before is not None and before.has_moved()
     return out, scope.leave(recorder.pins, before if drew else None, conditions)
 

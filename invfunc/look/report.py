@@ -398,7 +398,7 @@ def check(
 
     Limits:
         What is measured holds for this input and these parameters. Errors are of norms: one wrong number among a
-        million hides. Custom kernels that torch functions do not see run in their own dtype.
+        million hides.
 
     Example:
         >>> import torch, invfunc as inv
@@ -513,8 +513,8 @@ def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
         DomainError: When an input holds NaN or infinity.
 
     Limits:
-        What is measured holds for this input and these parameters; on other data the error has been seen to be 1 to 4
-        times as large. Training moves it, too: leave a margin, and the drift meter on.
+        What is measured holds for this input and these parameters: other data, and training, move it. Leave a margin,
+        and the drift meter on.
 
     Example:
         >>> import torch, invfunc as inv

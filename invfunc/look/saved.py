@@ -53,7 +53,7 @@ def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
         The call is made once, in earnest: it draws random numbers and moves running statistics as any other does.
 
     Limits:
-        A tensor that a function of torch keeps below Python (a workspace of cuDNN) is not seen.
+        A tensor that an autograd Function keeps on its ctx, without ``save_for_backward``, is not seen.
 
     Example:
         >>> import torch, invfunc as inv

@@ -445,8 +445,7 @@ def conv2d(weight: Tensor, bias: Tensor | None = None, **options: Unpack[Options
 
     Limits:
         Rounding grows with the condition number of W. Autocast is left out: half precision would lose what the inverse
-        needs. On CUDA, torch convolves float32 in TF32 unless ``torch.backends.cudnn.allow_tf32 = False``, and what is
-        rebuilt is as coarse (1e-3).
+        needs.
 
     Raises:
         OptionError: When there are too few output channels, or the stride leaves gaps.

@@ -94,9 +94,6 @@ def profile(
     Raises:
         OptionError: When ``memory`` is not a size.
 
-    Limits:
-        Times depend on the machine, and those of iterative inverses on the data.
-
     Example:
         >>> import torch, invfunc as inv
         >>> costs = profile(inv.chain(inv.pair(torch.exp, torch.log), torch.tanh), (16, 8))
