@@ -468,8 +468,9 @@ def reversible(
         A handle with the method ``remove()``, which undoes it; also a context manager. Its ``blocks`` are by path.
 
     Cost:
-        Nothing is kept from block to block, but for the bits of the last two schemes and what the model itself keeps
-        (hidden states, a cache). Each branch is evaluated exactly twice in a training step.
+        Nothing is kept from block to block, but for the bits of the last two schemes and what the model itself keeps:
+        hidden states, and a cache, which many models make in training, too, unless they get ``use_cache=False``. Each
+        branch is evaluated exactly twice in a training step.
 
     Raises:
         OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, the blocks
