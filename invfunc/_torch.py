@@ -322,7 +322,7 @@ _ACTION = _private("torch._C._dynamo.eval_frame._FrameAction")
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
+def without_compiler() -> Iterator[None]:
     """Run compiled functions as they were written: Dynamo would trace what watches them, instead of being watched."""
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         yield
@@ -602,7 +602,7 @@ def _put_back(home: nn.Module, parameters: dict[str, Any], buffers: dict[str, tu
 _swap = _private("torch.nn.utils.stateless._reparametrize_module", _set_attributes)
 
 
-def swapped(module: nn.Module, contents: dict[str, Tensor]) -> AbstractContextManager[None]:
+def substitute(module: nn.Module, contents: dict[str, Tensor]) -> AbstractContextManager[None]:
     """A module that holds other tensors inside, as under `torch.func.functional_call`."""
     return _swap(module, contents)
 
@@ -737,7 +737,7 @@ def parametrized_so_far() -> dict[Any, Any] | None:
 
 
 @contextmanager
-def parametrized_as(cache: dict[Any, Any] | None) -> Iterator[None]:
+def under_parametrized(cache: dict[Any, Any] | None) -> Iterator[None]:
     """Run as `parametrized_so_far` found it."""
     held, enabled = parametrize._cache, parametrize._cache_enabled
     parametrize._cache, parametrize._cache_enabled = dict(cache or {}), int(cache is not None)

@@ -15,10 +15,10 @@ from .core.context import Context, bind
 from .core.op import VJP, Again, Invertible, OneWay, Pair, Residue, name_of, pair
 from .engine import compiled
 from .engine.interface import Options, Run, State
-from .engine.keep import checked_keep
+from .engine.keep import check_keep
 from .engine.lower import lower, walk
-from .engine.meter import Drift, checked_drift
-from .engine.mode import checked_mode, current, forced_mode
+from .engine.meter import Drift, check_drift
+from .engine.mode import check_mode, current, forced_mode
 from .engine.stream import is_one_way, widen, with_stream
 from .errors import NotInvertibleError, OptionError
 from .functions import CheckpointedFunction, global_name, set_names
@@ -175,7 +175,7 @@ def mark(op: Invertible | Callable[..., Any], mode: str) -> Invertible:
         >>> body = inv.pair(torch.sinh, torch.asinh)
         >>> fast = inv.checkpoint(inv.chain(body, inv.mark(body, "store"), body))
     """
-    return Marked(_lift(op), checked_mode(mode))
+    return Marked(_lift(op), check_mode(mode))
 
 
 def _lift(op: Invertible | Callable[..., Any]) -> Invertible:
@@ -338,14 +338,14 @@ def checkpoint(
     trunks = _checked_cuts(segments, cuts)
     given = donate if isinstance(donate, bool) else tuple(donate)
     options = Options(
-        checked_mode(mode),
+        check_mode(mode),
         trunks,
         given,
         preserve_rng_state,
-        checked_drift(drift),
+        check_drift(drift),
         _checked_check(determinism_check),
         early_stop,
-        checked_keep(keep),
+        check_keep(keep),
         context_fn,
         debug,
         _checked_stream(stream),

@@ -60,6 +60,24 @@ def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:
     return tuple([map_wire(fn, *parts) for parts in zip(wire, *others, strict=True)])
 
 
+def detach(wire: Wire) -> Wire:
+    """The same values, without their graph; a wire, or one leaf of it."""
+    return map_wire(_detach_leaf, wire)
+
+
+def _detach_leaf(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def blank(wire: Wire) -> Wire:
+    """The structure of a wire, with None in the place of every leaf."""
+    return map_wire(_no_leaf, wire)
+
+
+def _no_leaf(leaf: Any) -> None:
+    return None
+
+
 def spread(fn: Callable[..., Any], wire: Wire, label: str | None = None) -> Any:
     """Call a user's function: a tuple wire becomes its positional arguments; ``label`` names it in errors."""
     parts = wire if isinstance(wire, tuple) else (wire,)

@@ -585,14 +585,14 @@ def test_watching_in_two_threads_leaves_the_compiler_as_it_was() -> None:
     first_is_in, second_is_in = threading.Event(), threading.Event()
 
     def enter_first() -> None:
-        with _torch.uncompiled():
+        with _torch.without_compiler():
             first_is_in.set()
             second_is_in.wait(10)
 
     thread = threading.Thread(target=enter_first)
     thread.start()
     assert first_is_in.wait(10)
-    with _torch.uncompiled():
+    with _torch.without_compiler():
         second_is_in.set()
         thread.join(10)
         assert dynamo._stance.stance == "force_eager"

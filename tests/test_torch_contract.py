@@ -475,10 +475,10 @@ def _() -> None:
         weight = layer.weight
         held = _torch.parametrized_so_far()
         assert held is not None and [*held.values()] == [weight]
-        with _torch.parametrized_as(None):
+        with _torch.under_parametrized(None):
             assert _torch.parametrized_so_far() is None and layer.weight is not weight
         assert layer.weight is weight
-    with _torch.parametrized_as(held):
+    with _torch.under_parametrized(held):
         assert layer.weight is weight
     assert _torch.parametrized_so_far() is None and layer.weight is not weight
 

@@ -67,7 +67,7 @@ class Trips:
         assert op is not None
         y, residue = evaluate_quietly(stage, op.forward_with_residue, x)
         again, _ = evaluate_quietly(stage, op.forward_with_residue, x)
-        back, moved = (evaluate_quietly(stage, op.inverse_with_residue, residue, out) for out in (y, _nudged(y)))
+        back, moved = (evaluate_quietly(stage, op.inverse_with_residue, residue, out) for out in (y, _nudge_wire(y)))
         place = ": ".join(places_on(stage.path)) or repr(op)
         growth = relative_error(moved, back) / _rounding(y)
         self.trips.append(Trip(place, relative_error(again, y), relative_error(back, x), growth))
@@ -103,7 +103,7 @@ def cause_of(levels: Levels, first: int, x: Wire, error: float) -> Cause:
             f"the inverse of {worst.place} does not give its input back, off by about {worst.error:.0e}",
             f"mend the inverse; {CHECK}",
         )
-    back, moved = (trips.all_back(levels, first, out) for out in (y, _nudged(y)))
+    back, moved = (trips.all_back(levels, first, out) for out in (y, _nudge_wire(y)))
     if max(relative_error(back, x), relative_error(moved, back)) < error / 30:
         return Cause(
             "the inverses undo what the functions do now: the output came back changed, from blocks behind that free "
@@ -122,7 +122,7 @@ def _rounding(x: Wire) -> float:
     return max((torch.finfo(leaf.dtype).eps for leaf in leaves(x) if is_differentiable(leaf)), default=0.0)
 
 
-def _nudged(y: Wire) -> Wire:
+def _nudge_wire(y: Wire) -> Wire:
     """A wire, each number of which has moved by its rounding, up or down as the golden ratio has it."""
     return unflatten(y, [_nudge(leaf, 0.37 * place) for place, leaf in enumerate(leaves(y))])
 

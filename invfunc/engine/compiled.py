@@ -42,7 +42,7 @@ from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire, nested_error
 from .closures import contents_of, is_object, named_by, with_contents
 from .interface import Run
-from .strands import OnStrands, State, Strand, begin, filled, keep, spec_of, strands, values
+from .strands import OnStrands, State, Strand, begin, build_wire, keep, spec_of, strands, values
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def _(tensors: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in tensors]
 
 
-def hidden(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+def hide(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
     """Tensors behind a barrier; outside of a graph, themselves."""
     if not (is_active() and tensors):
         return list(tensors)
@@ -94,7 +94,7 @@ class Holders:
 
 def holders_of(op: Invertible) -> Holders:
     """Find them."""
-    found = Found([], [])
+    found = Search([], [])
     found.add(op, 0)
     modules = _distinct(found.modules)
     slots = [slot for module in modules for slot in slots_of(module)]
@@ -135,7 +135,7 @@ def slots_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
 
 
 @dataclass
-class Found:
+class Search:
     """What is found in the structure of a function or a value: modules, and loose tensors in order."""
 
     modules: list[nn.Module]
@@ -159,7 +159,7 @@ class Found:
     def _add_fixed(self, fn: Any, held: list[Any], depth: int) -> None:
         """What a function finds among its globals, and an object that is called among its attributes."""
         loose: list[Tensor] = []
-        found = Found(self.modules, loose)
+        found = Search(self.modules, loose)
         for value in held:
             found.add(value, depth)
         for tensor in loose:
@@ -219,7 +219,7 @@ def with_tensors(item: Any, loose: Iterator[Tensor], depth: int = 0) -> Any:
 
 
 def _has_loose(item: Any, depth: int) -> bool:
-    """Whether `Found.add` finds a loose tensor in an item that is none."""
+    """Whether `Search.add` finds a loose tensor in an item that is none."""
     if isinstance(item, nn.Module) or (isinstance(item, FunctionType) and depth >= _DEPTH):
         return False
     inside = depth + isinstance(item, FunctionType)
@@ -237,14 +237,14 @@ def _run(op: Invertible, modules: list[nn.Module], found: list[Tensor], method: 
         return getattr(with_tensors(op, iter(found)) if found else op, method)(*args)
     slots = slots_of(modules[0])
     contents = {name: found[i].clone() if buffer else found[i] for i, (name, _, buffer) in enumerate(slots)}
-    with _torch.swapped(modules[0], contents):
+    with _torch.substitute(modules[0], contents):
         return _run(op, modules[1:], found[len(slots) :], method, args)
 
 
 # ---- rule 6: random numbers --------------------------------------------------------------------------------------
 
 
-class Dice(TorchFunctionMode):
+class DropoutMasks(TorchFunctionMode):
     """Keeps the masks of dropout in forward, and hands them out in backward; refuses what else is random."""
 
     def __init__(self, masks: list[Tensor], rolls: bool) -> None:
@@ -398,7 +398,7 @@ class Call:
         """A method of the op, with kept tensors in the place of those that it holds."""
         if not self.count_masks:
             return run(self.op, self.holders, kept, method, *args)
-        with Dice(list(kept[len(kept) - self.count_masks :]), False):
+        with DropoutMasks(list(kept[len(kept) - self.count_masks :]), False):
             return run(self.op, self.holders, kept, method, *args)
 
     def vjp(self, xs: Sequence[Tensor], kept: Sequence[Tensor], gys: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -407,7 +407,7 @@ class Call:
 
         def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
             inside = [*tensors[self.count_x :], *kept[count:]]
-            y, _ = self.run(inside, "forward_with_residue", filled(self.x_spec, tensors[: self.count_x], inside))
+            y, _ = self.run(inside, "forward_with_residue", build_wire(self.x_spec, tensors[: self.count_x], inside))
             return tuple([leaf for leaf in leaves(y) if is_differentiable(leaf)])
 
         _, pull, *_ = torch.func.vjp(forward, *xs, *kept[:count])
@@ -433,15 +433,15 @@ class TracedStage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kept = hidden(ctx.saved_tensors, grads[: ctx.call.count_y])
+        kept = hide(ctx.saved_tensors, grads[: ctx.call.count_y])
         return ctx.call.step(_pull, ctx.call, kept, list(grads))
 
 
 def _pull(call: Call, kept: list[Tensor], grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     """``(gys, ys) -> (gxs, xs, gcaptured)``: the backward of a stage."""
     gys, ys = grads[: call.count_y], grads[call.count_y :]
-    residue = filled(call.residue_spec, [], kept)
-    x = call.run(kept, "inverse_with_residue", residue, filled(call.y_spec, ys, kept))
+    residue = build_wire(call.residue_spec, [], kept)
+    x = call.run(kept, "inverse_with_residue", residue, build_wire(call.y_spec, ys, kept))
     xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
     gradients = list(call.vjp(xs, kept, gys))
     none = [None] * (call.count_kept - call.holders.count + call.count_y)
@@ -470,7 +470,7 @@ class TracedRecompute(torch.autograd.Function):
 
 def _rerun(call: Call, saved: list[Tensor], gys: list[Tensor]) -> tuple[Tensor | None, ...]:
     """``gys -> (gxs, gcaptured)``: the backward of a recomputed op."""
-    saved = hidden(saved, gys)
+    saved = hide(saved, gys)
     gradients = call.vjp(saved[: call.count_x], saved[call.count_x :], gys)
     none = [None] * (call.count_kept - call.holders.count + call.count_y)
     return (None, *gradients, *none)
@@ -479,7 +479,7 @@ def _rerun(call: Call, saved: list[Tensor], gys: list[Tensor]) -> tuple[Tensor |
 # ---- an op in the trunk ----------------------------------------------------------------------------------------------
 
 
-def traced(
+def trace(
     op: Invertible, x: Wire, xs: list[Tensor], carried: bool, step: Step
 ) -> tuple[Call, list[Tensor], list[Tensor]]:
     """Run an op outside of autograd: the static part of its node, what it keeps, and its outputs."""
@@ -501,7 +501,7 @@ def traced(
 def _run_forward(op: Invertible, x: Wire) -> tuple[Wire, Residue, list[Tensor]]:
     masks: list[Tensor] = []
     _show_draws()
-    with torch.no_grad(), Dice(masks, True):
+    with torch.no_grad(), DropoutMasks(masks, True):
         y, residue = op.forward_with_residue(x)
     return y, residue, masks
 
@@ -519,12 +519,14 @@ class Traced(OnStrands):
         x, found = values(state), strands(state)
         xs = [strand.value for strand in found]
         carried = any([strand.carrier is not None for strand in found])
-        call, kept, ys = traced(op, x, xs, carried, step)
+        call, kept, ys = trace(op, x, xs, carried, step)
         if not (carried or _need_gradients([*xs, *kept])):
-            return begin(filled(call.y_spec, ys, kept))
+            return begin(build_wire(call.y_spec, ys, kept))
         carriers = [_carrier(strand) for strand in found] if carried else []
         out = TracedStage.apply(call, *xs, *carriers, *kept, *ys)
-        return filled(call.y_spec, [Strand(y, c) for y, c in zip(out[: len(ys)], out[len(ys) :], strict=True)], kept)
+        return build_wire(
+            call.y_spec, [Strand(y, c) for y, c in zip(out[: len(ys)], out[len(ys) :], strict=True)], kept
+        )
 
     def move(self, op: Invertible, state: State, run: Run) -> State:
         return self._call(op, state, in_place)
@@ -543,10 +545,10 @@ def _carrier(strand: Strand) -> Tensor:
 def recompute(op: Invertible, x: Wire) -> Wire:
     """Run an op from a stored input."""
     xs = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
-    call, kept, ys = traced(op, x, xs, False, in_place)
+    call, kept, ys = trace(op, x, xs, False, in_place)
     if _need_gradients([*xs, *kept]):
         ys = TracedRecompute.apply(call, *xs, *kept, *ys)
-    return filled(call.y_spec, ys, kept)
+    return build_wire(call.y_spec, ys, kept)
 
 
 def may_have_gradients(op: Invertible, x: Wire) -> bool:

@@ -33,7 +33,7 @@ from .. import _torch
 from ..errors import ReplayError
 from . import host_random
 from .devices import accelerators, generator_of, is_captured
-from .flags import flagged, flags
+from .flags import flags, under_flags
 
 T = TypeVar("T")
 
@@ -201,7 +201,7 @@ class Conditions:
         if same and not others and self.device == _torch.default_device():
             return fn(*args)
         with ExitStack() as stack:
-            stack.enter_context(flagged(self.flags))
+            stack.enter_context(under_flags(self.flags))
             if self.autocast != autocast_state():
                 stack.enter_context(autocast(self.autocast))
             if self.device != _torch.default_device():

@@ -87,7 +87,7 @@ class Donation:
             tensor = found[place] if 0 <= place < len(found) else None
             reason = "it is there twice" if any(tensor is t for t in self.given) else why_not_donate(tensor)
             if reason or tensor is None:
-                raise _not_donated(place, reason or "it is None")
+                raise _refusal(place, reason or "it is None")
             self.given.append(tensor)
             self.places.append(place)
 
@@ -155,7 +155,7 @@ class Donation:
         for (tensor, hidden, size, empty), value, signs in zip(self.empty, values, self.signs, strict=True):
             hidden.untyped_storage().resize_(size)
             with torch.no_grad(), _torch.preserved_version(hidden):
-                hidden.detach().copy_(value if signs is None else _signed(value, signs))
+                hidden.detach().copy_(value if signs is None else _put_signs(value, signs))
             _torch.swap_insides(tensor, hidden)
             tensor.__class__, hidden.__class__ = Tensor, Donated  # pyright: ignore[reportAttributeAccessIssue]
             empty[0] = False
@@ -181,7 +181,7 @@ def _signs(tensor: Tensor) -> Tensor | None:
         return pack_bits(tensor > 0)
 
 
-def _signed(value: Tensor, signs: Tensor) -> Tensor:
+def _put_signs(value: Tensor, signs: Tensor) -> Tensor:
     """A rebuilt tensor, positive exactly where the original was."""
     positive = value.clamp_min(torch.finfo(value.dtype).tiny)
     return torch.where(unpack_bits(signs, value.shape), positive, value.clamp_max(0))
@@ -192,7 +192,7 @@ def _raise_if(empty: list[bool], *_: Any) -> None:
         raise _was_read()
 
 
-def _not_donated(place: int, reason: str) -> DonatedError:
+def _refusal(place: int, reason: str) -> DonatedError:
     return DonatedError(f"donate: input {place} can not be freed: {reason}", cure="leave it out of donate=...")
 
 

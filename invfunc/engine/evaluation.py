@@ -77,7 +77,7 @@ class Evaluation(Again):
         if record.random is not None or record.copies or not (same_cache and snapshot.is_same()):
             with ExitStack() as conditions:
                 if not same_cache:
-                    conditions.enter_context(_torch.parametrized_as(record.cache))
+                    conditions.enter_context(_torch.under_parametrized(record.cache))
                 if record.random is not None:
                     conditions.enter_context(record.random.restored())
                 conditions.enter_context(snapshot.restored(record.copies, record.functions))
@@ -103,7 +103,7 @@ class Evaluation(Again):
                 if stops and len(self.made) == self.count:  # what TorchScript makes of it
                     raise Stop from error
                 if type(error) is RuntimeError:  # torch's own; a subclass is what it says, such as a lack of memory
-                    raise _raised(error) from error
+                    raise _replay_error(error) from error
                 raise
             finally:
                 _torch.pop_hooks()
@@ -202,7 +202,7 @@ def _has_values_of(expected: Tensor, tensor: Tensor) -> bool:
     return bool(((tensor - expected).detach().abs() <= bound / max(1, expected.numel())).all())
 
 
-def _raised(error: RuntimeError) -> ReplayError:
+def _replay_error(error: RuntimeError) -> ReplayError:
     found = ReplayError(
         f"the function raised when it ran again: {str(error).partition(chr(10))[0]}",
         expected="what it did in forward",

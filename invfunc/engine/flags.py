@@ -71,7 +71,7 @@ def flags() -> Flags:
 
 
 @contextmanager
-def flagged(values: Flags) -> Iterator[None]:
+def under_flags(values: Flags) -> Iterator[None]:
     """The flags as they were; they are the process's, so that other threads see them meanwhile."""
     before = flags()
     _set(values, before)

@@ -139,25 +139,25 @@ class Frame:
         if type(packed) is tuple:
             tensor, before, dtype = packed
             if tensor.dtype is not dtype:
-                raise self._placed(was_changed(tensor, f"moved to {shown_dtype(tensor.dtype)}"))
-            return self._checked(tensor, before)
+                raise self._with_place(was_changed(tensor, f"moved to {shown_dtype(tensor.dtype)}"))
+            return self._unwritten(tensor, before)
         if self.held is not None:
-            return self._checked(*self.held[packed])
+            return self._unwritten(*self.held[packed])
         tensor = self._take(packed)
         while tensor is None:  # again, where another thread has taken what was handed over
             _torch.run_backward(self.owner.rebuild, self)
             tensor = self._take(packed)
         if isinstance(tensor, ReplayError):  # the function wrote into what its graph had saved
-            raise self._placed(tensor)
+            raise self._with_place(tensor)
         self.saved[packed] = weakref.ref(tensor)
         return tensor
 
-    def _checked(self, tensor: Tensor, before: int) -> Tensor:
+    def _unwritten(self, tensor: Tensor, before: int) -> Tensor:
         if tensor._version != before:
-            raise self._placed(was_changed(tensor))
+            raise self._with_place(was_changed(tensor))
         return tensor
 
-    def _placed(self, error: ReplayError) -> ReplayError:
+    def _with_place(self, error: ReplayError) -> ReplayError:
         self.record.place(error)
         return error
 

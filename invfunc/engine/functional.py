@@ -21,16 +21,16 @@ from .strands import (
     State,
     Strand,
     begin,
+    build_wire,
+    build_wire_from,
     carriers,
-    fill,
-    filled,
     keep,
     needs_gradient,
-    on_strands,
     outline,
     residue_spec_of,
     spec_of,
     strands,
+    tensors_at_strands,
     values,
 )
 from .watch import Kind, Recording, Replay, check_kinds, record_call, slots, tensor_kinds
@@ -127,7 +127,7 @@ def _on_trunk(op: Invertible, state: State, y: Wire, residue: Residue, recording
     if carried:
         above = [carriers([s.value])[0] if s.carrier is None else s.carrier for s in xs]
     out = _Stage.apply(call, *[s.value for s in xs], *above, *kept, *ys)
-    return filled(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
+    return build_wire(call.y_spec, list(map(Strand, out[: len(ys)], out[len(ys) :])), kept)
 
 
 def _untouched(op: Invertible, x: Wire, needs: Sequence[bool]) -> tuple[int, ...]:
@@ -217,13 +217,13 @@ def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor 
     count = len(call.y_kinds)
     grads, saved = _torch.alive(grads), _torch.alive(ctx.saved_tensors)
     kept, lost = saved[: call.count_kept], saved[call.count_kept :]
-    y, gy = filled(call.y_spec, grads[count : 2 * count], kept), filled(call.y_spec, grads[:count], None)
-    residue = None if call.residue_spec is None else fill(call.residue_spec, iter(lost), kept)
+    y, gy = build_wire(call.y_spec, grads[count : 2 * count], kept), build_wire(call.y_spec, grads[:count], None)
+    residue = None if call.residue_spec is None else build_wire_from(call.residue_spec, iter(lost), kept)
     replay, needs = _replay(ctx, call, kept)
     if lost and any([g is not None for g in grads[2 * count :]]):  # rule 7 of NOTE [Strands]
         x = replay.run(call.op.inverse_with_residue, (residue, y))
         _, pull = replay(lambda x: call.op.forward_with_residue(x), (x,), (needs,))
-        (gx,) = pull((gy, filled(call.residue_spec, grads[2 * count :], None)))
+        (gx,) = pull((gy, build_wire(call.residue_spec, grads[2 * count :], None)))
         return _in_argument_order(call, gx, x, replay.finish())
     if any([g is not None for g in grads[:count]]):
         x, gx = call.op.pull(residue, y, gy, replay, needs)
@@ -246,9 +246,9 @@ def _rerun(ctx: Any, call: Call, gys: Sequence[Tensor | None]) -> tuple[Tensor |
     xs, kept = saved[:count], saved[count:]
     replay, needs = _replay(ctx, call, kept)
     assert call.fn is not None
-    y, pull = replay(call.fn, (filled(call.x_spec, xs, kept),), (needs,))
+    y, pull = replay(call.fn, (build_wire(call.x_spec, xs, kept),), (needs,))
     check_kinds(lambda: f"{call.op!r} on replay", leaves(y), call.y_kinds)
-    (gx,) = pull(filled(call.y_spec, gys, None))
+    (gx,) = pull(build_wire(call.y_spec, gys, None))
     return _in_argument_order(call, gx, None, replay.finish())
 
 
@@ -261,12 +261,12 @@ def _replay(ctx: Any, call: Call, kept: Sequence[Tensor]) -> tuple[Replay, Wire]
     wanted = [want and is_differentiable(c) for want, c in zip(wanted, captured, strict=True)]
     inverse = call.op.inverse_with_residue, call.x_kinds
     replay = Replay(call.recording, captured, wanted, kept, rebuilds=call.carried, inverse=inverse)
-    return replay, filled(call.x_spec, needed[:count], None)
+    return replay, build_wire(call.x_spec, needed[:count], None)
 
 
 def _in_argument_order(call: Call, gx: Wire, x: Wire, gcaptured: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of apply's arguments."""
-    gxs = on_strands(call.x_spec, gx) if gx is not None else [None] * len(call.x_kinds)
+    gxs = tensors_at_strands(call.x_spec, gx) if gx is not None else [None] * len(call.x_kinds)
     xs = _rebuilt_leaves(call, x) if call.carried else []
     rest = [None] * (call.count_kept - len(gcaptured) + call.count_lost)
     return (None, *gxs, *xs, *gcaptured, *rest, *[None] * len(call.y_kinds))

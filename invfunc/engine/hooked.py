@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..core.op import Invertible
-from ..wires import Wire, leaves, map_wire, unflatten
+from ..wires import Wire, blank, leaves, map_wire, unflatten
 from .devices import settle
 from .frame import like_of
 from .interface import Engine, Place, Run, Whole
@@ -88,9 +88,5 @@ class Hooked(Engine):
     def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
         path = (None, Whole(op), 0) if run.path is None else run.path
         region = Region(fn, lambda tensors: (unflatten(x_spec, tensors),), path, self.conditions, run.options)
-        x_spec = map_wire(_nothing, x)
+        x_spec = blank(x)
         return region.run((x,), leaves(x), op.functions)
-
-
-def _nothing(leaf: Any) -> None:
-    return None

@@ -39,7 +39,7 @@ _OPERATORS = type(torch.ops.aten.detach), type(torch.ops.aten.detach.default)
 _IGNORED = torch.ops.aten.detach.default  # as often as autograd hands a tensor over: not the same in both
 
 
-def checked_keep(keep: Any) -> Any:
+def check_keep(keep: Any) -> Any:
     """The option as it is, if it is one: values that compare, for a value of options."""
     if keep is None or callable(keep):
         return keep

@@ -75,7 +75,7 @@ Why: TypeAlias = Callable[[float], Cause]
 _NOT_YET = Cause("", f"the next backward looks for the cause; {CHECK}")
 
 
-def checked_drift(drift: Drift) -> Drift:
+def check_drift(drift: Drift) -> Drift:
     """The option as it is, if it is one."""
     number = isinstance(drift, (int, float)) and not isinstance(drift, bool) and 0 < drift < math.inf
     if not number and drift not in ("warn", "raise", "off"):

@@ -39,7 +39,7 @@ def mode(name: str) -> Iterator[None]:
         'ExpBackward0'
     """
     global _LATEST
-    before, _LATEST = _LATEST, checked_mode(name)
+    before, _LATEST = _LATEST, check_mode(name)
     token = None if torch.compiler.is_compiling() else _MODE.set(name)
     try:
         yield
@@ -49,7 +49,7 @@ def mode(name: str) -> Iterator[None]:
         _LATEST = before
 
 
-def checked_mode(name: str) -> str:
+def check_mode(name: str) -> str:
     """The name of a mode, if it is one."""
     if name not in MODES:
         raise OptionError(f"mode is {name!r}", expected=" or ".join(map(repr, MODES)))

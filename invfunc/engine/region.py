@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.op import Invertible
-from ..wires import Wire, leaves, map_wire
+from ..wires import Wire, blank, detach, leaves
 from .conditions import Conditions, RandomState
 from .evaluation import evaluate_again, evaluate_quietly, in_backward
 from .frame import Frame, Kept, Record, like_of
@@ -108,7 +108,7 @@ class RecordedCall:
 
     def __init__(self, op: Invertible, x: Wire) -> None:
         self.op, self.record, self.conditions = op, Record(op, None, Options()), conditions_of(op.functions)
-        self.record.like = map_wire(_nothing, x)
+        self.record.like = blank(x)
         self.random: RandomState | None = None
         frame = Frame(self, 0, self.record)
         given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
@@ -125,12 +125,4 @@ class RecordedCall:
 
     def _with_graph(self, x: Wire) -> Wire:
         with torch.enable_grad():
-            return map_wire(_without_graph, self.op.forward(x))
-
-
-def _nothing(leaf: Any) -> None:
-    return None
-
-
-def _without_graph(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+            return detach(self.op.forward(x))

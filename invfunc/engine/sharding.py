@@ -92,11 +92,11 @@ def checking_calls(fn: Callable[..., Any], *args: Any) -> Any:
     """``fn(*args)``, and `check_callee` for every module that it calls."""
     thread = threading.get_ident()
 
-    def entered(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
             return
         if threading.get_ident() == thread and is_sharded(module):
             check_callee(module)
 
-    with register_module_forward_pre_hook(entered):
+    with register_module_forward_pre_hook(enter):
         return fn(*args)

@@ -180,13 +180,13 @@ def keep(leaf: Any, kept: list[Tensor]) -> Any:
     return Held(len(kept) - 1)
 
 
-def filled(spec: Wire, found: Sequence[Any], kept: Sequence[Tensor] | None) -> Wire:
+def build_wire(spec: Wire, found: Sequence[Any], kept: Sequence[Tensor] | None) -> Wire:
     """A wire from its spec; without kept tensors, None stands where no strand is."""
-    return fill(spec, iter(found), kept)
+    return build_wire_from(spec, iter(found), kept)
 
 
-def on_strands(spec: Wire, wire: Wire) -> Sequence[Any]:
-    """What a wire has where its spec has tensors; the inverse of `filled`."""
+def tensors_at_strands(spec: Wire, wire: Wire) -> Sequence[Any]:
+    """What a wire has where its spec has tensors; the inverse of `build_wire`."""
     found, places = leaves(wire), leaves(spec)
     if len(found) != len(places):
         raise ReplayError(
@@ -197,12 +197,12 @@ def on_strands(spec: Wire, wire: Wire) -> Sequence[Any]:
     return [leaf for leaf, place in zip(found, places, strict=True) if place is STRAND]
 
 
-def fill(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire:
-    """`filled`, from what an iterator has left."""
+def build_wire_from(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | None) -> Wire:
+    """`build_wire`, from what an iterator has left."""
     if spec is STRAND:
         return next(left)
     if isinstance(spec, tuple) and not isinstance(spec, Held):
-        return tuple([fill(part, left, kept) for part in spec])
+        return tuple([build_wire_from(part, left, kept) for part in spec])
     return None if kept is None else fetch(spec, kept)
 
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from .. import _torch
 from ..core.op import Invertible, Residue
 from ..errors import ReplayError
-from ..wires import Wire, is_differentiable, leaves, map_wire, unflatten
+from ..wires import Wire, blank, detach, is_differentiable, leaves, map_wire, unflatten
 from .cause import Visit, cause_of
 from .conditions import Conditions, RandomState
 from .evaluation import Evaluation, Stop, evaluate_again, in_backward
@@ -171,10 +171,10 @@ class Stage(Record):
 
     def keep_residue(self, residue: Residue) -> None:
         """Keep what the inverse needs: as autograd keeps what it saves, so that a region around it keeps nothing."""
-        self.residue = _detached(residue)
+        self.residue = _detach_residue(residue)
         if residue is not None:
             self.kept = Kept(leaves(self.residue))
-            self.residue = map_wire(_nothing, self.residue)
+            self.residue = blank(self.residue)
 
     def _residue(self) -> Residue:
         return self.residue if self.kept is None else unflatten(self.residue, self.kept.tensors())
@@ -442,7 +442,7 @@ class Trunk:
             levels.probe = self._probe(record, options.drift, given, y)
         record.keep_residue(residue)
         if frame.held is not None:  # rule 9 of NOTE [Trunk]
-            record.stored = Kept(list(map(_without_graph, flat)))
+            record.stored = Kept(leaves(detach(x)))
         levels.items.append(record)
         return y
 
@@ -481,7 +481,7 @@ class Trunk:
         places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not (places and (self.levels.has_saved() or self.donation() is not None)):
             return y
-        self.spec = map_wire(_nothing, y)
+        self.spec = blank(y)
         rest = [None if i in places else leaf for i, leaf in enumerate(flat)]
         out = Tail.apply(self, places, rest, *[flat[i] for i in places])
         for place, tensor in zip(places, out, strict=True):
@@ -497,7 +497,7 @@ class Trunk:
         except ReplayError as error:
             self.levels.place_behind(error)
             raise
-        self.start_at(unflatten(self.spec, list(map(_without_graph, ys))))
+        self.start_at(unflatten(self.spec, list(map(detach, ys))))
 
     def start_at(self, y: Wire) -> None:
         """Begin at a wire that has the values of the output."""
@@ -580,19 +580,11 @@ class Trunk:
         return self.levels.state[1]
 
 
-def _nothing(leaf: Any) -> None:
-    return None
-
-
 def _ignore(saved: Sequence[Tensor]) -> None:
     return None
 
 
-def _detached(residue: Residue) -> Residue:
+def _detach_residue(residue: Residue) -> Residue:
     if isinstance(residue, (tuple, list)):
-        return tuple([_detached(part) for part in residue])
+        return tuple([_detach_residue(part) for part in residue])
     return residue.detach() if isinstance(residue, Tensor) else residue
-
-
-def _without_graph(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from .. import _torch
 from ..core.op import VJP, name_of
 from ..errors import ReplayError
-from ..wires import Wire, is_differentiable, leaves, map_wire, spread, unflatten
+from ..wires import Wire, detach, is_differentiable, leaves, map_wire, spread, unflatten
 from .conditions import PINS, Conditions, Pinned, RandomState, Recorder, turn
 from .devices import accelerators
 from .frame import changed_input
@@ -386,7 +386,7 @@ def record_call(
     try:
         # With gradients on, as in plain autograd; aliases of x, since a closure may hold the input, too.
         call = fn if before is None else before.watch(fn)
-        out = map_residue(_detached, _watched(call, map_wire(_detached, x), scope))
+        out = map_residue(detach, _watch_call(call, detach(x), scope))
     finally:
         PINS.reset(token)
     if [version(t) for t in given] != versions:
@@ -402,28 +402,24 @@ def map_residue(fn: Callable[[Any], Any], item: Any) -> Any:
     return fn(item)
 
 
-def _watched(fn: Callable[[Wire], T], x: Wire, scope: Scope) -> T:
+def _watch_call(fn: Callable[[Wire], T], x: Wire, scope: Scope) -> T:
     thread = threading.get_ident()
 
-    def entered(module: nn.Module, _: Any) -> None:
+    def enter(module: nn.Module, _: Any) -> None:
         if threading.get_ident() == thread:
             check_callee(module)
             with _torch.without_torch_function():  # what `Scope` reads, the function does not
                 scope.enter(module)
 
-    handle = register_module_forward_pre_hook(entered)
+    handle = register_module_forward_pre_hook(enter)
     try:
-        with _torch.uncompiled(), Watch(leaves(x), {}, scope.see) as watch:
+        with _torch.without_compiler(), Watch(leaves(x), {}, scope.see) as watch:
             out = fn(x)
         watch.see_all(leaves(out))  # a function may return what it closes over
         scope.made = watch.inside
     finally:
         handle.remove()
     return out
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 _HOLE = object()
@@ -472,7 +468,7 @@ class Replay(VJP):
         return self.recording.conditions.run(self._evaluate_here, fn, x, captured)
 
     def _evaluate_here(self, fn: Callable[..., Any], x: Wire, captured: Sequence[Tensor]) -> Wire:
-        with self._restored(captured, leaves(x)):
+        with self._restore(captured, leaves(x)):
             out = spread(fn, x)
         if not self.recording.noted:
             return out
@@ -489,7 +485,7 @@ class Replay(VJP):
         theirs = self.places
         structure: list[Wire] = []
 
-        def closed(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def call(*tensors: Tensor) -> tuple[Tensor, ...]:
             inner, captured = list(flat), list(self.captured)
             for i, t in zip(own, tensors[: len(own)], strict=True):
                 inner[i] = t
@@ -499,7 +495,7 @@ class Replay(VJP):
             structure[:] = [map_wire(lambda leaf: _HOLE if is_differentiable(leaf) else leaf, out)]
             return tuple(leaf for leaf in leaves(out) if is_differentiable(leaf))
 
-        outs, vjp, *_ = torch.func.vjp(closed, *[flat[i] for i in own], *[self.captured[i] for i in theirs])
+        outs, vjp, *_ = torch.func.vjp(call, *[flat[i] for i in own], *[self.captured[i] for i in theirs])
         left = iter(outs)
         out = map_wire(lambda leaf: next(left) if leaf is _HOLE else leaf, structure[0])
         found = _kinds_of(leaves(out))
@@ -562,17 +558,17 @@ class Replay(VJP):
             )
 
     @contextmanager
-    def _restored(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
+    def _restore(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
         r = self.recording
         with ExitStack() as stack:
             if r.random is not None:
                 stack.enter_context(r.random.restored())
             PINS.set(Pinned([(name, fetch(value, self.kept)) for name, value in r.pins]))
-            stack.enter_context(self._replaced(captured, given))
+            stack.enter_context(self._replace(captured, given))
             yield
 
     @contextmanager
-    def _replaced(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
+    def _replace(self, captured: Sequence[Tensor], given: Iterable[Any]) -> Iterator[None]:
         """Put captured tensors, constants and copies of written buffers where the functions will read them."""
         r = self.recording
         contents = [(table, name, captured[i]) for table, name, i in r.filled]
@@ -581,7 +577,7 @@ class Replay(VJP):
         contents = [(table, name, tensor) for table, name, tensor in contents if table[name] is not tensor]
         with ExitStack() as stack:
             if contents:
-                stack.enter_context(_swapped(contents))
+                stack.enter_context(_swap(contents))
             if r.noted or r.copied:
                 table = {key: captured[i] for key, i in r.noted.items()}
                 table |= {id(tensor): copy.clone() for tensor, copy in r.copied}
@@ -594,7 +590,7 @@ class Replay(VJP):
     ) -> Iterator[None]:
         token = _STAND_INS.set((table, *_STAND_INS.get()))
         try:
-            with _torch.uncompiled(), Watch([*given, *captured], table, _unexpected) as watch:
+            with _torch.without_compiler(), Watch([*given, *captured], table, _unexpected) as watch:
                 yield
             self.met |= watch.met
         finally:
@@ -616,7 +612,7 @@ def _rebound(subject: str) -> ReplayError:
 
 
 @contextmanager
-def _swapped(contents: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+def _swap(contents: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
     with turn():
         held = [(table, name, table[name]) for table, name, _ in contents]
         for table, name, tensor in contents:
