@@ -73,7 +73,7 @@ def _(tensors: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
 
 
 def hide(tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    """Tensors behind a barrier; outside of a graph, themselves."""
+    """Put tensors behind a barrier; outside of a graph, return them as they are."""
     if not (is_active() and tensors):
         return list(tensors)
     return torch.ops.invfunc.barrier(list(tensors), [g for g in gradients if g is not None])
@@ -93,14 +93,14 @@ class Holders:
 
 
 def holders_of(op: Invertible) -> Holders:
-    """Find them."""
-    found = Search([], [])
-    found.add(op, 0)
-    modules = _distinct(found.modules)
+    """Collect the modules and loose tensors that an op holds."""
+    search = Search([], [])
+    search.add(op, 0)
+    modules = _distinct(search.modules)
     slots = [slot for module in modules for slot in slots_of(module)]
     buffers = _distinct([tensor for _, tensor, is_buffer in slots if is_buffer])
-    rest = _distinct([*[tensor for _, tensor, is_buffer in slots if not is_buffer], *found.loose])
-    inside, tensors = [*[tensor for _, tensor, _ in slots], *found.loose], [*rest, *buffers]
+    rest = _distinct([*[tensor for _, tensor, is_buffer in slots if not is_buffer], *search.loose])
+    inside, tensors = [*[tensor for _, tensor, _ in slots], *search.loose], [*rest, *buffers]
     return Holders(modules, tensors, len(rest), [_place(tensor, tensors) for tensor in inside])
 
 
@@ -136,7 +136,7 @@ def slots_of(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
 
 @dataclass
 class Search:
-    """What is found in the structure of a function or a value: modules, and loose tensors in order."""
+    """Collects the modules in the structure of a function or a value, and its loose tensors in order."""
 
     modules: list[nn.Module]
     loose: list[Tensor]
@@ -159,9 +159,9 @@ class Search:
     def _add_fixed(self, fn: Any, held: list[Any], depth: int) -> None:
         """What a function finds among its globals, and an object that is called among its attributes."""
         loose: list[Tensor] = []
-        found = Search(self.modules, loose)
+        search = Search(self.modules, loose)
         for value in held:
-            found.add(value, depth)
+            search.add(value, depth)
         for tensor in loose:
             if tensor.requires_grad:
                 _refuse_closure(name_of(fn))
@@ -524,9 +524,8 @@ class Traced(OnStrands):
             return begin(build_wire(call.y_spec, ys, kept))
         carriers = [_carrier(strand) for strand in found] if carried else []
         out = TracedStage.apply(call, *xs, *carriers, *kept, *ys)
-        return build_wire(
-            call.y_spec, [Strand(y, c) for y, c in zip(out[: len(ys)], out[len(ys) :], strict=True)], kept
-        )
+        above = [Strand(y, carrier) for y, carrier in zip(out[: len(ys)], out[len(ys) :], strict=True)]
+        return build_wire(call.y_spec, above, kept)
 
     def move(self, op: Invertible, state: State, run: Run) -> State:
         return self._call(op, state, in_place)

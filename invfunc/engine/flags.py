@@ -72,7 +72,7 @@ def flags() -> Flags:
 
 @contextmanager
 def under_flags(values: Flags) -> Iterator[None]:
-    """The flags as they were; they are the process's, so that other threads see them meanwhile."""
+    """Set the flags inside; they are the process's, so that other threads see them meanwhile."""
     before = flags()
     _set(values, before)
     try:

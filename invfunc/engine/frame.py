@@ -140,9 +140,9 @@ class Frame:
             tensor, before, dtype = packed
             if tensor.dtype is not dtype:
                 raise self._with_place(was_changed(tensor, f"moved to {shown_dtype(tensor.dtype)}"))
-            return self._unwritten(tensor, before)
+            return self._check_version(tensor, before)
         if self.held is not None:
-            return self._unwritten(*self.held[packed])
+            return self._check_version(*self.held[packed])
         tensor = self._take(packed)
         while tensor is None:  # again, where another thread has taken what was handed over
             _torch.run_backward(self.owner.rebuild, self)
@@ -152,7 +152,7 @@ class Frame:
         self.saved[packed] = weakref.ref(tensor)
         return tensor
 
-    def _unwritten(self, tensor: Tensor, before: int) -> Tensor:
+    def _check_version(self, tensor: Tensor, before: int) -> Tensor:
         if tensor._version != before:
             raise self._with_place(was_changed(tensor))
         return tensor

@@ -40,7 +40,7 @@ _IGNORED = torch.ops.aten.detach.default  # as often as autograd hands a tensor 
 
 
 def check_keep(keep: Any) -> Any:
-    """The option as it is, if it is one: values that compare, for a value of options."""
+    """Return the option in values that compare, since options are a value; raise if it is none."""
     if keep is None or callable(keep):
         return keep
     is_listed = isinstance(keep, Sequence) and not isinstance(keep, str)

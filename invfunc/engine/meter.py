@@ -76,7 +76,7 @@ _NOT_YET = Cause("", f"the next backward looks for the cause; {CHECK}")
 
 
 def check_drift(drift: Drift) -> Drift:
-    """The option as it is, if it is one."""
+    """Return the option as it is; raise if it is none."""
     number = isinstance(drift, (int, float)) and not isinstance(drift, bool) and 0 < drift < math.inf
     if not number and drift not in ("warn", "raise", "off"):
         raise OptionError(f"checkpoint: drift={drift!r}", expected="'warn', 'raise', 'off', or a tolerance above 0")

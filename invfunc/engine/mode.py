@@ -50,7 +50,7 @@ def mode(name: str) -> Iterator[None]:
 
 
 def check_mode(name: str) -> str:
-    """The name of a mode, if it is one."""
+    """Return the name of a mode; raise if it is none."""
     if name not in MODES:
         raise OptionError(f"mode is {name!r}", expected=" or ".join(map(repr, MODES)))
     return name
