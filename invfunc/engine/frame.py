@@ -178,22 +178,51 @@ class Frame:
             rng: Whether random numbers are replayed.
         """
         record, snapshot = self.record, self.owner.conditions.snapshot
-        conditions = self.owner.conditions
-        record.conditions, record.functions = conditions.here(), functions
-        record.has_own_conditions = record.conditions is not conditions
+        self._note_conditions(functions)
         copies = copies_of(functions) if snapshot.has_buffers else ()
         is_first = snapshot.is_lazy and is_lazy(functions)
+        before = random_state(given, snapshot.tensors_in_sight, self.owner.random) if rng else None
+        first = _torch.graph_position() if OBSERVER.get() is not None else 0
+        out, held = self._record(fn if before is None else before.watch(fn), args, given, copies, before)
+        if is_first:
+            self.held = {number: _without_node(*item) for number, item in held.items()}  # rule 9
+        if record.op is None and held:
+            self.owner.watch([tensor for tensor, _ in held.values()])
+        if snapshot.has_gradient_hooks:
+            self._go_before_gradients(out, given)
+        record.copies = [copy for copy in copies if worth_keeping(copy)] if copies else []
+        if before is not None:
+            self._note_drawn(before)
+        observer = OBSERVER.get()
+        if observer is not None:
+            observer.append(Observed(record, self.owner, first, _torch.graph_position()))
+        return out
+
+    def _note_conditions(self, functions: Iterable[Any]) -> None:
         if is_any_sharded():
             check_callees(functions)
-        before = None
-        if rng:
-            before = random_state(given, snapshot.tensors_in_sight, self.owner.random)
-            fn = before.watch(fn)
-        versions = [t._version for t in given]
+        record, conditions = self.record, self.owner.conditions
+        record.conditions, record.functions = conditions.here(), functions
+        record.has_own_conditions = record.conditions is not conditions
         record.cache = _torch.parametrized_so_far()
-        observer = OBSERVER.get()
-        first = _torch.graph_position() if observer is not None else 0
-        token = PINS.set(Recorder(PINS.get(), record.pins))
+
+    def _note_drawn(self, before: RandomState) -> None:
+        """Keep the random state before the call only if it has drawn; the next call begins where this one ended."""
+        self.owner.random = before
+        if before.has_moved():
+            self.record.random, self.owner.random = before, before.later()
+
+    def _record(
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any],
+        given: list[Any],
+        copies: Iterable[BufferCopy],
+        before: RandomState | None,
+    ) -> tuple[Any, dict[int, Held]]:
+        """``fn(*args)``, and what it has saved; raises where it has written into what it was given."""
+        versions = [t._version for t in given]
+        token = PINS.set(Recorder(PINS.get(), self.record.pins))
         try:
             out = self._call(fn, args)
             if out is _REFUSED:  # for the first time in this process
@@ -202,28 +231,14 @@ class Frame:
                 out = self._call(fn, args)
         except RuntimeError as error:
             if any(text in str(error) for text in _IN_PLACE):
-                raise changed_input(_name_of_call(record)) from error
+                raise changed_input(_name_of_call(self.record)) from error
             raise
         finally:
             PINS.reset(token)
             held, self.held = self.held, None
         if [t._version for t in given] != versions:
-            raise changed_input(_name_of_call(record))
-        if is_first:
-            self.held = {number: _without_node(*item) for number, item in (held or {}).items()}  # rule 9
-        if record.op is None and held:
-            self.owner.watch([tensor for tensor, _ in held.values()])
-        if snapshot.has_gradient_hooks:
-            self._go_before_gradients(out, given)
-        if copies:
-            record.copies = [copy for copy in copies if worth_keeping(copy)]
-        if before is not None:
-            self.owner.random = before
-            if before.has_moved():
-                record.random, self.owner.random = before, before.later()
-        if observer is not None:
-            observer.append(Observed(record, self.owner, first, _torch.graph_position()))
-        return out
+            raise changed_input(_name_of_call(self.record))
+        return out, held or {}
 
     def forward(self, op: Invertible, x: Wire, show: Callable[[Sequence[Tensor]], None]) -> tuple[Wire, Residue]:
         """An op's forward; what its function has saved is shown, and let go before memory for the result is taken."""
