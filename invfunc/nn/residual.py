@@ -285,6 +285,13 @@ RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
     "GemmaDecoderLayer": _LLAMA,
+    "OlmoDecoderLayer": _LLAMA,
+    "SmolLM3DecoderLayer": _LLAMA,
+    "Starcoder2DecoderLayer": _LLAMA,
+    "Phi3DecoderLayer": (
+        "input_layernorm self_attn resid_attn_dropout",
+        "post_attention_layernorm mlp resid_mlp_dropout",
+    ),
     "ModernBertEncoderLayer": ("attn_norm attn", "mlp_norm mlp"),
     "RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
     "ViTLayer": ("layernorm_before attention dropout", "layernorm_after mlp dropout"),
@@ -303,7 +310,8 @@ def _branches_of(block: nn.Module, branches: Any) -> tuple[BlockBranch, ...]:
             raise OptionError(
                 f"reversible: no recipe for {type(block).__name__}",
                 expected=f"one of {', '.join(RECIPES)}",
-                cure="say what it adds to its stream: branches=('norm1 attn', 'norm2 mlp')",
+                cure="say what it adds to its stream: branches=('norm1 attn', 'norm2 mlp'); where it normalises behind "
+                "each sum, as BERT does, use inv.nn.checkpoint_blocks",
             )
         branches = RECIPES[known[0]]
     found: Sequence[Branch] = branches(block) if callable(branches) else branches  # pyright: ignore
@@ -459,9 +467,9 @@ def reversible(
             streams by turns, and ``"hamiltonian"`` two; the others take the block's whole branch.
         branches: What a block adds to its stream, in order: the paths of what it applies one after another, as in
             ``("ln_1 attn", "ln_2 mlp")``, or functions ``(block, x, **context) -> tensor``; or a function from a block
-            to these. None takes the recipe for the class of the block: GPT-2, Llama, Mistral, Qwen, Gemma, ModernBERT,
-            RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder and decoder layers
-            (``norm_first=True``).
+            to these. None takes the recipe for the class of the block: GPT-2, Llama, Mistral, Qwen, Gemma, OLMo, Phi-3,
+            SmolLM3, StarCoder2, ModernBERT, RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder
+            and decoder layers (``norm_first=True``).
         options: Those of `invfunc.checkpoint`, such as ``mode`` and ``drift``.
 
     Returns:

@@ -39,7 +39,9 @@ def gpt2(depth: int, **options: Any) -> nn.Module:
 
 def rotary(family: str) -> Callable[[int], nn.Module]:
     def make(depth: int) -> nn.Module:
-        kind, options = getattr(hf, f"{family}Config"), {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS}
+        kind, options = getattr(hf, f"{family}Config"), {"num_key_value_heads": 2}
+        if family not in OTHERS:
+            options["head_dim"] = WIDTH // HEADS
         config = kind(num_hidden_layers=depth, **SIZES, **options)
         return getattr(hf, f"{family}ForCausalLM")(config)
 
@@ -76,9 +78,12 @@ MODELS = {
 }
 
 
+OTHERS = {name: (rotary(name), "model.layers.*") for name in ("Olmo", "Phi3", "SmolLM3", "Starcoder2")}
+
+
 def made(name: str, depth: int = 4) -> tuple[nn.Module, str]:
     torch.manual_seed(0)
-    make, blocks = MODELS[name]
+    make, blocks = {**MODELS, **OTHERS}[name]
     return make(depth).double(), blocks
 
 
@@ -92,7 +97,7 @@ def batch(name: str) -> dict[str, Any]:
     given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
     if name == "gpt2, cross":
         given["encoder_hidden_states"] = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
-    return {**given, "use_cache": False} if name in DECODERS else given
+    return {**given, "use_cache": False} if name in (*DECODERS, *OTHERS) else given
 
 
 def step(model: nn.Module, given: dict[str, Any]) -> tuple[Any, list[Tensor]]:
@@ -127,7 +132,7 @@ def test_reversible_lowered_is_reversible_stored(name: str, scheme: str) -> None
     assert_close(others, gradients)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_a_recipe_takes_the_block_apart(name: str) -> None:
     """In eval: some draw dropout in another order."""
     model, blocks = made(name)
