@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import math
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -125,10 +126,11 @@ def test_a_saturated_network_trains(make, x):
     w = weight(3)
     x = torch.tensor([[x, 0.0, 1.0]])
     op = inv.chain(inv.affine(1 + w**2, w), make())
-    plain, lowered = (
-        torch.autograd.grad(way(op)(x).sum(), w, retain_graph=True) for way in (inv.chain, inv.checkpoint)
-    )
-    assert plain[0].isfinite().all()
+    (plain,) = torch.autograd.grad(op(x).sum(), w, retain_graph=True)
+    warned = pytest.warns(inv.errors.DriftWarning, match="lost values by saturation")
+    with warned if make in (ops.exp, ops.softplus) else nullcontext():  # what rounds to 0 can not be rebuilt
+        (lowered,) = torch.autograd.grad(inv.checkpoint(op)(x).sum(), w)
+    assert plain.isfinite().all()
     assert_close(lowered, plain)
 
 

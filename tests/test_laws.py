@@ -105,8 +105,7 @@ KEEPS = {
     "batch_norm, training": 1 / 64,
     "couple, batch norm": 1 / 64,
     "dequantize, variational": 1,
-    **dict.fromkeys(["exp", "log", "sigmoid", "logit", "tanh", "atanh", "mixture_cdf"], 1),  # which saturate
-    **dict.fromkeys(["softplus", "softplus, inverse", "power", "power, negative", "power, tensor"], 1),
+    **dict.fromkeys(["sigmoid", "logit", "tanh", "atanh", "mixture_cdf"], 1),  # which saturate
 }
 ONE_WAY = {"one_way", "checkpoint, one_way"}
 

@@ -1,11 +1,12 @@
 """Elementwise ops: each is one function of one number, its inverse, and the logarithm of its derivative.
 
 Range and rounding: a function that saturates (`sigmoid`, `tanh`, `softplus`, `exp`) rounds to the end of its open range
-when its input is large, and near it leaves few digits. Its inverse reads the end as a number that rounds to it: what
-comes back is finite, forward makes the end of it again, and the gradient there is 0, as that of a clamp. Lowered, such
-an op keeps its input, in either direction, so that everything before it gets plain autograd's gradient. Beyond the end
-there is no inverse: value and gradient are NaN, and under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes
-NaN; of an infinity, the limit; so do the log-determinants, which are computed in at least float32.
+when its input is large. Its inverse reads the end as a number that rounds to it: what comes back is finite, forward
+makes the end of it again, and the gradient there is 0, as that of a clamp. Near an end that is not 0 few digits are
+left. Lowered, an op with such an end (`sigmoid`, `tanh`) keeps its input, in either direction, so that everything
+before it gets plain autograd's gradient; so does in float16 what rounds to 0 early. Beyond the end there is no inverse:
+value and gradient are NaN, and under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity,
+the limit; so do the log-determinants, which are computed in at least float32.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ def _exp_log_det(x: Tensor, y: Tensor) -> Tensor:
     return sum_log_slopes(torch.positive, x)
 
 
+def _has_short_range(x: Tensor) -> bool:
+    """Whether numbers that occur round to 0 when they are exponentiated."""
+    return torch.finfo(x.dtype).tiny > 1e-30
+
+
 def exp() -> Invertible:
     r"""The exponential function.
 
@@ -105,7 +111,8 @@ def exp() -> Invertible:
         All numbers; the range is y > 0. It overflows beyond x = 88 in float32 and 709 in float64.
 
     Cost:
-        Its inverse is one logarithm. Lowered, its input is kept, since a large negative one rounds to 0.
+        Its inverse is one logarithm. Lowered, the gradient is read off the output and nothing is kept, but in float16
+        the input, since it rounds to 0 from -17 on.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, by the inverse of a y that is not positive.
@@ -117,7 +124,7 @@ def exp() -> Invertible:
     Source:
         As a bijector: Dillon et al., TensorFlow Distributions (2017).
     """
-    return saturating(pair(torch.exp, _log, pullback=_pull_exp, log_det=_exp_log_det, name="exp()"))
+    return saturating(pair(torch.exp, _log, pullback=_pull_exp, log_det=_exp_log_det, name="exp()"), _has_short_range)
 
 
 def log() -> Invertible:
@@ -133,7 +140,7 @@ def log() -> Invertible:
         gradient 0; of less, NaN.
 
     Cost:
-        Its inverse is one exponential. Lowered, its input is kept, as that of `exp` is.
+        Its inverse is one exponential. Lowered, nothing is kept, but in float16 its input.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, when an x is not positive.
@@ -422,8 +429,8 @@ def softplus() -> Invertible:
         All numbers; the range is y > 0. The inverse of 0 is a number of which it rounds to 0; of less, NaN.
 
     Cost:
-        Its inverse is one exponential and one logarithm. Lowered, its input is kept, since a large negative one rounds
-        to 0.
+        Its inverse is one exponential and one logarithm. Lowered, the gradient is read off the output and nothing is
+        kept, but in float16 the input, as that of `exp`.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, by the inverse of a y that is not positive.
@@ -436,7 +443,7 @@ def softplus() -> Invertible:
         Dugas et al., Incorporating second-order functional knowledge for better option pricing (2001).
     """
     op = pair(_softplus, _softplus_inverse, pullback=_pull_softplus, log_det=_softplus_log_det, name="softplus()")
-    return saturating(op)
+    return saturating(op, _has_short_range)
 
 
 # ---- sinh and asinh ----------------------------------------------------------------------------------------------
@@ -558,7 +565,8 @@ def power(p: float | Tensor) -> Invertible:
         inverse tells the sign. For a cube root with its sign, `cbrt`.
 
     Cost:
-        Its inverse is one power. Lowered, its input is kept, since a power may round to 0 or overflow.
+        Its inverse is one power. Lowered, the gradient is read off the output and nothing is kept, but in float16 the
+        input: a power soon rounds to 0 there, or overflows.
 
     Raises:
         OptionError: When p is the number 0, or no number.
@@ -581,7 +589,7 @@ def power(p: float | Tensor) -> Invertible:
         log_det=partial(_power_log_det, p),
         name="power(p)" if isinstance(p, Tensor) else f"power({p})",
     )
-    return saturating(op)
+    return saturating(op, _has_short_range)
 
 
 def _sign_and_size(x: Tensor) -> tuple[Tensor, Tensor]:

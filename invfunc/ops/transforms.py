@@ -223,13 +223,14 @@ def _of_torch(transform: Transform) -> Invertible:
     else:
         rule = partial(_transform_log_det, pure)
         op = pair(partial(_through, pure), partial(_through, pure.inv), log_det=rule, name=_shown(transform))
-    return op if _is_real(pure.domain) and _is_real(pure.codomain) else saturating(op)
+    return op if _has_fine_ends(pure.domain) and _has_fine_ends(pure.codomain) else saturating(op)
 
 
-def _is_real(constraint: Any) -> bool:
-    """Whether all numbers are allowed: then no end is near which rounding leaves too little of them."""
+def _has_fine_ends(constraint: Any) -> bool:
+    """Whether numbers are close to each other near every end: all numbers, or the positive ones."""
     inner = getattr(constraint, "base_constraint", None)
-    return constraint is constraints.real if inner is None else _is_real(inner)
+    fine = constraints.real, constraints.positive, constraints.nonnegative
+    return constraint in fine if inner is None else _has_fine_ends(inner)
 
 
 def _itself(transform: Transform) -> Transform:
