@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -83,3 +84,15 @@ def worth_keeping(copy: BufferCopy) -> bool:
 def _send_difference(a: Tensor, b: Tensor) -> Late | bool:
     """Whether tensors differ; from a device, that comes later."""
     return not torch.equal(a, b) if a.is_cpu else Late((a != b).any().reshape(1))
+
+
+@contextmanager
+def leave_buffers(functions: Iterable[Any]) -> Iterator[None]:
+    """Leave the buffers of modules in training as they were, whatever runs inside."""
+    copies = copies_of(functions)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for copy in copies:
+                copy.module._buffers[copy.name] = copy.tensor.copy_(copy.copy)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .. import _torch
 from ..errors import ReplayError
-from .buffers import BufferCopy, copies_of, may_write, may_write_into
+from .buffers import BufferCopy, may_write, may_write_into
 from .conditions import RandomState, turn
 from .devices import accelerators
 from .parts import ABSENT, Attribute, Parts, Place, Table, version
@@ -311,18 +311,6 @@ class Snapshot:
         return error
 
 
-@contextmanager
-def unmoved(functions: Iterable[Any]) -> Iterator[None]:
-    """Leave the buffers of modules in training as they were, whatever runs inside."""
-    copies = copies_of(functions)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for copy in copies:
-                copy.module._buffers[copy.name] = copy.tensor.copy_(copy.copy)
-
-
 def _replaced(now: dict[str, Any], was: dict[str, Any]) -> dict[str, Any]:
     """What the buffers of a module were; one that the call has replaced is let go with its graph."""
     return {n: t if now.get(n) is t or t is None or t.is_leaf else _with_own_graph(t) for n, t in was.items()}
@@ -366,7 +354,7 @@ _WITH_ADDRESS = (Tensor, nn.Parameter, nn.Buffer)
 
 
 @contextmanager
-def undrawn(functions: Iterable[Any], given: Iterable[Tensor] = ()) -> Iterator[None]:
+def leave_random_state(functions: Iterable[Any], given: Iterable[Tensor] = ()) -> Iterator[None]:
     """Leave the random numbers to come as they are, whatever functions draw inside."""
     seen = Snapshot(functions).tensors_in_sight()
     with RandomState(accelerators([*given, *seen])).restored():

@@ -29,7 +29,7 @@ from ..engine.frame import Frame
 from ..engine.interface import Run, State
 from ..engine.lower import walk
 from ..engine.parts import Parts
-from ..engine.snapshot import undrawn
+from ..engine.snapshot import leave_random_state
 from ..errors import OptionError
 from ..exact.transform import Gridded
 from ..plan import report
@@ -186,7 +186,7 @@ def _undisturbed(op: Invertible) -> Iterator[None]:
     found = Parts(op.functions)
     buffers = [*found.tensors, *(buffer for module in found.roots for buffer in module.buffers())]
     before = [buffer.clone() for buffer in buffers]
-    with undrawn(op.functions):
+    with leave_random_state(op.functions):
         yield
     with torch.no_grad():
         for buffer, value in zip(buffers, before, strict=True):

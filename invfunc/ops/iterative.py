@@ -39,10 +39,10 @@ from ..core.couple import add_wires, affine, as_law, sum_per_sample
 from ..core.op import VJP, Again, Inverse, Invertible, Pair, Residue, graph_leaves, name_of
 from ..core.precision import at_least
 from ..debug import checking
+from ..engine.buffers import leave_buffers
 from ..engine.devices import Answers, Late, when_here
 from ..engine.interface import Options, Run
 from ..engine.lower import engine_for, runs_plainly
-from ..engine.snapshot import unmoved
 from ..errors import DomainError, OptionError, WireError
 from ..log_det import log_abs_det, log_det
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
@@ -77,7 +77,7 @@ class SolvedInverse(Inverse):
             engine = engine_for(self, x)
             run = Run(engine, Options(drift="off")) if engine is not None else None
             return spread(self.op.inverse_fn, x) if run is None else run.on_trunk(self, x), None
-        with torch.no_grad(), unmoved(self.op.functions):
+        with torch.no_grad(), leave_buffers(self.op.functions):
             solution = spread(self.op.inverse_fn, map_wire(_detached, x))
         return self._connected(solution, x), None
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes, storage_id, storage_of, trees
 from ..core.couple import Half
 from ..core.op import Chain, Invertible, OneWay, name_of
+from ..core.structure import contents_of
 from ..wires import Wire, is_differentiable, leaves
 from .clock import Clock, beyond_idle, one_thread, timed
 from .costs import Costs, OpCosts, parse_bytes
@@ -402,8 +403,7 @@ def _structure(item: Any) -> Any:
     if isinstance(item, MethodType):
         return _structure([item.__self__, item.__func__])
     if isinstance(item, FunctionType):
-        cells = [cell.cell_contents for cell in item.__closure__ or ()]
-        return item.__code__, _structure([*(item.__defaults__ or ()), *cells])
+        return item.__code__, _structure([*contents_of(item).values()])
     if isinstance(item, (tuple, list)):
         return tuple(map(_structure, item))
     if is_dataclass(item) and not isinstance(item, type):

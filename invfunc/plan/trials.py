@@ -16,8 +16,9 @@ from ..core.op import Invertible, graph_leaves
 from ..engine.hooked import Hooked, OnTrunk
 from ..engine.interface import Options, Run
 from ..engine.lower import at_start, walk
+from ..engine.parts import Parts
 from ..engine.region import Region, conditions_of
-from ..engine.snapshot import Parts, undrawn
+from ..engine.snapshot import leave_random_state
 from ..engine.trunk import Trunk
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .executor import SubChain, follow, steps_of
@@ -299,7 +300,7 @@ def untouched(*ops: Invertible) -> Iterator[None]:
     tables = [t for module in modules for m in module.modules() for t in (m.__dict__, m.__dict__["_buffers"])]
     entries = [table.copy() for table in tables]
     try:
-        with undrawn(function for op in ops for function in op.functions):
+        with leave_random_state(function for op in ops for function in op.functions):
             yield
     finally:
         for table, entry in zip(tables, entries, strict=True):  # a cache, say, that was made of fake tensors
