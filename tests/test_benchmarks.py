@@ -40,7 +40,7 @@ def test_the_plain_row_is_the_unit(rows):
 def test_what_is_counted_of_the_others(rows):
     checkpointed, ours = rows["torch checkpoint, each block"], rows["invfunc"]
     assert checkpointed["evaluations"] == ours["evaluations"] == 2
-    assert ours["flops"] == pytest.approx(4 / 3, abs=0.01)
+    assert ours["flops"] == pytest.approx(4 / 3 - 1 / 48)  # a layer of 16, which are run three times in a plain step
     assert ours["held"] == 1 < checkpointed["held"] < rows["plain"]["held"]
     assert ours["peak"] < checkpointed["peak"] < rows["plain"]["peak"]
     assert ours["float64"] < 1e-12 < 1e-8 < ours["float32"] < ours["bfloat16"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import Operators, assert_close
+from kit import Operators, assert_close, network
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import (
@@ -245,3 +245,15 @@ def test_debug_tells_the_first_operator_that_differs() -> None:
     y = inv.checkpoint(lambda x: next(turns)(x), debug=True)(torch.ones(3, requires_grad=True))
     with pytest.raises(ReplayError, match="operator 0 was aten.exp.default in forward and aten.tanh.default again"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["invert", "recompute"])
+@pytest.mark.parametrize("mode", ["grid", "codes"])
+def test_an_exact_op_keeps_nothing_and_gives_the_same_bits(mode: str, way: str) -> None:
+    modules = [nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(4)]
+    op = inv.exact(network(modules), mode)
+    x = torch.randn(3, 8, requires_grad=True)
+    wrt = [x, *(weight for module in modules for weight in module.parameters())]
+    fast = inv.checkpoint(op, mode=way, keep=[torch.ops.aten.addmm])
+    found, expected = (torch.autograd.grad(f(x).sin().sum(), wrt) for f in (fast, op))
+    assert all(map(torch.equal, found, expected))

@@ -35,7 +35,7 @@ from ..errors import ReplayError
 from .buffers import BufferCopy, may_write, may_write_into
 from .conditions import RandomState, turn
 from .devices import accelerators
-from .parts import ABSENT, Attribute, Parts, Place, Table, version
+from .parts import ABSENT, Attribute, Contents, Parts, Place, Table, version
 from .sharding import is_any_sharded, is_sharded
 
 _HOOKS = (
@@ -264,7 +264,7 @@ class Snapshot:
     def take_away(self, before: list[tuple[Any, Any]]) -> None:
         """Rule 5 of NOTE [Snapshot]: tensors that were not there before the call ran again, and what goes with them."""
         changed = [(place, was) for place, was in before if place.now() is not was]
-        owners = {id(place.table) for place, was in changed if _tensors_of(place.now()) - _tensors_of(was)}
+        owners = {id(place.table) for place, was in changed if _is_left_in(place, was)}
         for place, was in changed:
             if id(place.table) in owners:
                 place.put(was)
@@ -323,6 +323,12 @@ def _with_own_graph(tensor: Tensor) -> Tensor:
 
 def _has_graph(item: Any) -> bool:
     return any([t.grad_fn is not None for t in _torch.trees.tree_leaves(item) if isinstance(t, Tensor)])
+
+
+def _is_left_in(place: Any, was: Any) -> bool:
+    """Whether tensors are new in a place; in a container, only those with a graph: others are somebody's record."""
+    now = place.now()
+    return bool(_tensors_of(now) - _tensors_of(was)) and (not isinstance(place, Contents) or _has_graph(now))
 
 
 def _tensors_of(item: Any) -> set[int]:

@@ -100,7 +100,7 @@ def _(op: Exact, state: State, run: Run) -> State:
     if isinstance(op, Moved):
         return run.engine.move(op, state, run)
     part = op.witnessed if run.engine.opens(state) or checking() else op
-    return walk.default(part, state, run.under(replace(run.options, drift="off")))
+    return walk.default(part, state, run.under(replace(run.options, drift="off", keep=None)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -603,7 +603,7 @@ class Gridded(Wrapper):
 def _(op: Gridded, state: State, run: Run) -> State:
     if compiled.is_active():
         _refuse_graph()
-    engine, place = run.engine, partial(repr, op)
+    engine, place, run = run.engine, partial(repr, op), run.under(replace(run.options, keep=None))
 
     def lowered(op: Invertible, x: Wire) -> Wire:
         return engine.close(walk(op, engine.begin(x, run, place), run))

@@ -167,14 +167,14 @@ class _Book:
     def rows_of_call(self, call: Observed) -> Iterator[Saved]:
         """What is kept to run a call again."""
         record, kept = call.record, getattr(call.owner, "kept", None)
-        if not (record.kinds or record.residue):
+        if not record.kinds and record.kept is None:
             return
         where = self._place_of(record)
         for tensor in kept.tensors() if kept is not None else ():
             if isinstance(tensor, Tensor):
                 yield from self._row(where, "input", tensor, "the part runs again from it")
         self.counted |= {_torch.storage_of(t) for t in record.leaves}
-        for tensor in _torch.trees.tree_leaves(record.residue):
+        for tensor in record.kept.tensors() if record.kept is not None else ():
             if isinstance(tensor, Tensor):
                 yield from self._row(where, "residue", tensor, "what the op loses")
         for copy in record.copies:

@@ -53,6 +53,11 @@ class Live(Wrapper):
     backwards: bool
 
     @property
+    def held(self) -> tuple[Any, ...]:
+        """What it is made of."""
+        return self.module, self.backwards
+
+    @property
     def op(self) -> Invertible:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The op as it is now."""
         return self.module.build_inverse() if self.backwards else self.module.build()
@@ -103,6 +108,11 @@ class Derived(Wrapper):
 
     live: Wrapper
     change: Callable[[Invertible], Invertible]
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """What it is made of."""
+        return self.live, self.change
 
     @property
     def op(self) -> Invertible:  # pyright: ignore[reportIncompatibleVariableOverride]
