@@ -142,6 +142,16 @@ _unwrap_if_dead = _private("torch._C._functorch.unwrap_if_dead", _same)
 _interpreters = _private("torch._C._functorch.get_interpreter_stack", tuple)
 _JVP = _private("torch._C._functorch.TransformType.Jvp", object())
 
+# A tensor with a dimension that a vmap hides, and how long it is. Otherwise a wire that has no samples is refused.
+_VMAP = _private("torch._C._functorch.TransformType.Vmap", object())
+_vmap_of = _private(
+    "torch._C._functorch.CVmapInterpreterPtr",
+    _refuse("torch._C._functorch.CVmapInterpreterPtr", "a wire that vmap does not map"),
+)
+_add_batch_dim = _private(
+    "torch._C._functorch._add_batch_dim", _refuse("torch._C._functorch._add_batch_dim", "a wire that vmap does not map")
+)
+
 
 def level() -> int:
     """How many transforms are running, one inside the other."""
@@ -160,6 +170,23 @@ def unwrapped(tensor: Tensor) -> Tensor:
     """The data below the wrappers: all samples of a ``vmap``, with its dimension."""
     while is_wrapped(tensor):
         tensor = _get_unwrapped(tensor)
+    return tensor
+
+
+def _levels_of(tensor: Tensor) -> Iterator[int]:
+    while is_wrapped(tensor):
+        yield _level_of(tensor)
+        tensor = _get_unwrapped(tensor)
+
+
+def in_every_vmap(tensor: Tensor) -> Tensor:
+    """A tensor that has a sample for each one of every ``vmap`` that is running, be they the same."""
+    levels = set(_levels_of(tensor))
+    for transform in _interpreters() or ():
+        if transform.key() == _VMAP and transform.level() not in levels:
+            with below_transforms():
+                zeros = torch.zeros(_vmap_of(transform).batchSize(), dtype=tensor.dtype, device=tensor.device)
+            tensor = tensor + _add_batch_dim(zeros, 0, transform.level())
     return tensor
 
 

@@ -219,3 +219,42 @@ def test_functional_call(name: str, closures: bool) -> None:
     found = CALLS[name](module, p, x)
     module.lowered = False
     assert_close(found, CALLS[name](module, p, x), TOLERANCE)
+
+
+# ---- what vmap does not map ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law", [None, inv.affine], ids=["additive", "affine"])
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("wrt", [0, 1], ids=["weights", "input"])
+def test_weights_that_vmap_maps_and_an_input_that_it_does_not(wrt: int, mode: str, law: Any) -> None:
+    def branch(w: Tensor) -> Any:
+        fn = inv.one_way(lambda t: torch.tanh(t @ w))
+        return fn if law is None else inv.ops.tanh_scale(lambda t: torch.cat([fn(t), t], 1))
+
+    def pipeline(w: Tensor) -> inv.Invertible:
+        options = {} if law is None else {"law": law}
+        return inv.chain(inv.split(2), inv.couple(torch.sin), inv.couple(branch(w), branch(2 * w), **options))
+
+    def total_of(weights: Tensor, x: Tensor, lower: Callable[..., Any]) -> Tensor:
+        return func.vmap(lambda w: sum(part.sin().sum() for part in lower(pipeline(w))(x)))(weights).sum()
+
+    given = torch.randn(3, 2, 2), torch.randn(5, 4)
+    fast = partial(inv.checkpoint, mode=mode)
+    assert_close(func.grad(total_of, wrt)(*given, fast), func.grad(total_of, wrt)(*given, inv.chain))
+    leaves = [t.clone().requires_grad_() for t in given]
+    found, expected = (torch.autograd.grad(total_of(*leaves, way), leaves) for way in (fast, inv.chain))
+    assert_close(found, expected)
+
+
+def test_an_ensemble_of_stacked_modules() -> None:
+    models = [inv.nn.Coupling(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3)]
+    weights, _ = func.stack_module_state(models)  # type: ignore[arg-type]
+    x = torch.randn(5, 4)
+
+    def total_of(weights: Params, mode: str) -> Tensor:
+        with inv.mode(mode):
+            return func.vmap(lambda p: func.functional_call(models[0], p, (x,)).sin().sum())(weights).sum()
+
+    found, expected = (func.grad(total_of)(weights, mode) for mode in ("invert", "store"))
+    assert_close(list(found.values()), list(expected.values()))

@@ -163,6 +163,22 @@ def _() -> None:
     assert inside(lambda x: [t.key() == jvp for t in stack()]) == [[False]]
 
 
+@contract(
+    "torch._C._functorch.TransformType.Vmap",
+    "torch._C._functorch.CVmapInterpreterPtr",
+    "torch._C._functorch._add_batch_dim",
+)
+def _() -> None:
+    vmap, size = found("torch._C._functorch.TransformType.Vmap"), found("torch._C._functorch.CVmapInterpreterPtr")
+    stack, add = found("torch._C._functorch.get_interpreter_stack"), found("torch._C._functorch._add_batch_dim")
+
+    def sizes(x: Tensor) -> Tensor:
+        assert [size(t).batchSize() for t in stack() if t.key() == vmap] == [3]
+        return add(torch.arange(3.0), 0, stack()[-1].level()) + x.sum()
+
+    assert torch.equal(torch.func.vmap(sizes)(torch.zeros(3, 2)), torch.arange(3.0))
+
+
 # ---- forward mode and gradients --------------------------------------------------------------------------------------
 
 
@@ -790,8 +806,14 @@ def test_torch_calls_what_overrides_its_methods():
 # What a name is needed for: there, its absence is an error that says so.
 NEEDED = {
     "torch._C._functorch.maybe_current_level": {"transforms", "closures_under_transforms"},
-    "torch._C._functorch.maybe_get_level": {"closures_under_transforms"},
-    "torch._C._functorch.get_unwrapped": {"iterate", "iterate_while_cached", "check_domains"},
+    "torch._C._functorch.maybe_get_level": {"transforms", "closures_under_transforms"},
+    "torch._C._functorch.get_unwrapped": {
+        "transforms",
+        "closures_under_transforms",
+        "iterate",
+        "iterate_while_cached",
+        "check_domains",
+    },
     "torch._C._autograd._get_sequence_nr": {"list_saved"},
     "torch.autograd.graph.Node._sequence_nr": {"list_saved"},
     "torch.autograd.graph.Node._saved_result": {"list_saved", "donate"},

@@ -14,7 +14,7 @@ from ..core.couple import Half
 from ..core.op import Invertible, Residue
 from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire
-from .interface import Run
+from .interface import Place, Run
 from .parts import Parts, is_lazy
 from .strands import (
     OnStrands,
@@ -40,6 +40,11 @@ from .watch import Kind, Recording, Replay, check_kinds, record_call, slots, ten
 
 class Functional(OnStrands):
     """Runs pipelines below transforms."""
+
+    def begin(self, x: Wire, run: Run, place: Place) -> State:
+        """Open a trunk: values travel back as gradients do, and vmap adds up the gradients of what it does not map."""
+        batched = map_wire(lambda leaf: _torch.in_every_vmap(leaf) if is_differentiable(leaf) else leaf, x)
+        return super().begin(batched, run, place)
 
     def call(self, op: Invertible, state: State, run: Run) -> State:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not op.implicit):
