@@ -257,3 +257,39 @@ def test_an_exact_op_keeps_nothing_and_gives_the_same_bits(mode: str, way: str) 
     fast = inv.checkpoint(op, mode=way, keep=[torch.ops.aten.addmm])
     found, expected = (torch.autograd.grad(f(x).sin().sum(), wrt) for f in (fast, op))
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_named_tensor_that_was_written_in_place_before_is_refused() -> None:
+    def f(x: Tensor) -> Tensor:
+        h = x @ x
+        h *= 3
+        return inv.keep("h", h).sin()
+
+    with pytest.raises(ReplayError, match="the kept results of aten.mm.default have been modified"):
+        inv.checkpoint(f, keep=["h"])(torch.randn(3, 3, requires_grad=True))
+
+
+def test_a_cast_that_autocast_spares_the_second_time_moves_no_kept_result() -> None:
+    module, x = nn.Linear(4, 4, dtype=torch.float32), torch.randn(3, 4, dtype=torch.float32, requires_grad=True)
+
+    def step(call: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(x)
+        return torch.autograd.grad(y.float().sum(), x)[0]
+
+    def f(x: Tensor) -> Tensor:
+        return module(module(x)).sin()
+
+    assert torch.equal(step(inv.checkpoint(f, keep=[torch.ops.aten.addmm])), step(f))
+
+
+def test_a_policy_may_keep_views_of_weights_that_were_written_before() -> None:
+    module, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+    nn.init.ones_(module.weight)
+    fast = inv.checkpoint(module, keep=lambda *args, **kwargs: True)
+    assert_close(torch.autograd.grad(fast(x).sin().sum(), x), torch.autograd.grad(module(x).sin().sum(), x))
+
+
+def test_an_operator_alone_is_no_policy() -> None:
+    with pytest.raises(OptionError, match="checkpoint: keep=.*, expected a policy, or a sequence of operators"):
+        inv.checkpoint(torch.sin, keep=torch.ops.aten.sin)

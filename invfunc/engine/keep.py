@@ -2,9 +2,9 @@
 
 NOTE [Keep] Recomputing attention costs as much as running it, and its result is small beside what it reads.
 
-1.  While a call runs, its operators are counted below autograd. Those that the policy names keep their results; when
-    the call runs again, the operator with that number gives what was kept and does not run. Autograd above builds the
-    same graph from it.
+1.  While a call runs, the calls of each operator are counted below autograd. Those that the policy names keep their
+    results; when the call runs again, that call of the operator gives what was kept and does not run. Autograd above
+    builds the same graph from it. Each is counted by itself: autocast's cache may spare a cast the second time.
 2.  `keep` names a tensor in the function itself: the operator that made its memory keeps its results. What may be asked
     for is held until the call returns.
 3.  A random operator that is kept draws nothing when the call runs again: the generators are set to where it left them.
@@ -13,6 +13,7 @@ NOTE [Keep] Recomputing attention costs as much as running it, and its result is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
@@ -41,10 +42,9 @@ _IGNORED = torch.ops.aten.detach.default  # as often as autograd hands a tensor 
 
 def check_keep(keep: Any) -> Any:
     """Return the option in values that compare, since options are a value; raise if it is none."""
-    if keep is None or callable(keep):
+    if keep is None or (callable(keep) and not isinstance(keep, _OPERATORS)):
         return keep
-    is_listed = isinstance(keep, Sequence) and not isinstance(keep, str)
-    if is_listed and all(isinstance(item, (str, *_OPERATORS)) for item in keep):
+    if isinstance(keep, (tuple, list)) and all(isinstance(item, (str, *_OPERATORS)) for item in keep):
         return tuple(keep)
     raise OptionError(
         f"checkpoint: keep={keep!r}",
@@ -91,17 +91,23 @@ def keep(name: str, tensor: Tensor) -> Tensor:
 # ---- forward, and again ----------------------------------------------------------------------------------------------
 
 
+Call: TypeAlias = tuple[Any, int]  # an operator, and which of its calls
+
+
 class Result(NamedTuple):
     """What an operator returned."""
 
-    op: Any
     out: Any
-    versions: list[int]
+    versions: list[int] | None  # None of a view while the call runs; behind it, where the call has written into it
     random: RandomState | None  # behind it, if it draws
 
 
 def _tensors(out: Any) -> list[Tensor]:
     return [leaf for leaf in _torch.trees.tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+
+
+def _versions_of(out: Any) -> list[int]:
+    return [t._version for t in _tensors(out)]
 
 
 def _detached(out: Any) -> Any:
@@ -116,35 +122,49 @@ class Keeping(_torch.DispatchMode):
         super().__init__()
         self.policy = _policy(keep)
         self.names = frozenset() if callable(keep) else frozenset(item for item in keep if isinstance(item, str))
-        self.results: dict[int, Result] = {}
-        self.count = 0
-        self.made: dict[int, tuple[int, Any, Any]] = {}  # by storage: which operator made it, and all its results
+        self.results: dict[Call, Result] = {}
+        self.counts: Counter[Any] = Counter()
+        self.made: dict[int, tuple[Call, Any, int]] = {}  # by storage: who made it, all its results, and its version
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func is _IGNORED:
             return out
-        number, self.count = self.count, self.count + 1
+        call = func, self.counts[func]
+        self.counts[func] += 1
         context = SelectiveCheckpointContext(is_recompute=False)
         context.op_output = out
-        if self.policy(context, func, *args, **kwargs) in _KEPT:
-            self._keep(number, func, out)
-        elif self.names:
+        is_kept = self.policy(context, func, *args, **kwargs) in _KEPT
+        if is_kept or self.names:
             old = {_torch.storage_of(t) for t in _tensors((args, kwargs))}
-            self.made.update({s: (number, func, out) for s in map(_torch.storage_of, _tensors(out)) if s not in old})
+            new = {_torch.storage_of(t): t._version for t in _tensors(out)}
+            if is_kept:
+                self._keep(call, out, not old.isdisjoint(new))
+            else:
+                self.made.update({storage: (call, out, new[storage]) for storage in new.keys() - old})
         return out
 
     def keep(self, tensor: Tensor) -> None:
         """Keep the results of the operator that made a tensor."""
         made = self.made.get(_torch.storage_of(tensor))
-        if made is not None:
-            self._keep(*made)
+        if made is None:
+            return
+        call, out, before = made
+        if any([t._version != before for t in _tensors(out) if _torch.storage_of(t) == _torch.storage_of(tensor)]):
+            raise _was_written(call[0])
+        self._keep(call, out, False)
 
-    def _keep(self, number: int, func: Any, out: Any) -> None:
-        draws = torch.Tag.nondeterministic_seeded in func.tags
+    def _keep(self, call: Call, out: Any, is_view: bool) -> None:
+        draws = torch.Tag.nondeterministic_seeded in call[0].tags
         random = RandomState(accelerators(_tensors(out))) if draws else None
-        self.results[number] = Result(func, out, [t._version for t in _tensors(out)], random)
+        self.results[call] = Result(out, None if is_view else _versions_of(out), random)
+
+    def _detach_results(self) -> Iterator[tuple[Call, Result]]:
+        """Not before the end: below autograd a detached tensor has its own version. Nor as they are, with nodes."""
+        for call, (out, versions, random) in self.results.items():
+            is_same, detached = versions in (None, _versions_of(out)), _detached(out)
+            yield call, Result(detached, _versions_of(detached) if is_same else None, random)
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -156,39 +176,36 @@ class Keeping(_torch.DispatchMode):
         finally:
             _KEEPING.reset(token)
             self.made.clear()
-            # Not before: below autograd a detached tensor has a version of its own. Not as they are: they have nodes.
-            self.results = {n: result._replace(out=_detached(result.out)) for n, result in self.results.items()}
+            self.results = dict(self._detach_results())
 
 
 class Giving(_torch.DispatchMode):
     """The call again: operators whose results were kept do not run."""
 
-    def __init__(self, results: dict[int, Result]) -> None:
+    def __init__(self, results: dict[Call, Result]) -> None:
         super().__init__()
-        self.results, self.count = results, 0
+        self.results, self.counts = results, Counter[Any]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _IGNORED:
             return func(*args, **(kwargs or {}))
-        number, self.count = self.count, self.count + 1
-        result = self.results.get(number)
+        result = self.results.get((func, self.counts[func]))
+        self.counts[func] += 1
         if result is None:
             return func(*args, **(kwargs or {}))
-        if result.op is not func:
-            raise ReplayError(
-                f"the function ran {func} when it ran again",
-                expected=f"{result.op} as in forward, whose results were kept",
-                cure="the function must do the same twice",
-            )
-        if [t._version for t in _tensors(result.out)] != result.versions:
-            raise ReplayError(
-                f"the kept results of {func} have been modified by an inplace operation",
-                expected="the values that forward read",
-                cure="use the out-of-place operation, or do not keep them",
-            )
+        if _versions_of(result.out) != result.versions:
+            raise _was_written(func)
         if result.random is not None:
             result.random.put()
         return _detached(result.out)
+
+
+def _was_written(func: Any) -> ReplayError:
+    return ReplayError(
+        f"the kept results of {func} have been modified by an inplace operation",
+        expected="the values that forward read",
+        cure="use the out-of-place operation, or do not keep them",
+    )
 
 
 # ---- a trace of operators --------------------------------------------------------------------------------------------
