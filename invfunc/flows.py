@@ -23,7 +23,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
-from .core.op import Invertible, name_of
+from .core.op import Invertible, check_op, name_of
 from .core.precision import at_least
 from .errors import WireError
 from .log_det import with_log_det, zeros_for
@@ -153,6 +153,7 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
     Source:
         Tabak and Turner (2013); Rezende and Mohamed (2015).
     """
+    check_op("flow", op)
     return Flow(op, base, with_log_det(op, exact=exact), any(isinstance(fn, Given) for fn in op.functions))
 
 

@@ -30,6 +30,7 @@ from .core.op import (
     Rearrangement,
     Residue,
     chain,
+    check_op,
     invert,
     name_of,
     one_way,
@@ -81,7 +82,7 @@ def with_log_det(op: Invertible, *, exact: str | None = None) -> Invertible:
     """
     if exact not in (None, "autodiff"):
         raise OptionError(f"with_log_det: exact is {exact!r}", expected="None or 'autodiff'")
-    labels = f"with_log_det({op!r})", f"with_log_det({op.inverted()!r})"
+    labels = f"with_log_det({op!r})", f"with_log_det({check_op('with_log_det', op).inverted()!r})"
     return Chain((lifted(op, exact),), labels)
 
 

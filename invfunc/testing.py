@@ -21,7 +21,7 @@ from .checkpoint import checkpoint
 from .core.combine import _concat, _split, parallel
 from .core.compare import largest, largest_difference
 from .core.couple import Half
-from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, invert, pair
+from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, check_op, invert, pair
 from .engine.parts import Parts
 from .errors import DriftWarning, NotDifferentiableError, NotInvertibleError
 from .log_det import log_det
@@ -141,6 +141,7 @@ def check_laws(
           f = pair(exp, neg)
           inverse(forward(x)) and x: leaf 0 differs by at most 3.72 (tolerance 1e-09)
     """
+    check_op("check_laws", op)
     chosen = [LAWS[item] if isinstance(item, str) else item for item in (LAWS.values() if laws is None else laws)]
     with untouched(op):
         tested = [item for item in chosen if item.applies(op, x)]

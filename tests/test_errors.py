@@ -536,3 +536,26 @@ def test_an_op_that_is_asked_for_anything_else_says_what_python_says() -> None:
         assert not hasattr(value, "zork") and not hasattr(value, "__torch_function__")
         message = f"'{type(value).__name__}' object has no attribute 'zork'"
         assert_refused(AttributeError, message, lambda value=value: value.zork)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        inv.invert,
+        inv.exact,
+        inv.with_log_det,
+        inv.ops.as_transform,
+        lambda module: inv.log_det(module, torch.ones(2, 3)),
+        lambda module: inv.flow(module, torch.distributions.Normal(torch.zeros(3), 1.0)),
+        lambda module: inv.testing.check_laws(module, torch.ones(2, 3)),
+    ],
+)
+def test_a_module_where_an_op_is_expected_is_told_that_it_has_one(use: Callable[[Any], Any]) -> None:
+    message = "ActNorm is ActNorm, expected an invertible op; pass its op: module.op"
+    assert_refused(NotInvertibleError, message, lambda: use(inv.nn.ActNorm(3)), anywhere=True)
+
+
+@pytest.mark.parametrize("op", [inv.ops.linear(1.5 * torch.eye(3)), inv.ops.diagonal(torch.ones(3))])
+def test_integers_are_refused_by_what_computes_with_real_numbers(op: inv.Invertible) -> None:
+    message = "expected a floating-point tensor, got torch.int64; x.float()"
+    assert_refused(WireError, message, lambda: op(torch.arange(6).view(2, 3)), anywhere=True)

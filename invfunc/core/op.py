@@ -728,8 +728,13 @@ def invert(op: Invertible) -> Invertible:
         >>> invert(pair(torch.exp, torch.log))(torch.tensor(1.0))
         tensor(0.)
     """
-    if not isinstance(op, Invertible):
-        raise NotInvertibleError(
-            f"invert: {name_of(op)} is {type(op).__name__}", expected="an invertible op", cure="build it with pair(...)"
-        )
-    return op.inverted()
+    return check_op("invert", op).inverted()
+
+
+def check_op(owner: str, op: Any) -> Invertible:
+    """An op; raises if it is none, and tells a module with one that it has it."""
+    if isinstance(op, Invertible):
+        return op
+    has_op = isinstance(getattr(op, "op", None), Invertible)
+    cure = "pass its op: module.op" if has_op else "build it with pair(...)"
+    raise NotInvertibleError(f"{owner}: {name_of(op)} is {type(op).__name__}", expected="an invertible op", cure=cure)

@@ -60,6 +60,13 @@ def widely(
         >>> widely(torch.exp, torch.zeros(1, dtype=torch.bfloat16))
         tensor([1.])
     """
+    if not (x.is_floating_point() or x.is_complex()):
+        raise WireError(
+            "an op that computes with real numbers",
+            expected="a floating-point tensor",
+            got=str(x.dtype),
+            cure="x.float()",
+        )
     if all([t is None or t.dtype == x.dtype for t in tensors]) and (least is None or x.dtype in _WIDE):
         return _outside_of_autocast(fn, x, *tensors)
     given = [tensor.dtype for tensor in (x, *tensors) if tensor is not None]

@@ -39,7 +39,7 @@ from .. import _torch
 from ..checkpoint import Wrapper
 from ..core.combine import Parallel, Plumbing
 from ..core.couple import Additive, DerivedLaw, Half
-from ..core.op import VJP, Again, Chain, Invertible, OneWay, Rearrangement, Residue, name_of
+from ..core.op import VJP, Again, Chain, Invertible, OneWay, Rearrangement, Residue, check_op, name_of
 from ..core.packing import pack_codes, unpack_codes
 from ..debug import checking
 from ..engine import compiled
@@ -673,10 +673,7 @@ def exact(
         Maclaurin et al., Gradient-based Hyperparameter Optimization through Reversible Learning (2015), for keeping
         what a reversal loses; Gomez et al., RevNet (2017).
     """
-    if not isinstance(op, Invertible):
-        raise NotInvertibleError(
-            f"exact: {name_of(op)} is {type(op).__name__}", expected="an invertible op", cure="build it with pair(...)"
-        )
+    check_op("exact", op)
     if mode == "grid" and not pack:
         return _gridded(op, carrier, k)
     if mode == "codes" and carrier is None and k is None:

@@ -96,7 +96,7 @@ def _exp_log_det(x: Tensor, y: Tensor) -> Tensor:
 
 def _has_short_range(x: Tensor) -> bool:
     """Whether numbers that occur round to 0 when they are exponentiated."""
-    return torch.finfo(x.dtype).tiny > 1e-30
+    return x.is_floating_point() and torch.finfo(x.dtype).tiny > 1e-30
 
 
 def exp() -> Invertible:

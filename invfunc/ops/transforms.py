@@ -16,7 +16,7 @@ from torch.distributions import Transform, constraints
 
 from ..core.combine import Plumbing, check_components, parallel, permute_wires
 from ..core.couple import sum_per_sample
-from ..core.op import Invertible, chain, invert, pair, saturating
+from ..core.op import Invertible, chain, check_op, invert, pair, saturating
 from ..debug import checking, require
 from ..errors import NotInvertibleError, OptionError, WireError
 from ..log_det import Joint, joint, with_log_det, zeros_for
@@ -126,7 +126,7 @@ def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
     """
     if not isinstance(event_dim, int) or event_dim < 0:
         raise OptionError(f"as_transform: event_dim is {event_dim}", expected="0, 1, 2, ...")
-    return OpTransform(op, event_dim)
+    return OpTransform(check_op("as_transform", op), event_dim)
 
 
 # ---- what exists as an op ----------------------------------------------------------------------------------------
