@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import invfunc.engine.mode
 from invfunc.engine.strands import carriers
 
 # What inductor has compiled stays in the checkout, for the next run.
@@ -58,3 +59,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No test leaves a transform or a mode behind."""
+    yield
+    assert not torch._C._are_functorch_transforms_active(), "a transform is still running"
+    assert invfunc.engine.mode._LATEST is None, "a mode is still in force"

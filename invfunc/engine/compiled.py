@@ -182,7 +182,7 @@ def _parts(item: Any) -> list[Any]:
         return list(item)
     if isinstance(item, dict):
         return list(item.values())
-    if hasattr(item, "held"):  # the op of a module, which is built anew at each use
+    if isinstance(item, Invertible) and hasattr(item, "held"):  # the op of a module, which is built anew at each use
         return list(item.held)
     if is_dataclass(item) and not isinstance(item, type):
         return [getattr(item, part.name) for part in fields(item) if part.init]
@@ -215,7 +215,7 @@ def with_tensors(item: Any, loose: Iterator[Tensor], depth: int = 0) -> Any:
         return getattr(parts[0], item.__name__)
     if isinstance(item, dict):
         return dict(zip(item, parts, strict=True))
-    if hasattr(item, "held"):
+    if isinstance(item, Invertible) and hasattr(item, "held"):
         return type(item)(*parts)
     if is_dataclass(item) and not isinstance(item, type):
         return replace(item, **dict(zip([part.name for part in fields(item) if part.init], parts, strict=True)))

@@ -15,7 +15,10 @@ from .interface import Options
 MODES = ("invert", "store", "recompute")
 
 _MODE: ContextVar[str | None] = ContextVar("mode", default=None)
-_LATEST: str | None = None  # Dynamo reads no context variable; it guards a global name
+_ENTERED: dict[
+    object, str
+] = {}  # the modes in force, in any thread: they need not end in the order in which they began
+_LATEST: str | None = None  # the last of them. Dynamo reads no context variable; it guards a global name
 
 
 @contextmanager
@@ -38,14 +41,30 @@ def mode(name: str) -> Iterator[None]:
         ...     fast(x).grad_fn.name()
         'ExpBackward0'
     """
+    with (_mode_in_graph if torch.compiler.is_compiling() else _mode)(check_mode(name)):
+        yield
+
+
+@contextmanager
+def _mode(name: str) -> Iterator[None]:
     global _LATEST
-    before, _LATEST = _LATEST, check_mode(name)
-    token = None if torch.compiler.is_compiling() else _MODE.set(name)
+    token, entry = _MODE.set(name), object()
+    _ENTERED[entry] = _LATEST = name
     try:
         yield
     finally:
-        if token is not None:
-            _MODE.reset(token)
+        _MODE.reset(token)
+        del _ENTERED[entry]
+        _LATEST = next(reversed(_ENTERED.values()), None)
+
+
+@contextmanager
+def _mode_in_graph(name: str) -> Iterator[None]:
+    global _LATEST
+    before, _LATEST = _LATEST, name
+    try:
+        yield
+    finally:
         _LATEST = before
 
 
