@@ -287,7 +287,8 @@ def checkpoint(
             forward (``"default"``) or not (``"none"``), as in `torch.utils.checkpoint`. Their number always is.
         early_stop: Whether a function that runs again stops with the last tensor that backward needs of it: a
             recomputed one, and the first of a pipeline, whose input nobody needs.
-            `torch.utils.checkpoint.set_checkpoint_early_stop` goes before it.
+            `torch.utils.checkpoint.set_checkpoint_early_stop` goes before it. As with torch's own, a function whose
+            last operator fills what it has saved while it runs, as `torch.nn.RReLU` does its noise, needs False.
         keep: Which results are kept from forward in place of being computed again, in the functions of couplings as
             well: operators of ``torch.ops.aten`` and names that `keep` gives, or a policy as in
             `torch.utils.checkpoint.create_selective_checkpoint_contexts`. Below a `torch.func` transform, in a

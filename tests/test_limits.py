@@ -456,3 +456,16 @@ def test_a_replica_of_data_parallel_runs_the_block_that_it_was_copied_from() -> 
     replica._modules = {"0": nn.Linear(8, 8)}
     x = torch.randn(2, 8)
     assert torch.equal(replica(x), model.large[0](x))
+
+
+# ---- early stop ------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_that_ends_with_noise_of_its_own_runs_to_its_end_if_asked() -> None:
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.RReLU()), torch.randn(5, 4)
+
+    def gradients(call: Callable[[Tensor], Tensor]) -> Any:
+        torch.manual_seed(1)
+        return torch.autograd.grad(call(x).sum(), list(module.parameters()))
+
+    assert_close(gradients(inv.checkpoint(module, early_stop=False)), gradients(module))
