@@ -160,21 +160,3 @@ def test_relu_in_place_behind_a_pipeline(lower: Callable[..., Any]) -> None:
     expected = torch.autograd.grad(loss(torch.relu(net.op(x) + 0)), [x, *net.parameters])
     out = lower(net.op)(x) + 0
     assert_close(torch.autograd.grad(loss(out.relu_()), [x, *net.parameters]), expected)
-
-
-def test_a_first_function_whose_backward_asks_for_its_tensors_twice() -> None:
-    class Squared(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            y = x * x
-            ctx.save_for_backward(y, x)
-            return y
-
-        @staticmethod
-        def backward(ctx: Any, gy: Tensor) -> Tensor:
-            (_, x), (_, again) = ctx.saved_tensors, ctx.saved_tensors
-            return gy * (x + again)
-
-    op = inv.chain(inv.split(2), inv.couple(lambda x: Squared.apply(x.sin())), inv.couple(torch.tanh), inv.concat(2))
-    x = leaf(3, 2 * WIDTH)
-    assert_close(torch.autograd.grad(loss(inv.checkpoint(op)(x)), x), torch.autograd.grad(loss(op(x)), x))

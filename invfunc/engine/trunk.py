@@ -373,7 +373,6 @@ class Levels:
                 wire = levels[at].undo(wire, at == to, at == last)
             except Stop:
                 self._compare_last(at, wire)
-                self.state = at + 1, wire  # rule 3, if it is asked for once more
                 return
             if at == self.probed and self.probe is not None and self.is_measured:
                 self._compare(self.probe, at, wire)
