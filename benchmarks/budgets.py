@@ -7,16 +7,12 @@ right behind a plain step; one thread on the CPU.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-import torch
-
 from .engines import ENGINES, PLAIN, Engine, peak, plain, plannable, planned_in
-from .exact import keep_freed_memory
 from .networks import Net
-from .table import RESULTS, STUDIES, Row, Study, begun, machine, times
+from .table import RESULTS, STUDIES, Row, Study, begun, machine, prepare, times
 
 SHARES = (0.05, 0.1, 0.25, 0.5)
 OTHERS = tuple(engine for engine in ENGINES if "planned" not in engine.name)
@@ -79,11 +75,7 @@ def table(study: Study, networks: Iterable[str], device: str) -> Iterator[str]:
 
 
 def main(name: str = "quick", *networks: str) -> None:
-    accelerator = torch.accelerator.current_accelerator()
-    device = "cpu" if accelerator is None else accelerator.type
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    warnings.simplefilter("ignore")  # the drift meter's; momentumnet's
+    device = prepare()
     kept = []
     for text in table(STUDIES[name], networks or STUDIES[name].depths, device):
         print(text, flush=True)

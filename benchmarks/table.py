@@ -169,12 +169,17 @@ def write(name: str, found: Sequence[Row], machine: str) -> None:
     draw(name, found, RESULTS)
 
 
-def main(name: str = "quick", *networks: str) -> None:
+def prepare() -> str:
+    """One thread, freed memory kept, and no warnings, such as the drift meter's in bfloat16; the device to run on."""
     accelerator = torch.accelerator.current_accelerator()
-    device = "cpu" if accelerator is None else accelerator.type
     torch.set_num_threads(1)
     keep_freed_memory()
-    warnings.simplefilter("ignore")  # the drift meter's, in bfloat16; momentumnet's
+    warnings.simplefilter("ignore")
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def main(name: str = "quick", *networks: str) -> None:
+    device = prepare()
     found: list[Row] = []
     for row in run(STUDIES[name], networks or STUDIES[name].depths, device):
         found.append(row)
