@@ -15,9 +15,8 @@ from .interface import Options
 MODES = ("invert", "store", "recompute")
 
 _MODE: ContextVar[str | None] = ContextVar("mode", default=None)
-_ENTERED: dict[
-    object, str
-] = {}  # the modes in force, in any thread: they need not end in the order in which they began
+# The modes in force, in any thread: they need not end in the order in which they began.
+_ENTERED: dict[object, str] = {}
 _LATEST: str | None = None  # the last of them. Dynamo reads no context variable; it guards a global name
 
 
