@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import TOLERANCE, A, assert_close, assert_same, count, gradients, leaf, loss
+from kit import TOLERANCE, A, assert_close, assert_same, count, gradients, leaf, loss, parameters
 from torch import Tensor, nn
 
 import invfunc as inv
@@ -278,9 +278,18 @@ MARKS = {
     "checkpoint": inv.checkpoint,
     "checkpoint recompute": lambda op: inv.checkpoint(op, mode="recompute"),
 }
+SINGLE = {  # on one component
+    "asinh": lambda: inv.pair(torch.asinh, torch.sinh),
+    "two": lambda: inv.chain(inv.pair(torch.atan, torch.tan), inv.mark(inv.pair(torch.asinh, torch.sinh), "store")),
+    "one way": lambda: inv.one_way(torch.sin),
+    "coupled": lambda: inv.chain(
+        inv.split([1, 2]), inv.couple(lambda b: b.sum(1, keepdim=True).sin()), inv.concat([1, 2])
+    ),
+}
 modes = st.sampled_from(["invert", "store", "recompute"])
+singles = st.tuples(st.sampled_from(["plain", *sorted(MARKS)]), st.sampled_from(sorted(SINGLE)))
 pipelines = st.recursive(
-    st.sampled_from(sorted(PARTS)),
+    st.one_of(st.sampled_from(sorted(PARTS)), st.tuples(singles, singles).map(lambda pair: ["parallel", *pair])),
     lambda inner: st.one_of(
         st.tuples(st.sampled_from(sorted(MARKS)), inner),
         st.lists(inner, min_size=1, max_size=4).map(lambda x: ["chain", *x]),
@@ -299,11 +308,40 @@ def build(plan: Any, parameters: list[Tensor]) -> tuple[inv.Invertible, inv.Inve
     if isinstance(plan, tuple):
         marked, plain = build(plan[1], parameters)
         return MARKS[plan[0]](marked), plain
+    if plan[0] == "parallel":
+        plain = [SINGLE[name]() for _, name in plan[1:]]
+        marked = [op if mark == "plain" else MARKS[mark](op) for op, (mark, _) in zip(plain, plan[1:], strict=True)]
+        return inv.parallel(*marked), inv.parallel(*plain)
     marked, plain = zip(*[build(part, parameters) for part in plan[1:]], strict=True)
     return inv.chain(*marked), inv.chain(*plain)
 
 
-@settings(max_examples=60)
+@pytest.mark.parametrize("single", sorted(SINGLE))
+@pytest.mark.parametrize("mark", sorted(MARKS))
+def test_a_component_may_leave_the_trunk_that_others_follow(mark: str, single: str) -> None:
+    nets = nn.Linear(A, A), nn.Linear(A, A)
+    plain = inv.parallel(SINGLE[single](), inv.pair(torch.atan, torch.tan))
+    marked = inv.parallel(MARKS[mark](plain.parts[0]), plain.parts[1])
+    pipeline, twin = (inv.chain(inv.couple(*nets), op, inv.couple(*nets), op) for op in (marked, plain))
+    xs = leaf(2, A), leaf(2, A)
+    assert_same(twin, inv.checkpoint(pipeline), [*xs, *parameters(*nets)], *xs)
+    by_func, expected = (
+        torch.func.grad(lambda a, b, op=op: loss(op(a, b)), argnums=(0, 1))(*xs)
+        for op in (inv.checkpoint(pipeline), twin)
+    )
+    assert_close(by_func, expected)
+
+
+def test_of_a_parallel_the_stored_component_alone_is_kept() -> None:
+    n, x = 8000, torch.ones(1, 1000, requires_grad=True)
+    sinh = inv.pair(torch.sinh, torch.asinh)
+    both = inv.parallel(sinh, sinh)
+    one = inv.parallel(inv.mark(sinh, "store"), sinh)
+    pipeline = inv.checkpoint(inv.chain(both, one, both))
+    assert measure(lambda: pipeline(x, x)).held_bytes == 2 * n + n  # the output, and what sinh's graph keeps
+
+
+@settings(max_examples=100)
 @given(
     st.lists(pipelines, min_size=1, max_size=4).map(lambda x: ["chain", *x]),
     modes,

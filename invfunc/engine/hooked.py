@@ -11,7 +11,7 @@ from .devices import settle
 from .frame import like_of
 from .interface import Engine, Place, Run, Whole
 from .region import Region, conditions_of
-from .trunk import Route, Stage, Trunk
+from .trunk import Detour, Levels, Route, Stage, Trunk
 
 
 class OnTrunk:
@@ -81,9 +81,17 @@ class Hooked(Engine):
 
     def fork(self, op: Any, state: OnTrunk, step: Callable[[Invertible, OnTrunk], OnTrunk], run: Run) -> OnTrunk:
         trunk = state.trunk
-        ends = op._each(lambda part, x: step(part, OnTrunk(trunk.component(), x)), state.wire)
-        trunk.join([end.trunk for end in ends])
-        return OnTrunk(trunk, tuple([end.wire for end in ends]))
+
+        def run_component(part: Invertible, x: Wire) -> tuple[OnTrunk, Levels | Detour]:
+            begun = trunk.component()
+            end = step(part, OnTrunk(begun, x))
+            levels = end.trunk.levels
+            has_left = end.trunk is not begun and begun.levels.is_wanted
+            return end, Detour(levels, part, x) if has_left else levels
+
+        steps = op._each(run_component, state.wire)
+        trunk.join([(end.trunk, component) for end, component in steps])
+        return OnTrunk(trunk, tuple([end.wire for end, _ in steps]))
 
     def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
         path = (None, Whole(op), 0) if run.path is None else run.path

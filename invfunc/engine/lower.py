@@ -175,8 +175,6 @@ def _(op: Chain, state: State, run: Run) -> State:
 
 @walk.register
 def _(op: Parallel, state: State, run: Run) -> State:
-    if run.options.mode != "invert" or any(map(_leaves_trunk, op.parts)):
-        state = cut(state, run, partial(_before, op))  # no value leaves a trunk that others still follow
     numbers = iter(range(len(op.parts)))
     return run.engine.fork(op, state, lambda part, state: walk(part, state, run.at(op, next(numbers))), run)
 
@@ -214,23 +212,11 @@ def _at_cut(op: Chain, index: int) -> str:
     return f"{op.place(index)}: its input"
 
 
-def _before(op: Invertible) -> str:
-    return f"the input of {op!r}"
-
-
 def _behind(op: Invertible) -> str:
     return f"what {op!r} gives"
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
-
-
-def _leaves_trunk(op: Invertible) -> bool:
-    """Whether the trunk is closed for a part of an op, where all is inverted."""
-    if isinstance(op, OneWay) or getattr(op, "mark", "invert") != "invert":
-        return True
-    inner = getattr(op, "op", None)
-    return any(map(_leaves_trunk, op.parts)) or (isinstance(inner, Invertible) and _leaves_trunk(inner))
 
 
 def cut_points(op: Invertible, segments: int | tuple[int, ...]) -> tuple[int, ...]:

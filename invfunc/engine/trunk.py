@@ -258,28 +258,63 @@ class Fork:
 
     __slots__ = ("components",)
 
-    def __init__(self, components: Sequence[Levels]) -> None:
+    def __init__(self, components: Sequence[Levels | Detour]) -> None:
         self.components = components
 
     def forth(self, x: Wire, visit: Visit) -> Wire:
         """As of a stage, for each component."""
-        return tuple([levels.forth(part, visit) for levels, part in zip(self.components, x, strict=True)])
+        return tuple([component.forth(part, visit) for component, part in zip(self.components, x, strict=True)])
 
     def back(self, y: Wire, visit: Visit) -> Wire:
         """As of a stage; what was visited last is visited first."""
         parts = zip(reversed(self.components), reversed(y), strict=True)
-        return tuple([levels.back(part, visit) for levels, part in parts][::-1])
+        return tuple([component.back(part, visit) for component, part in parts][::-1])
 
     def undo(self, y: Wire, is_asked: bool, is_last: bool) -> Wire:
         """``y -> x``: every component goes down to where its trunk begins."""
-        return tuple([levels.to_bottom(part) for levels, part in zip(self.components, y, strict=True)])
+        return tuple([component.to_bottom(part) for component, part in zip(self.components, y, strict=True)])
 
     def has_saved(self) -> bool:
         """Whether any of its trunks has."""
-        return any([levels.has_saved() for levels in self.components])
+        return any([component.has_saved() for component in self.components])
 
     def let_go(self) -> None:
         """Its trunks let go by themselves."""
+
+
+class Detour:
+    """A component that leaves the trunk, since a part of it is stored or recomputed, and comes back on another.
+
+    Args:
+        levels: Of the trunk that it came back on.
+        op: The component's op.
+        x: What goes into it, which is kept: the levels below want it, and nothing above can give it.
+    """
+
+    __slots__ = ("kept", "levels", "op", "spec")
+
+    def __init__(self, levels: Levels, op: Invertible, x: Wire) -> None:
+        self.levels, self.op, self.spec, self.kept = levels, op, blank(x), Kept(leaves(detach(x)))
+
+    def forth(self, x: Wire, visit: Visit) -> Wire:
+        """As of a stage; what is inside is not visited."""
+        return self.op.forward(x)
+
+    def back(self, y: Wire, visit: Visit) -> Wire:
+        """As of a stage, likewise."""
+        return self.to_bottom(y)
+
+    def begin_at(self, y: Wire) -> None:
+        """Begin at what comes out of it."""
+        self.levels.begin_at(y)
+
+    def to_bottom(self, y: Wire) -> Wire:
+        """What goes into it."""
+        return unflatten(self.spec, self.kept.tensors("an input"))
+
+    def has_saved(self) -> bool:
+        """Whether what it came back on has saved anything."""
+        return self.levels.has_saved()
 
 
 _NOTHING = (-1, None)
@@ -334,14 +369,18 @@ class Levels:
         if stage is not None:
             stage.place(error)
 
+    def begin_at(self, y: Wire) -> None:
+        """Begin above all levels, at a wire that has the values of what comes out of them."""
+        self.state = len(self.items), y
+
     def at(self) -> int:
         """How far the levels have been undone; below all of them where there is no state."""
         return -1 if self.state is None else self.state[0]
 
     def to_bottom(self, y: Wire) -> Wire:
         """What the trunk begins with, from its output; or from its state, if it has come further."""
-        if self.state is None:
-            self.state = len(self.items), y
+        if self.at() < 0:
+            self.begin_at(y)
         self.go_down(0)
         (_, wire), self.state = self.state, None  # it is the trunk around this one that has it from here
         return wire
@@ -468,11 +507,11 @@ class Trunk:
         component.levels.is_wanted = levels.is_wanted_by(levels.items)
         return component
 
-    def join(self, trunks: Sequence[Trunk]) -> None:
-        """Put trunks side by side on top of this one."""
-        for place, trunk in enumerate(trunks):
+    def join(self, ends: Sequence[tuple[Trunk, Levels | Detour]]) -> None:
+        """Put trunks side by side on top of this one, each with what this one goes down by."""
+        for place, (trunk, _) in enumerate(ends):
             trunk.parent = self, len(self.levels.items), place
-        self.levels.items.append(Fork([trunk.levels for trunk in trunks]))
+        self.levels.items.append(Fork([component for _, component in ends]))
         self.random = None  # they may have drawn
 
     def close(self, y: Wire) -> Wire:
@@ -501,7 +540,7 @@ class Trunk:
 
     def start_at(self, y: Wire) -> None:
         """Begin at a wire that has the values of the output."""
-        self.levels.state = len(self.levels.items), y
+        self.levels.begin_at(y)
         donation = self.donation()
         if donation is not None and donation.empty:
             _torch.at_end_of_backward(donation.reminder(self))
@@ -565,8 +604,8 @@ class Trunk:
         self.levels.go_down(level + 1)
         wire = self.levels.state[1]
         fork = self.levels.items[level]
-        for levels, part in zip(fork.components, wire, strict=True):
-            levels.state = len(levels.items), part
+        for component, part in zip(fork.components, wire, strict=True):
+            component.begin_at(part)
         return wire
 
     def bottom(self) -> Wire:
