@@ -178,6 +178,29 @@ def test_a_batch_of_any_size_needs_two_graphs() -> None:
 
 
 # torch looks at the .grad of every tensor that it makes fake
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_width_that_is_split_may_change(dynamic: bool | None, interleaved: bool) -> None:
+    ends = [f(2, interleaved=interleaved) for f in (inv.split, inv.concat)]
+    fast = inv.checkpoint(inv.chain(ends[0], inv.couple(torch.sin, torch.tanh), ends[1]))
+    compiled = torch.compile(lambda x: fast(x).sin(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((4, 6), (3, 6), (7, 8)):
+        x = torch.randn(*shape, requires_grad=True)
+        found, expected = (torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, lambda x: fast(x).sin()))
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_size_of_images_may_change(dynamic: bool | None) -> None:
+    net = nn.Conv2d(6, 6, 3, padding=1)
+    op = inv.chain(inv.ops.pixel_unshuffle(2), inv.split(2), inv.couple(net), inv.concat(2))
+    compiled = torch.compile(inv.checkpoint(op), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((8, 8), (8, 12), (16, 10)):
+        x = torch.randn(2, 3, *size, requires_grad=True)
+        found, expected = (torch.autograd.grad(f(x).sin().sum(), [x, net.weight]) for f in (compiled, op))
+        assert_close(found, expected)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_autograd() -> None:
     net = Network(couplings)

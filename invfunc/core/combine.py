@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,14 @@ class Bound:
     args: tuple[Any, ...]
 
     def __call__(self, x: Wire) -> Wire:
-        return self.func(*self.args, x)
+        return self.func(*map(_constant, self.args), x)
+
+
+def _constant(argument: Any) -> Any:
+    """An argument of an op: its numbers are no sizes, of which ``torch.compile(dynamic=True)`` makes symbols."""
+    if isinstance(argument, tuple):
+        return tuple([_constant(part) for part in argument])
+    return operator.index(argument) if type(argument) is int else argument
 
 
 @dataclass(frozen=True, repr=False)
@@ -225,6 +233,9 @@ def _length(sizes: int | tuple[int, ...], dim: int, x: Wire) -> int:
     if not -x.dim() <= dim < x.dim():
         raise WireError(f"split along dim {dim}", expected=f"a tensor with such a dim, got {tuple(x.shape)}")
     length = x.shape[dim]
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and dim in (-1, x.dim() - 1):
+        # Each length is a graph: Dynamo would read it in backward from the strides of a gradient, which has its own.
+        length = operator.index(length)
     if isinstance(sizes, int) and length % sizes:
         parts = [length // sizes + (i < length % sizes) for i in range(sizes)]
         raise WireError(

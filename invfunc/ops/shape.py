@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 from math import prod
@@ -94,7 +95,7 @@ def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
 
 def show(value: int | Sequence[int]) -> str:
     """One number, or several, as the call that was given them reads."""
-    return str(value if isinstance(value, int) else list(value))
+    return str(operator.index(value) if isinstance(value, int) else list(map(operator.index, value)))
 
 
 # ---- order of dimensions and elements -------------------------------------------------------------------------------
