@@ -979,9 +979,43 @@ def default_device() -> torch.device | None:
     return None if device == torch.device("cpu") else device
 
 
-# In which order the kernels of attention are tried; `torch.nn.attention.sdpa_kernel` sets it. Otherwise it is not kept.
-attention_order: Callable[[], Any] = _private("torch._C._get_sdp_priority_order", lambda: None)
-set_attention_order: Callable[[Any], Any] = _private("torch._C._set_sdp_priority_order", lambda order: None)
+# The flags of the process that choose a kernel and have no public functions: of each, what reads and what writes it.
+# Otherwise that flag is not kept.
+_REGULAR = """
+    blas_preferred_backend cpu_allow_fp16_reduced_precision_reduction cublas_allow_bf16_reduced_precision_reduction
+    cublas_allow_fp16_accumulation cublas_allow_fp16_reduced_precision_reduction cudnn_benchmark cudnn_depthwise_kernel
+    cudnn_deterministic cudnn_enabled deterministic_fill_uninitialized_memory linalg_preferred_backend
+    miopen_immediate mkldnn_deterministic mkldnn_enabled nnpack_enabled
+    onednn_allow_tf32 rocm_fa_preferred_backend sdp_priority_order sm_carveout_experimental
+"""
+KERNEL_FLAGS = [
+    *[(f"_get_{name}", f"_set_{name}") for name in _REGULAR.split()],
+    ("_get_fa3_sdp_enabled", "_set_sdp_use_fa3"),
+    ("_get_overrideable_sdp_enabled", "_set_sdp_use_overrideable"),
+    ("_cuda_get_cudnn_benchmark_limit", "_cuda_set_cudnn_benchmark_limit"),
+]
+
+
+def _writer(write: Callable[..., Any]) -> Callable[[Any], Any]:
+    """``write``, which takes the components of a pair one by one."""
+    return lambda value: write(*value) if isinstance(value, tuple) else write(value)
+
+
+def flags_of(names: Iterable[tuple[str, str]]) -> dict[Callable[[], Any], Callable[[Any], Any]]:
+    """What reads a flag, and what writes it, as far as torch has both."""
+    found = [(_private(f"torch._C.{read}"), _private(f"torch._C.{write}")) for read, write in names]
+    return {read: _writer(write) for read, write in found if read and write}
+
+
+kernel_flags = flags_of(KERNEL_FLAGS)
+
+# The precision of float32 products, of a library and a kind of product. Otherwise only what has older names is kept.
+fp32_precision: Callable[[str, str], str] = _private(
+    "torch._C._get_fp32_precision_getter", lambda library, kind: "none"
+)
+set_fp32_precision: Callable[[str, str, str], Any] = _private(
+    "torch._C._set_fp32_precision_setter", lambda library, kind, value: None
+)
 
 # What an operator's arguments are called. Otherwise attention counts as drawing even without dropout.
 _schema_of = _attribute("torch._ops.OpOverload._schema", torch.ops.aten.bernoulli.default, lambda operator: None)

@@ -742,15 +742,15 @@ def _() -> None:
     assert torch.sin not in seen and torch.exp in seen
 
 
-@contract("torch._C._get_sdp_priority_order", "torch._C._set_sdp_priority_order")
+@contract("torch._C._get_fp32_precision_getter", "torch._C._set_fp32_precision_setter")
 def _() -> None:
-    order, put = found("torch._C._get_sdp_priority_order"), found("torch._C._set_sdp_priority_order")
-    before, first = order(), torch.nn.attention.SDPBackend.MATH
-    with torch.nn.attention.sdpa_kernel([first, torch.nn.attention.SDPBackend.FLASH_ATTENTION], set_priority=True):
-        assert order()[0] == int(first)
-        put(before)
-        assert order() == before
-    assert order() == before
+    read, write = found("torch._C._get_fp32_precision_getter"), found("torch._C._set_fp32_precision_setter")
+    before, matmul = read("cuda", "matmul"), torch.backends.cuda.matmul
+    try:
+        write("cuda", "matmul", "tf32")
+        assert matmul.fp32_precision == read("cuda", "matmul") == "tf32"
+    finally:
+        write("cuda", "matmul", before)
 
 
 @contract("torch._ops.OpOverload._schema")

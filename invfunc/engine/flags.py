@@ -10,45 +10,61 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.backends import cuda, cudnn
+from torch.backends import cuda, cudnn, mha, opt_einsum
 
 from .. import _torch
 
 Flags = tuple[Any, ...]
 
-_dnn: Any = cudnn  # whose parts have no types
+# What has a precision of float32 products of its own; the wider ones stand before those that follow them.
+_PLACES = (
+    ("generic", "all"), ("cuda", "all"), ("mkldnn", "all"),
+    *[(library, kind) for library in ("cuda", "mkldnn") for kind in ("matmul", "conv", "rnn")],
+)  # fmt: skip
 
 
-def _matmul_precision() -> Any:
+def _matmul_precision() -> str | None:
+    return _told(torch.get_float32_matmul_precision)
+
+
+def _convolution_precision() -> bool | None:
+    return _told(lambda: cudnn.allow_tf32)
+
+
+def _told(read: Callable[[], Any]) -> Any:
+    """What an older name says of precisions, or None where the newer ones say what it has no word for."""
     try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it has been set by its newer name alone, and the older one refuses to tell
-        return cuda.matmul.fp32_precision
+        return read()
+    except RuntimeError:
+        return None
 
 
-def _set_matmul_precision(value: str) -> None:
-    if value in ("highest", "high", "medium"):
-        torch.set_float32_matmul_precision(value)
-    else:
-        cuda.matmul.fp32_precision = value
+def _precisions() -> Flags:
+    return _matmul_precision(), _convolution_precision(), [_torch.fp32_precision(*place) for place in _PLACES]
 
 
-def _convolution_precision() -> Any:
-    try:
-        return cudnn.allow_tf32
-    except RuntimeError:  # convolutions and recurrent networks differ, and the older name has but one value
-        return _dnn.conv.fp32_precision, _dnn.rnn.fp32_precision
+def _set_precisions(values: Flags) -> None:
+    matmul, convolution, others = values
+    _set_places(others)  # first, so that what follows another place goes on to follow it
+    if matmul not in (None, _matmul_precision()):
+        torch.set_float32_matmul_precision(matmul)
+    if convolution not in (None, _convolution_precision()):
+        cudnn.allow_tf32 = convolution
+    _set_places(others)
 
 
-def _set_convolution_precision(value: Any) -> None:
-    if isinstance(value, bool):
-        cudnn.allow_tf32 = value
-    else:
-        _dnn.conv.fp32_precision, _dnn.rnn.fp32_precision = value
+def _set_places(values: Sequence[str]) -> None:
+    for place, value in zip(_PLACES, values, strict=True):
+        if _torch.fp32_precision(*place) != value:
+            _torch.set_fp32_precision(*place, value)
 
 
-def _set_cudnn(values: tuple[bool, bool, bool]) -> None:
-    cudnn.enabled, cudnn.benchmark, cudnn.deterministic = values
+def _contraction_order() -> Any:
+    return opt_einsum.enabled and opt_einsum.strategy
+
+
+def _set_contraction_order(value: Any) -> None:
+    opt_einsum.set_flags(bool(value), value or None)
 
 
 _FLAGS: dict[Callable[[], Any], Callable[[Any], Any]] = {
@@ -56,12 +72,13 @@ _FLAGS: dict[Callable[[], Any], Callable[[Any], Any]] = {
     cuda.mem_efficient_sdp_enabled: cuda.enable_mem_efficient_sdp,
     cuda.math_sdp_enabled: cuda.enable_math_sdp,
     cuda.cudnn_sdp_enabled: cuda.enable_cudnn_sdp,
-    _torch.attention_order: _torch.set_attention_order,
-    _matmul_precision: _set_matmul_precision,
-    _convolution_precision: _set_convolution_precision,
-    lambda: (cudnn.enabled, cudnn.benchmark, cudnn.deterministic): _set_cudnn,
+    cuda.fp16_bf16_reduction_math_sdp_allowed: cuda.allow_fp16_bf16_reduction_math_sdp,
+    mha.get_fastpath_enabled: mha.set_fastpath_enabled,
     torch.get_default_dtype: torch.set_default_dtype,
     torch.get_deterministic_debug_mode: torch.set_deterministic_debug_mode,
+    _contraction_order: _set_contraction_order,
+    _precisions: _set_precisions,
+    **_torch.kernel_flags,
 }
 
 

@@ -362,6 +362,7 @@ def flags() -> list[Any]:
         torch.backends.cuda.flash_sdp_enabled(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction_split_k,
         [cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32],
     ]
 
@@ -372,6 +373,8 @@ def other_flags() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(True)
+    matmul: Any = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
     cudnn = torch.backends.cudnn.flags(enabled=False, benchmark=True, deterministic=True, allow_tf32=False)
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), cudnn:
@@ -379,6 +382,7 @@ def other_flags() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before)
         torch.use_deterministic_algorithms(False)
+        matmul.allow_bf16_reduced_precision_reduction = True
 
 
 @pytest.mark.parametrize("lower", [inv.checkpoint, lambda op: inv.checkpoint(op, mode="recompute")])
@@ -395,7 +399,7 @@ def test_flags_of_the_process_are_those_of_forward(lower: Any) -> None:
         y = lower(inv.chain(inv.split(2, -1), inv.couple(fn), inv.concat(2, -1)))(x)
     y.sum().backward()
     assert seen == [inside] * 2 and flags() == before
-    assert all(a != b for a, b in zip(inside[:3] + inside[3], before[:3] + before[3], strict=True))
+    assert all(a != b for a, b in zip(inside[:4] + inside[4], before[:4] + before[4], strict=True))
 
 
 def test_precisions_that_convolutions_do_not_share_are_those_of_forward() -> None:
