@@ -295,9 +295,15 @@ def made_since(node: Any, position: int) -> bool:
 
 
 def number_of(node: Any) -> int:
-    """The number of a node: those of one thread are numbered in the order in which they were made."""
+    """The number of a node: those of one thread are numbered in the order in which they were made.
+
+    A node that a backward has made, on whatever thread, has the number of the node whose backward it was, if anomaly
+    mode was on. Otherwise it has one of its thread.
+    """
     if not _KNOWS_NUMBERS:
         raise _missing("torch.autograd.graph.Node._sequence_nr", "a list of what a call has saved")
+    while "parent_" in node.metadata:
+        node = node.metadata["parent_"]
     return node._sequence_nr()
 
 

@@ -52,6 +52,7 @@ UNSEEN += [
     "torch.Tensor._base",
     "torch.Tensor._version",
     "torch.nn.Module.__dict__",
+    "torch.autograd.graph.Node.metadata.parent_",
 ]
 
 
@@ -740,6 +741,17 @@ def _() -> None:
             torch.sin(torch.ones(1))
         torch.exp(torch.zeros(1))
     assert torch.sin not in seen and torch.exp in seen
+
+
+@contract("torch.autograd.graph.Node.metadata.parent_")
+def _() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        y = x.sin()
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert y.grad_fn is not None and g.grad_fn is not None and "parent_" not in y.grad_fn.metadata
+        assert g.grad_fn.metadata["parent_"] is y.grad_fn
+        assert _torch.number_of(g.grad_fn) == _torch.number_of(y.grad_fn) < g.grad_fn._sequence_nr()
 
 
 @contract("torch._C._get_fp32_precision_getter", "torch._C._set_fp32_precision_setter")

@@ -45,9 +45,10 @@ def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
         inputs: Its arguments; they require grad or not as in training.
 
     Returns:
-        A row for everything that is kept, in the order in which the call made the nodes that keep it. What lives anyway
-        is left out: parameters, and what the functions close over. Inputs have a row, of 0 bytes: they were there
-        before the call. So the sum is what `draw` shows and, with an output that nobody saves, what `measure` holds.
+        A row for everything that is kept, in the order in which the call made the nodes that keep it; what a gradient
+        inside of the call keeps stands at the node that was differentiated. What lives anyway is left out: parameters,
+        and what the functions close over. Inputs have a row, of 0 bytes: they were there before the call. So the sum is
+        what `draw` shows and, with an output that nobody saves, what `measure` holds.
 
     Cost:
         The call is made once, in earnest: it draws random numbers and moves running statistics as any other does.
@@ -67,7 +68,8 @@ def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
     before, observed = _torch.graph_position(), list[Observed]()
     token = OBSERVER.set(observed)
     try:
-        out = op(*inputs)
+        with torch.autograd.set_detect_anomaly(True, check_nan=False):  # tells which nodes a gradient inside has made
+            out = op(*inputs)
     finally:
         OBSERVER.reset(token)
     given = {_torch.storage_of(t) for t in _torch.trees.tree_leaves(inputs) if isinstance(t, Tensor)}

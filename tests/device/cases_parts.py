@@ -256,6 +256,34 @@ def test_what_is_kept_is_listed_as_on_the_cpu() -> None:
         assert saved(other, x.to(DEVICE).requires_grad_()) == saved(fn, x.clone().requires_grad_())
 
 
+def differentiated(device: str) -> dict[str, Callable[[Tensor], Any]]:
+    """Functions that differentiate, on whatever thread."""
+    w = torch.linspace(1, 2, 8, device=device)
+
+    def own(x: Tensor) -> Tensor:
+        return torch.autograd.grad((x * w).sin().sum(), x, create_graph=True)[0].exp()
+
+    def transformed(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda v: (v.sin() * w).exp().sum())(x).cos()
+
+    return {
+        "autograd.grad": own,
+        "func.grad": transformed,
+        "lowered": inv.checkpoint(lambda x: transformed(x).exp()),
+        "around a lowered one": lambda x: torch.func.grad(lambda v: inv.checkpoint(transformed)(v).sum())(x).exp(),
+    }
+
+
+@pytest.mark.parametrize("name", differentiated("cpu"))
+def test_what_a_gradient_inside_keeps_is_listed_as_on_the_cpu(name: str) -> None:
+    x, other = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8, device=DEVICE, requires_grad=True)
+    for _ in range(50):
+        (x * 1).exp()  # this thread has numbered more nodes than that of the device
+    expected = saved(differentiated("cpu")[name], x)
+    assert saved(differentiated(DEVICE)[name], other) == expected
+    assert len(expected) == {"autograd.grad": 4, "func.grad": 7, "lowered": 1, "around a lowered one": 15}[name]
+
+
 def test_backward_runs_where_it_is_called_from_another_thread() -> None:
     branches = [branch() for _ in range(4)]
     op, x, found = network(branches, dim=-1), torch.randn(6, 8, device=DEVICE), []
