@@ -209,7 +209,7 @@ def _clock(net: inv.Invertible, batch: Images, setting: Setting) -> float:
 
 def _synchronize(setting: Setting) -> None:
     if setting.device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(setting.device)
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------

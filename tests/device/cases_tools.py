@@ -11,6 +11,7 @@ from kit import assert_close, network
 from torch import nn
 
 import invfunc as inv
+from invfunc.__main__ import main
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import device as benchmark
@@ -95,3 +96,14 @@ def test_the_benchmark_of_a_device_runs(tmp_path: Path) -> None:
     assert rows["invfunc"]["evaluations"] == 2 and rows["invfunc"]["peak"] < rows["plain"]["peak"]
     assert all("error" not in row for row in found["filled"]) and len(found["filled"]) == 3
     assert "a second forward is" in text and not found["left out"]
+
+
+def test_the_demo_trains_on_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--depth", "2", "--epochs", "1", "--batch", "512", "--out", str(tmp_path / "memory.png")]
+    main(["demo", "--device", "sim:1", *options])
+    shown = capsys.readouterr().out
+    plain, lowered = (
+        [cell.strip() for cell in row.split("|")] for row in shown.splitlines() if row.startswith("|     2")
+    )
+    assert (plain[2], lowered[2]) == ("plain", "lowered") and plain[3] == lowered[3]
+    assert float(lowered[5]) < float(plain[5]) and "float32 on sim:1" in shown
