@@ -3,11 +3,12 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from kit import TOLERANCE, assert_close, bowl, network, parameters
+from kit import TOLERANCE, assert_close, bowl, in_threads, network, parameters
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -297,21 +298,18 @@ def test_gradients_nested_across_two_devices_end() -> None:
 
 
 def test_two_threads_train_on_two_devices() -> None:
-    found: dict[str, Any] = {}
+    plain, lowered, state = [], [], torch.sim.get_rng_state(0)  # type: ignore[attr-defined]
 
-    def run(device: str) -> None:
-        branches = [branch(device=device) for _ in range(4)]
-        op, x = network(branches, dim=-1), torch.randn(6, 8, device=device).requires_grad_()
-        for _ in range(5):
-            y = inv.checkpoint(op)(x)
-            found[device] = torch.autograd.grad(bowl(y), [x, *parameters(*branches)])
+    def steps(fn: Any, x: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+        torch.sim.set_rng_state(state, x.device.index)  # type: ignore[attr-defined]
+        return [t for _ in range(10) for t in torch.autograd.grad(bowl(fn(x)), [x, *tensors])]
 
-    threads = [threading.Thread(target=run, args=(d,)) for d in ("sim:0", "sim:1")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == 2 and all(t.isfinite().all() for ts in found.values() for t in ts)
+    for index in range(sim.DEVICES):
+        branches = [branch(device=f"sim:{index}") for _ in range(4)]
+        op, x = network(branches, dim=-1), torch.randn(6, 8, device=f"sim:{index}", requires_grad=True)
+        plain.append(steps(op, x, parameters(*branches)))
+        lowered.append(partial(steps, inv.checkpoint(op), x, parameters(*branches)))
+    assert_close(in_threads(lowered), plain, TOLERANCE)
 
 
 def test_the_threads_of_two_devices_may_ask_at_once() -> None:
