@@ -3,9 +3,10 @@
 NOTE [Conditions] A function that runs again has to find what it found in forward, on whatever thread it runs.
 
 1.  *Random numbers* are replayed on the CPU and on every accelerator that is in sight of the call: those of its inputs,
-    of what its modules and closures hold, the default one, or else the current one. States are kept only if the call
-    drew. Python's and NumPy's global generators count, too; a generator of one's own can not be seen, and its values
-    have to be pinned. While a graph is captured no state can be read, and a call that draws is refused.
+    of what its modules and closures hold, those that they name, the default one, or else the current one. States are
+    kept only if the call drew. Python's and NumPy's global generators count, too; a generator of one's own can not be
+    seen, and its values have to be pinned. While a graph is captured no state can be read, and a call that draws is
+    refused.
 2.  *Autocast* of every type of device, the *default device* and, on the thread of forward, the number of *threads*:
     backward may run elsewhere, and no other thread's setting is touched. The *flags* of the process that choose a
     kernel (of attention, matrix products, cuDNN, determinism) are those of forward while a function runs again.
@@ -127,19 +128,17 @@ def _run_without_drawing(fn: Callable[..., T], *args: Any) -> T:
         return fn(*args)
 
 
-def random_state(
-    given: Sequence[Tensor], others: Callable[[], Iterable[Tensor]], last: RandomState | None
-) -> RandomState:
+def random_state(given: Sequence[Tensor], snapshot: Any, last: RandomState | None) -> RandomState:
     """The state before a call.
 
     Args:
         given: Its tensors.
-        others: What else it may read.
+        snapshot: The modules that are called, with what else the call may read.
         last: The state behind the call before it, if nothing has been drawn since.
     """
     if last is not None and all([t.is_cpu or t.device in last.devices for t in given]):
         return last
-    return RandomState(accelerators([*given, *others()]))
+    return RandomState(accelerators([*given, *snapshot.tensors_in_sight()], snapshot.parts.devices))
 
 
 # ---- turns: rule 5 of NOTE [Conditions] -----------------------------------------------------------------------------

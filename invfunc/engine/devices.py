@@ -172,6 +172,12 @@ def generator_of(device: torch.device) -> Any:
     return found[index] if index < len(found) else None
 
 
+def _with_index(device: torch.device) -> torch.device:
+    """A device that may be named by its type alone, which is then the current one."""
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    return torch.device(device.type, index)
+
+
 def generators() -> tuple[Any, ...]:
     """Those of all devices that are in use, the CPU's first."""
     accelerator = torch.accelerator.current_accelerator()
@@ -181,18 +187,18 @@ def generators() -> tuple[Any, ...]:
     return (torch.default_generator, *[generator for generator in found if generator is not None])
 
 
-def accelerators(tensors: Iterable[Tensor]) -> Sequence[torch.device]:
-    """The devices to draw from that are in sight, beside the CPU: those of tensors and the default one.
+def accelerators(tensors: Iterable[Tensor], named: Iterable[torch.device] = ()) -> Sequence[torch.device]:
+    """The devices to draw from that are in sight, beside the CPU: those of tensors, named ones and the default one.
 
     Where there are none, the current one; it may be another thread's, whose numbers are not to be touched.
     """
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return ()
-    devices = {t.device for t in tensors}
+    devices = {t.device for t in tensors} | {_with_index(d) for d in named if d.type == accelerator.type}
     default = _torch.default_device()
     if default is not None:
         devices.add(default)
     if all([d.type == "cpu" for d in devices]) and generator_of(torch.device(accelerator.type, 0)) is not None:
-        devices.add(torch.device(accelerator.type, torch.accelerator.current_device_index()))
+        devices.add(_with_index(accelerator))
     return sorted((d for d in devices if generator_of(d) is not None), key=str)

@@ -181,7 +181,7 @@ class Frame:
         self._note_conditions(functions)
         copies = copies_of(functions) if snapshot.has_buffers else ()
         is_first = snapshot.is_lazy and is_lazy(functions)
-        before = random_state(given, snapshot.tensors_in_sight, self.owner.random) if rng else None
+        before = random_state(given, snapshot, self.owner.random) if rng else None
         first = _torch.graph_position() if OBSERVER.get() is not None else 0
         out, held = self._record(fn if before is None else before.watch(fn), args, given, copies, before)
         if is_first:

@@ -120,7 +120,7 @@ _DEPTH = 4  # of functions and objects inside of each other; containers and part
 
 
 class Parts:
-    """The modules and tensors of functions, and where closures find them.
+    """The modules, tensors and devices of functions, and where closures find them.
 
     Attributes:
         roots: Modules that the functions are, or are made of.
@@ -128,11 +128,14 @@ class Parts:
         nearby: Modules that a closure or an object can see: it may call them, or read their tensors.
         modules: All of these, and every submodule, each once.
         tensors: Tensors outside of modules.
+        devices: Those that closures and objects hold by themselves.
         places: Where closures and globals find what they are bound to, and slots.
         contents: The lists, dicts, sets and objects that they or their modules hold.
     """
 
-    __slots__ = ("called", "contents", "is_opaque", "modules", "nearby", "places", "roots", "seen", "tensors")
+    __slots__ = (
+        "called", "contents", "devices", "is_opaque", "modules", "nearby", "places", "roots", "seen", "tensors",
+    )  # fmt: skip
 
     def __init__(self, functions: Iterable[Any]) -> None:
         self.is_opaque = False  # whether there may be more than is seen
@@ -141,6 +144,7 @@ class Parts:
         self.nearby: list[nn.Module] = []
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
+        self.devices: list[torch.device] = []
         self.places: list[Any] = []
         self.contents: list[Contents] = []
         self.seen: set[int] = set()
@@ -157,6 +161,8 @@ class Parts:
             if id(item) not in self.seen:
                 self.seen.add(id(item))
                 self.tensors.append(item)
+        elif type(item) is torch.device:
+            self.devices.append(item)
         elif type(item) not in _PLAIN and id(item) not in self.seen and depth < _DEPTH:
             self.seen.add(id(item))
             self._look_into(item, depth + 1)
@@ -183,6 +189,8 @@ class Parts:
 
     def _add_values(self, item: Any, depth: int) -> None:
         """What an object that a module holds consists of; what it calls is not looked for."""
+        if type(item) is torch.device:
+            self.devices.append(item)
         if type(item) in _PLAIN or id(item) in self.seen or depth > _DEPTH:
             return
         self.seen.add(id(item))

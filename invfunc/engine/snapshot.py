@@ -362,6 +362,6 @@ _WITH_ADDRESS = (Tensor, nn.Parameter, nn.Buffer)
 @contextmanager
 def leave_random_state(functions: Iterable[Any], given: Iterable[Tensor] = ()) -> Iterator[None]:
     """Leave the random numbers to come as they are, whatever functions draw inside."""
-    seen = Snapshot(functions).tensors_in_sight()
-    with RandomState(accelerators([*given, *seen])).restored():
+    snapshot = Snapshot(functions)
+    with RandomState(accelerators([*given, *snapshot.tensors_in_sight()], snapshot.parts.devices)).restored():
         yield

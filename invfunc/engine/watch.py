@@ -380,7 +380,7 @@ def record_call(
     parts, conditions, recorder = Parts(functions), Conditions(), Recorder(PINS.get(), [])
     scope = Scope(parts)
     given = [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
-    before = RandomState(accelerators([*given, *scope.captured])) if rng else None
+    before = RandomState(accelerators([*given, *scope.captured], parts.devices)) if rng else None
     versions = [version(t) for t in given]
     token = PINS.set(recorder)
     try:

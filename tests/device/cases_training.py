@@ -100,7 +100,19 @@ def device_made_inside() -> tuple[Callable[..., Any], list[Tensor], list[nn.Modu
     return lambda x: x * torch.rand(4, device="sim").to(x.device), [torch.randn(6, 4)], []
 
 
+def device_of_an_object() -> tuple[Callable[..., Any], list[Tensor], list[nn.Module]]:
+    net = nn.Module()
+    net.place, net.forward = torch.device("sim:1"), lambda x: nn.functional.dropout(x.to(net.place), 0.5).to("cpu")
+    return net, [torch.randn(6, 4)], []
+
+
+def device_of_a_closure() -> tuple[Callable[..., Any], list[Tensor], list[nn.Module]]:
+    place = torch.device("sim:1")
+    return lambda x: nn.functional.dropout(x.to(place), 0.5).to("cpu"), [torch.randn(6, 4)], []
+
+
 ELSEWHERE = [model_parallel, token_ids_on_the_cpu, offloaded_stream, captured_tensor, device_made_inside]
+ELSEWHERE += [device_of_an_object, device_of_a_closure]
 
 
 @pytest.mark.parametrize("make", ELSEWHERE)
