@@ -130,6 +130,14 @@ def calls_in_a_step(model: nn.Sequential) -> int:
     return count[0]
 
 
+def test_a_block_may_run_more_than_once() -> None:
+    first, second = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
+    model, x = nn.Sequential(first, second, first, first), torch.randn(3, 4)
+    expected = step(model, x)
+    assert len(inv.nn.checkpoint_blocks(model, "*")) == 2
+    assert_close(step(model, x), expected, 0.0)
+
+
 def test_frozen_blocks_are_run_once() -> None:
     """Adapters in the top two of eight: two evaluations more; torch's checkpoint makes eight more, or none of x."""
 

@@ -375,6 +375,16 @@ def test_what_has_no_recipe_is_refused(model: Llama) -> None:
     refuse(OptionError, message, model, "layers.*", branches=("norm self_attn", "mlp"))
 
 
+@pytest.mark.parametrize(("order", "paths"), [((0, 0), (1, 0)), ((0, 1, 0), (2, 0)), ((0, 1, 1), (2, 1))])
+def test_a_block_in_two_places_is_refused(order: tuple[int, ...], paths: tuple[int, int]) -> None:
+    blocks = list(Llama().layers)
+    message = (
+        f"reversible: {paths[0]} is the same module as {paths[1]}, expected a module for each block: by it a call tells "
+        "which stage it is; give each a copy, or use inv.nn.checkpoint_blocks, which takes a block that runs more than once"
+    )
+    refuse(OptionError, message, nn.ModuleList([blocks[i] for i in order]), "*")
+
+
 def test_an_unknown_scheme_is_refused(model: Llama) -> None:
     message = (
         "reversible: scheme is 'euler', expected one of 'couple', 'hamiltonian', 'momentum', 'midpoint', 'leapfrog',"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.backends import cuda, cudnn, mha, opt_einsum
+from torch.backends import cuda, cudnn, mha
 
 from .. import _torch
 
@@ -59,14 +59,6 @@ def _set_places(values: Sequence[str]) -> None:
             _torch.set_fp32_precision(*place, value)
 
 
-def _contraction_order() -> Any:
-    return opt_einsum.enabled and opt_einsum.strategy
-
-
-def _set_contraction_order(value: Any) -> None:
-    opt_einsum.set_flags(bool(value), value or None)
-
-
 _FLAGS: dict[Callable[[], Any], Callable[[Any], Any]] = {
     cuda.flash_sdp_enabled: cuda.enable_flash_sdp,
     cuda.mem_efficient_sdp_enabled: cuda.enable_mem_efficient_sdp,
@@ -76,7 +68,6 @@ _FLAGS: dict[Callable[[], Any], Callable[[Any], Any]] = {
     mha.get_fastpath_enabled: mha.set_fastpath_enabled,
     torch.get_default_dtype: torch.set_default_dtype,
     torch.get_deterministic_debug_mode: torch.set_deterministic_debug_mode,
-    _contraction_order: _set_contraction_order,
     _precisions: _set_precisions,
     **_torch.kernel_flags,
 }

@@ -31,6 +31,15 @@ def find_blocks(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     return found
 
 
+def find_repeat(model: nn.Module, pattern: str) -> tuple[str, str] | None:
+    """Two paths that fit a pattern and lead to one module; None where there are none."""
+    words, first = pattern.split("."), dict[nn.Module, str]()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if _fits(path.split("."), words) and first.setdefault(module, path) != path:
+            return first[module], path
+    return None
+
+
 def _fits(path: Sequence[str], words: Sequence[str]) -> bool:
     return len(path) == len(words) and all(map(fnmatchcase, path, words))
 

@@ -30,7 +30,7 @@ from ..errors import OptionError, WireError
 from ..ops.grids import SPACING, OnGrid, bdia, on_grid
 from ..ops.residual import Stepped, hamiltonian, leapfrog, midpoint, momentum
 from ..wires import Wire, describe
-from .blocks import Handle, Joined, by_name, find_blocks
+from .blocks import Handle, Joined, by_name, find_blocks, find_repeat
 
 Branch: TypeAlias = str | Callable[..., Tensor]
 """A residual branch: the paths of what a block applies one after another, or ``(block, x, **context) -> tensor``."""
@@ -273,6 +273,11 @@ def _check_pre_norm(layer: Any) -> None:
 
 
 _LLAMA = "input_layernorm self_attn", "post_attention_layernorm mlp"
+_NORM_OF_BRANCH = "self_attn post_attention_layernorm", "mlp post_feedforward_layernorm"
+_NORM_ON_BOTH_SIDES = (
+    "input_layernorm self_attn post_attention_layernorm",
+    "pre_feedforward_layernorm mlp post_feedforward_layernorm",
+)
 _PRE_LAYER_NORM = (
     "attention.LayerNorm attention.self attention.output.dense attention.output.dropout",
     "intermediate output.dense output.dropout",
@@ -285,7 +290,11 @@ RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
     "GemmaDecoderLayer": _LLAMA,
+    "Gemma2DecoderLayer": _NORM_ON_BOTH_SIDES,
+    "Gemma3DecoderLayer": _NORM_ON_BOTH_SIDES,
     "OlmoDecoderLayer": _LLAMA,
+    "Olmo2DecoderLayer": _NORM_OF_BRANCH,
+    "Olmo3DecoderLayer": _NORM_OF_BRANCH,
     "SmolLM3DecoderLayer": _LLAMA,
     "Starcoder2DecoderLayer": _LLAMA,
     "Phi3DecoderLayer": (
@@ -467,9 +476,9 @@ def reversible(
             streams by turns, and ``"hamiltonian"`` two; the others take the block's whole branch.
         branches: What a block adds to its stream, in order: the paths of what it applies one after another, as in
             ``("ln_1 attn", "ln_2 mlp")``, or functions ``(block, x, **context) -> tensor``; or a function from a block
-            to these. None takes the recipe for the class of the block: GPT-2, Llama, Mistral, Qwen, Gemma, OLMo, Phi-3,
-            SmolLM3, StarCoder2, ModernBERT, RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder
-            and decoder layers (``norm_first=True``).
+            to these. None takes the recipe for the class of the block: GPT-2, Llama, Mistral, Qwen, Gemma, Gemma 2 and
+            3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT, RoBERTa-PreLayerNorm and ViT of transformers, timm's
+            ViT, torch's encoder and decoder layers (``norm_first=True``).
         options: Those of `invfunc.checkpoint`, such as ``mode`` and ``drift``.
 
     Returns:
@@ -481,8 +490,8 @@ def reversible(
         branch is evaluated exactly twice in a training step.
 
     Raises:
-        OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, the blocks
-            are reversible already, or the scheme or an option is unknown.
+        OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, stands in
+            two places, or is reversible already, or the scheme or an option is unknown.
         WireError: In the model's forward, when it changes its hidden states between the blocks, or leaves one out.
 
     Limits:
@@ -502,6 +511,13 @@ def reversible(
         Residual Neural Networks (2021); Zhang, Lewis and Kleijn (2025); Gal et al. (2025): see the ops.
     """
     _keep_out_of_graphs()
+    repeat = find_repeat(model, blocks)
+    if repeat is not None:
+        raise OptionError(
+            f"reversible: {repeat[1]} is the same module as {repeat[0]}",
+            expected="a module for each block: by it a call tells which stage it is",
+            cure="give each a copy, or use inv.nn.checkpoint_blocks, which takes a block that runs more than once",
+        )
     handle = Handle(find_blocks(model, blocks))
     stack = Stack(handle.blocks, _scheme(scheme), branches, options)
     for index, (path, block) in enumerate(handle.blocks.items()):

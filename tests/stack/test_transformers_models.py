@@ -42,7 +42,7 @@ def rotary(family: str) -> Callable[[int], nn.Module]:
         kind, options = getattr(hf, f"{family}Config"), {"num_key_value_heads": 2}
         if family not in OTHERS:
             options["head_dim"] = WIDTH // HEADS
-        config = kind(num_hidden_layers=depth, **SIZES, **options)
+        config = kind(num_hidden_layers=depth, attn_implementation="sdpa", **SIZES, **options)
         return getattr(hf, f"{family}ForCausalLM")(config)
 
     return make
@@ -79,6 +79,7 @@ MODELS = {
 
 
 OTHERS = {name: (rotary(name), "model.layers.*") for name in ("Olmo", "Phi3", "SmolLM3", "Starcoder2")}
+OTHERS |= {name: (rotary(name), "model.layers.*") for name in ("Gemma2", "Gemma3", "Olmo2", "Olmo3")}
 
 
 def made(name: str, depth: int = 4) -> tuple[nn.Module, str]:
