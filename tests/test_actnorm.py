@@ -195,6 +195,27 @@ def test_the_flag_can_be_set() -> None:
     assert torch.equal(layer.state_dict()["started"], torch.tensor(True))
 
 
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state, as a user of `torch.func` keeps it."""
+    return copy.deepcopy({name: tensor.detach() for name, tensor in net.state_dict().items()})
+
+
+@pytest.mark.parametrize("wrap", [lambda call: call, lambda call: torch.compile(call, backend="eager")])
+@pytest.mark.parametrize("lower", [lambda net: net, lambda net: inn.Sequential(*net)])
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+def test_functional_call_starts_from_the_state_that_it_is_given(lower: Any, wrap: Any) -> None:
+    started, fresh, x = lower(behind(nn.Identity())), lower(behind(nn.Identity())), batch(64, 3)
+    started(batch(64, 3))
+    new, old = state_of(fresh), state_of(started)
+    for _ in range(2):
+        assert_normal(wrap(lambda x: torch.func.functional_call(started, new, (x,)))(x))
+        y = wrap(lambda x: torch.func.functional_call(fresh, old, (x,)))(x)
+        assert_close([y, old], [started(x), dict(started.state_dict())])
+    assert started[1].initialised and not fresh[1].initialised
+    assert_normal(fresh(x))
+
+
 # ---- copies and averages -----------------------------------------------------------------------------------------------
 
 AVERAGES: dict[str, Callable[[nn.Module], AveragedModel]] = {

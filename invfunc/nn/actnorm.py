@@ -7,7 +7,8 @@ NOTE [Start] The first batch sets scale and shift once, for all.
 2.  *The flag is a buffer*, so that it goes where parameters go: state dicts, DDP's broadcast, averaged models. A state
     dict that has no flag, but scale and shift, is an older one: it counts as started unless all of them are 0. One that
     has neither changes nothing.
-3.  *The flag is read from the device once*; then a Python bool stands for it, which any load makes doubtful again.
+3.  *The flag is read from the device once*; that it is set is then known of this buffer. Another one in its slot, as
+    under `torch.func.functional_call`, is read as well, and so is this one after a load.
 4.  *A first batch with one value in each channel* tells no scale: the module waits for the next one. One with NaN or
     infinity anywhere, on any rank, raises on all of them, and sets nothing: it would stay for good.
 5.  *Below a transform, and in eval, nothing starts*; a call that runs again in backward finds the flag set.
@@ -82,23 +83,23 @@ class ActNorm(Layer):
         self.log_scale = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("started", torch.zeros((), dtype=torch.long, device=device))  # a bool can not be averaged
-        self._is_started = False  # rule 3 of NOTE [Start]
+        self._set_flag: Tensor | None = None  # rule 3 of NOTE [Start]
 
     @property
     def initialised(self) -> bool:
         """Whether scale and shift are set."""
-        if self._is_started or _torch.active() or torch.compiler.is_compiling() or _has_no_data(self.started):
-            return self._is_started
-        self._is_started = bool(self.started)
-        return self._is_started
+        flag = self.started
+        is_known = self._set_flag is flag
+        if not (is_known or _torch.active() or torch.compiler.is_compiling() or _has_no_data(flag)) and flag:
+            self._set_flag = flag
+        return self._set_flag is flag
 
     @initialised.setter
     def initialised(self, value: bool) -> None:
         with torch.no_grad():
             self.started.fill_(value)
-        self._is_started = value
+        self._set_flag = self.started if value else None
 
-    @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Set scale and shift so that this batch gets mean 0 and variance 1.
 
@@ -108,11 +109,16 @@ class ActNorm(Layer):
         Raises:
             DomainError: When a value of the batch, or of its statistics, is not finite; nothing is set then.
         """
+        self._start(x, torch.zeros_like(self.started))
+
+    @torch.no_grad()
+    def _start(self, x: Tensor, has_started: Tensor) -> None:
+        """`initialise`, unless that is done: a graph does not know it while it is traced."""
         check_channels(x, self.dim)
         found = start_of(x, self.dim, self.log_scale.dtype, partial(_total, self.process_group))
         found = [_of_first_rank(self.process_group, value) for value in found]
         for parameter, value in zip((self.log_scale, self.bias), _finite(found), strict=True):
-            parameter.copy_(value)
+            parameter.copy_(torch.where(has_started > 0, parameter, value))
         self.initialised = True
 
     def make(self) -> Invertible:
@@ -130,7 +136,7 @@ class ActNorm(Layer):
             has_started = any([bool((tensor != 0).any()) for tensor in parameters])
             state_dict = {**state_dict, flag: torch.tensor(int(has_started), device=parameters[0].device)}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._is_started = False
+        self._set_flag = None
 
     def extra_repr(self) -> str:
         """The options."""
@@ -156,7 +162,7 @@ class _Initialising:
             check_channels(x, module.dim)
             with _torch.untraced():
                 if _values(module.process_group, x, module.dim) > 1:
-                    module.initialise(x)
+                    module._start(x, module.started)
         return self.fn(x)
 
 
