@@ -144,6 +144,63 @@ def test_noise_at_times_that_require_grad_is_refused() -> None:
     assert_refused(OptionError, message, make)
 
 
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+@HALVES
+@pytest.mark.parametrize("make", [ops.reversible_heun, ops.asynchronous_leapfrog, ops.reversible_solver])
+def test_a_stream_in_half_precision_is_told_the_times_in_float32(
+    make: Callable[..., inv.Invertible], dtype: torch.dtype
+) -> None:
+    seen: list[Tensor] = []
+
+    def record(t: Tensor, x: Tensor) -> Tensor:
+        seen.append(t)
+        return x * t
+
+    x, grid = torch.ones(2, dtype=dtype), torch.linspace(1, 1.1, 401, dtype=torch.float32)
+    make(record, grid)(x.double(), x.double())
+    expected, seen[:] = list(seen), []
+    y = make(record, grid)(x, x)
+    assert y[0].dtype == y[1].dtype == dtype
+    assert_close(torch.stack(seen), torch.stack(expected).float(), 0)
+
+
+@HALVES
+@pytest.mark.parametrize("of_times", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [ops.reversible_heun, ops.asynchronous_leapfrog, ops.reversible_solver])
+def test_times_that_require_grad_are_not_rounded_to_a_stream_in_half_precision(
+    make: Callable[..., inv.Invertible], dtype: torch.dtype, of_times: torch.dtype
+) -> None:
+    given = torch.tensor([1.0, 1.25, 1.75], dtype=of_times, requires_grad=True)
+    wide = given.detach().double().requires_grad_()
+    seen: list[float] = []
+
+    def record(t: Tensor, x: Tensor) -> Tensor:
+        seen.append(t.item())
+        return x * t
+
+    found = make(record, (given * given if of_times == torch.float32 else given))
+    x = torch.full((2,), 0.5, dtype=dtype)
+    y = found(x, x)[1]
+    here, seen[:] = list(seen), []
+    oracle = make(record, (wide * wide if of_times == torch.float32 else wide))
+    z = oracle(x.double(), x.double())[1]
+    assert here == seen
+    gradients = [torch.autograd.grad(out.sum(), times)[0].double() for out, times in ((y, given), (z, wide))]
+    assert_close(*gradients, 8 * torch.finfo(dtype).eps)
+
+
+@HALVES
+def test_a_coupling_that_half_precision_would_round_to_1_is_as_it_was_given(dtype: torch.dtype) -> None:
+    op = inv.invert(ops.reversible_solver(lambda t, x: 0 * x, torch.linspace(0, 1, 101)))
+    x = torch.ones(2, 3, dtype=dtype)
+    _, total = inv.log_det(op, (x, x))
+    assert_close(total.double(), torch.full((2,), -300 * math.log(0.999)), 1e-4)
+
+
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
@@ -292,11 +349,27 @@ def test_noise_is_looked_at_again_and_the_gradient_is_that_of_plain_autograd() -
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "one time": (lambda: ops.reversible_heun(riccati, [0.0]), "reversible_heun: times are [0.0], expected two times"),
+    "one time": (lambda: ops.reversible_heun(riccati, [0.0]), "reversible_heun: times are [0.0], expected two finite"),
     "equal times": (lambda: ops.reversible_solver(riccati, [0, 1, 1]), "reversible_solver: times are [0.0, 1.0, 1.0]"),
     "a method": (
         lambda: ops.reversible_solver(riccati, [0, 1], method="rk5"),
         "reversible_solver: method is 'rk5', expected one of 'euler', 'midpoint', 'heun', 'ralston3', 'rk4', or a",
+    ),
+    "a method that is nothing": (
+        lambda: ops.reversible_solver(riccati, [0, 1], method=None),  # pyright: ignore[reportArgumentType]
+        "reversible_solver: method is None, expected one of 'euler', ",
+    ),
+    "a number for times": (
+        lambda: ops.reversible_heun(riccati, 3),  # pyright: ignore[reportArgumentType]
+        "reversible_heun: times are 3, expected numbers, in a list or a tensor (T,)",
+    ),
+    "a time that is NaN": (
+        lambda: ops.asynchronous_leapfrog(riccati, [0, math.nan]),
+        "asynchronous_leapfrog: times are [0.0, nan], expected two finite times or more, no two neighbours equal",
+    ),
+    "no field": (
+        lambda: ops.reversible_heun(None, [0, 1]),  # pyright: ignore[reportArgumentType]
+        "reversible_heun: the field is NoneType, expected a function or a module, f(t, x)",
     ),
     "a coupling": (
         lambda: ops.reversible_solver(riccati, [0, 1], coupling=0.0),
@@ -317,6 +390,24 @@ REFUSED = {
 def test_options_that_do_not_fit_raise(name: str) -> None:
     call, message = REFUSED[name]
     assert_refused(OptionError, message, call)
+
+
+@pytest.mark.parametrize("make", [ops.reversible_heun, ops.asynchronous_leapfrog, ops.reversible_solver])
+@pytest.mark.parametrize(("stream", "got"), [(None, "None"), (torch.ones(3, 4).long(), "torch.int64; x.float()")])
+@pytest.mark.parametrize("lower", [lambda op: op, inv.checkpoint])
+def test_a_stream_without_numbers_is_named(make: Solver, stream: object, got: str, lower: Solver) -> None:
+    message = f"a stream of a solver, expected a floating-point tensor, got {got}"
+    op = lower(make(riccati, [0, 1]))
+    assert_refused(WireError, message, lambda: op(stream, torch.ones(3, 4)), anywhere=True)
+
+
+def test_a_field_or_a_method_that_returns_something_else_is_named() -> None:
+    x = torch.ones(3, 4), torch.ones(3, 4)
+    for returned, message in (None, "returned None"), (1j * x[0], "returned (3, 4) of torch.complex128"):
+        field, method = ops.reversible_heun(lambda t, x: returned, [0, 1]), lambda f, t, x, h: returned
+        assert_refused(WireError, f"<lambda> {message}, expected (3, 4)", lambda: field(x), anywhere=True)
+        solver = ops.reversible_solver(riccati, [0, 1], method=method)
+        assert_refused(WireError, f"<lambda> {message}, expected (3, 4)", lambda: solver(x), anywhere=True)
 
 
 def test_a_field_of_another_shape_is_named() -> None:

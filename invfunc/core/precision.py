@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WireError
+from ..wires import describe, is_differentiable
 
 
 def at_least(dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
@@ -31,6 +32,13 @@ def real_dtype(x: Tensor) -> torch.dtype:
         torch.float32
     """
     return x.real.dtype if x.is_complex() else x.dtype
+
+
+def check_numbers(subject: str, x: Any) -> None:
+    """Raise unless x is one tensor of floating-point or complex numbers."""
+    if not is_differentiable(x):
+        got, cure = (str(x.dtype), "x.float()") if isinstance(x, Tensor) else (describe(x), "")
+        raise WireError(subject, expected="a floating-point tensor", got=got, cure=cure)
 
 
 def exactly(
@@ -60,13 +68,7 @@ def widely(
         >>> widely(torch.exp, torch.zeros(1, dtype=torch.bfloat16))
         tensor([1.])
     """
-    if not (x.is_floating_point() or x.is_complex()):
-        raise WireError(
-            "an op that computes with real numbers",
-            expected="a floating-point tensor",
-            got=str(x.dtype),
-            cure="x.float()",
-        )
+    check_numbers("an op that computes with real numbers", x)
     if all([t is None or t.dtype == x.dtype for t in tensors]) and (least is None or x.dtype in _WIDE):
         return _outside_of_autocast(fn, x, *tensors)
     given = [tensor.dtype for tensor in (x, *tensors) if tensor is not None]

@@ -6,6 +6,7 @@ Each solver is couplings on two streams, of which the second is the solution; `e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..core.couple import Half, additive, affine
 from ..core.op import Invertible, chain, name_of, named
-from ..core.precision import real_dtype
+from ..core.precision import at_least, check_numbers, real_dtype
 from ..errors import OptionError, WireError
 from ..wires import describe
 from .residual import blend, reflect
@@ -29,15 +30,25 @@ Step: TypeAlias = Callable[[Callable[..., Tensor], Any, Tensor, Any], Tensor]  #
 
 @dataclass(frozen=True)
 class Field:
-    """``(t, x) -> fn(t, x)``: the time is a tensor of the dtype of x, and what fn returns is at least as wide as x."""
+    """``(t, x) -> fn(t, x)``: the time has the dtype of x, or float32, and what fn returns is at least as wide as x.
+
+    A time in half precision would be another time: between 1 and 2 bfloat16 has 128 numbers.
+    """
 
     fn: Callable[..., Any]
 
     def __call__(self, time: Moment, x: Tensor) -> Tensor:
-        found = self.fn(torch.as_tensor(time, dtype=real_dtype(x), device=x.device), x)
-        if not isinstance(found, Tensor) or found.shape != x.shape:
-            raise WireError(f"{name_of(self.fn)} returned {describe(found)}", expected=f"{describe(x)} like its input")
+        check_numbers("a stream of a solver", x)
+        found = self.fn(torch.as_tensor(time, dtype=at_least(real_dtype(x)), device=x.device), x)
+        _check_like(x, found, self.fn)
         return found.to(torch.promote_types(found.dtype, x.dtype))
+
+
+def _check_like(x: Tensor, found: Any, fn: Callable[..., Any]) -> None:
+    if not isinstance(found, Tensor) or found.shape != x.shape or found.is_complex() > x.is_complex():
+        got = f" of {found.dtype}" if isinstance(found, Tensor) and found.shape == x.shape else ""
+        expected = f"{describe(x)}{got and f' of {x.dtype}'} like its input"
+        raise WireError(f"{name_of(fn)} returned {describe(found)}{got}", expected=expected)
 
 
 @dataclass(frozen=True)
@@ -58,13 +69,19 @@ class Part:
         return name_of(self.fn)
 
 
-def _grid(subject: str, times: Times) -> list[Any]:
-    """The times, as numbers; as tensors where they have a gradient."""
-    grid = [float(time.detach() if isinstance(time, Tensor) else time) for time in times]
-    if len(grid) < 2 or any(a == b for a, b in pairwise(grid)):
-        raise OptionError(f"{subject}: times are {grid}", expected="two times or more, no two neighbours equal")
-    has_gradient = any(isinstance(time, Tensor) and time.requires_grad for time in times)
-    return list(times) if has_gradient else grid
+def _grid(subject: str, fn: Any, times: Times) -> list[Any]:
+    """The times, as numbers; as tensors in at least float32 where they have a gradient."""
+    if not callable(fn):
+        raise OptionError(f"{subject}: the field is {type(fn).__name__}", expected="a function or a module, f(t, x)")
+    try:
+        grid = [float(time.detach() if isinstance(time, Tensor) else time) for time in times]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"{subject}: times are {times!r}", expected="numbers, in a list or a tensor (T,)") from error
+    if len(grid) < 2 or any(a == b for a, b in pairwise(grid)) or not all(map(math.isfinite, grid)):
+        raise OptionError(f"{subject}: times are {grid}", expected="two finite times or more, no two neighbours equal")
+    if not any(isinstance(time, Tensor) and time.requires_grad for time in times):
+        return grid
+    return [time.to(at_least(time.dtype)) if isinstance(time, Tensor) else time for time in times]
 
 
 def _named(parts: list[Invertible], kind: str, fn: Callable[..., Any], grid: list[Any]) -> Invertible:
@@ -129,7 +146,7 @@ def reversible_heun(
         f_n = f(t_n, \hat x_n), \; g_n = g(t_n, \hat x_n)
 
     Args:
-        fn: The field, ``f(t, x)``; t is a tensor without dimensions.
+        fn: The field, ``f(t, x)``; t is a tensor without dimensions, in the dtype of x and at least in float32.
         times: The times of the grid, in order: a list or a tensor. Backwards in time where they decrease. Those that
             require grad get theirs.
         diffusion: ``g(t, x)`` of the shape of x, for noise on each element; none for an ordinary equation.
@@ -150,9 +167,9 @@ def reversible_heun(
         0, since the companion carries what x loses; it is not that of the flow of the equation.
 
     Raises:
-        OptionError: When there are fewer than two times, only one of ``diffusion`` and ``noise``, or noise at times
-            that require grad.
-        WireError: When f returns another shape than it was given.
+        OptionError: When fn is no function, there are fewer than two times, one is not finite, only one of
+            ``diffusion`` and ``noise``, or noise at times that require grad.
+        WireError: When f returns another shape than it was given, or a stream has no floating-point numbers.
 
     Limits:
         Of second order; of strong order 1/2 with noise, in the sense of Stratonovich. Stable on the imaginary axis
@@ -174,7 +191,7 @@ def reversible_heun(
     Source:
         Kidger, Foster, Li and Lyons, Efficient and Accurate Gradients for Neural SDEs (2021).
     """
-    grid = _grid("reversible_heun", times)
+    grid = _grid("reversible_heun", fn, times)
     if (diffusion is None) != (noise is None):
         raise OptionError("reversible_heun: one of diffusion and noise is None", expected="both, or neither")
     if noise is not None and any(isinstance(time, Tensor) for time in grid):
@@ -203,6 +220,7 @@ class Slope(Part):
 
 
 def _drift(step: Moment, velocity: Tensor) -> Tensor:
+    check_numbers("a stream of a solver", velocity)
     return step * velocity
 
 
@@ -213,7 +231,7 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
         x_{n+1} = k + \tfrac h2 v_{n+1}
 
     Args:
-        fn: The field, ``f(t, x)``; t is a tensor without dimensions.
+        fn: The field, ``f(t, x)``; t is a tensor without dimensions, in the dtype of x and at least in float32.
         times: The times of the grid, in order: a list or a tensor. Those that require grad get theirs.
         damping: :math:`\eta`, above 1/2 and at most 1: below 1 the velocity forgets its errors.
 
@@ -231,8 +249,9 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
         :math:`\log|1 - 2 \eta|` for each step and element; it is not that of the flow of the equation.
 
     Raises:
-        OptionError: When there are fewer than two times, or ``damping`` is not above 1/2 and at most 1.
-        WireError: When f returns another shape than it was given.
+        OptionError: When fn is no function, there are fewer than two times, one is not finite, or ``damping`` is not
+            above 1/2 and at most 1.
+        WireError: When f returns another shape than it was given, or a stream has no floating-point numbers.
 
     Limits:
         Of second order where the velocity starts as f(t_0, x_0), see the example, and ``damping`` is 1; of first order
@@ -255,7 +274,7 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
         Mutze, An asynchronous leapfrog method II (2013); Zhuang et al., MALI: A memory efficient and reverse accurate
         integrator for Neural ODEs (2021).
     """
-    grid = _grid("asynchronous_leapfrog", times)
+    grid = _grid("asynchronous_leapfrog", fn, times)
     if not 0.5 < damping <= 1:
         raise OptionError(f"asynchronous_leapfrog: damping is {damping}", expected="a number above 0.5, and at most 1")
 
@@ -308,10 +327,13 @@ class Increment(Part):
         return (self.fn, self.method)
 
     def __call__(self, x: Tensor) -> Any:
+        check_numbers("a stream of a solver", x)
         found = self.method(Field(self.fn), self.time, x, self.step)
+        _check_like(x, found, self.method)
         if self.coupling is None:
             return -found
-        return x.new_full((), self.coupling), (1 - self.coupling) * x + found
+        share = torch.full((), self.coupling, dtype=at_least(real_dtype(x)), device=x.device)  # 0.999 is 1 in bfloat16
+        return share, (1 - self.coupling) * x + found
 
 
 def reversible_solver(
@@ -323,7 +345,7 @@ def reversible_solver(
         z_{n+1} = z_n - \Psi_{-h}(t_{n+1}, x_{n+1})
 
     Args:
-        fn: The field, ``f(t, x)``; t is a tensor without dimensions.
+        fn: The field, ``f(t, x)``; t is a tensor without dimensions, in the dtype of x and at least in float32.
         times: The times of the grid, in order: a list or a tensor. Those that require grad get theirs.
         method: :math:`\Psi`: ``"euler"``, ``"midpoint"``, ``"heun"``, ``"ralston3"``, ``"rk4"``, or a function
             ``(field, t, x, h) -> increment`` that calls ``field(t, x)``.
@@ -343,9 +365,9 @@ def reversible_solver(
         :math:`\log \lambda` for each step and element; it is not that of the flow of the equation.
 
     Raises:
-        OptionError: When there are fewer than two times, the method is not known, or ``coupling`` is not above 0 and at
-            most 1.
-        WireError: When f returns another shape than it was given.
+        OptionError: When fn is no function, there are fewer than two times, one is not finite, the method is not
+            known, or ``coupling`` is not above 0 and at most 1.
+        WireError: When f returns another shape than it was given, or a stream has no floating-point numbers.
 
     Limits:
         Of the order of the method. Where solutions decay by :math:`e^{-a h}` a step, it is stable while :math:`\lambda
@@ -365,8 +387,8 @@ def reversible_solver(
     Source:
         McCallum and Foster, Efficient, Accurate and Stable Gradients for Neural ODEs (2024).
     """
-    grid = _grid("reversible_solver", times)
-    if isinstance(method, str) and method not in _METHODS:
+    grid = _grid("reversible_solver", fn, times)
+    if not callable(method) and method not in list(_METHODS):  # it may be a list, which has no hash
         expected = f"one of {', '.join(map(repr, _METHODS))}, or a function (field, t, x, h) -> increment"
         raise OptionError(f"reversible_solver: method is {method!r}", expected=expected)
     if not 0 < coupling <= 1:
