@@ -92,6 +92,52 @@ def test_the_density_at_an_end_is_finite_and_so_is_its_gradient(dtype: torch.dty
             assert total.isfinite().all() and gradient.isfinite().all()
 
 
+# An op, its formula, and points where half precision is short of numbers, in the op or in its derivative.
+TINY = [6e-8, 3e-5, 1e-4, 1e-3]
+FORMULAS: dict[str, tuple[inv.Invertible, Callable[[Tensor], Tensor], list[float]]] = {
+    "exp": (ops.exp(), torch.exp, [-16.0, -9.0, 11.0]),
+    "log": (ops.log(), torch.log, [*TINY, 0.99, 1.01, 6e4]),
+    "sigmoid": (ops.sigmoid(), torch.sigmoid, [-16.0, 5.0, 8.0, 9.0]),
+    "logit": (ops.logit(), torch.logit, [*TINY, 0.5, 0.99]),
+    "tanh": (ops.tanh(), torch.tanh, [-5.0, 0.01, 3.0, 5.0]),
+    "atanh": (ops.atanh(), torch.atanh, [-0.99, 1e-3, 0.9, 0.99]),
+    "softplus": (ops.softplus(), torch.nn.functional.softplus, [-15.0, -9.0, 11.0]),
+    "softplus, inverse": (~ops.softplus(), lambda y: y + (-(-y).expm1()).log(), [*TINY, 1.0, 16.0]),
+    "sinh": (ops.sinh(), torch.sinh, [-11.0, 1e-3, 11.0]),
+    "asinh": (ops.asinh(), torch.asinh, [-300.0, 1e-3, 255.0, 256.0, 300.0, 1e4, 6e4]),
+    "cbrt": (ops.cbrt(), lambda x: x.sign() * x.abs() ** (1 / 3), [*TINY, -1e-3, -300.0, 6e4]),
+    "cbrt, inverse": (~ops.cbrt(), lambda y: y**3, [*TINY, -1e-3, -80.0, 39.0, 300.0, 6e4]),
+    "power": (ops.power(3.0), lambda x: x**3, [*TINY, 39.0, 80.0]),
+    "power, inverse": (~ops.power(0.4), lambda y: y**2.5, [*TINY, 80.0, 100.0, 300.0]),
+    "power, below 0": (ops.power(-1.0), lambda x: 1 / x, [*TINY, 300.0, 6e4]),
+    "power, tensor": (ops.power(torch.tensor(2.0)), lambda x: x**2, [*TINY, 80.0, 300.0]),
+    "power, tensor, inverse": (~ops.power(torch.tensor(0.5)), lambda y: y**2, [*TINY, 80.0, 300.0]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_half_precision_rounds_the_result_and_not_what_leads_to_it(name: str, dtype: torch.dtype) -> None:
+    """Values, log-determinants and the gradients of both are those of the formula in float64, where they have digits."""
+    op, formula, points = FORMULAS[name]
+    x = torch.tensor(points, dtype=dtype)
+    wide = x.double().requires_grad_()
+    y = formula(wide)
+    (slope,) = torch.autograd.grad(y.sum(), wide, create_graph=True)
+    total = slope.abs().log()
+    (of_total,) = torch.autograd.grad(total.sum(), wide)
+    for way in op, inv.checkpoint(op):
+        inner = x.clone().requires_grad_()
+        counted = inv.log_det(way, inner)
+        gradients = [torch.autograd.grad(t.sum(), inner, retain_graph=True)[0] for t in counted]
+        for found, expected in zip([*counted, *gradients], (y, total, slope, of_total), strict=True):
+            has_digits = expected.to(dtype).isfinite() & (expected.abs() >= torch.finfo(dtype).tiny)
+            near = torch.where(has_digits, found.double(), expected)
+            assert_close(
+                near, expected, 8 * torch.finfo(dtype).eps if found is counted[1] else 0, 8 * torch.finfo(dtype).eps
+            )
+
+
 # ---- beyond it -----------------------------------------------------------------------------------------------------
 
 BEYOND: dict[str, tuple[inv.Invertible, list[float]]] = {

@@ -6,13 +6,14 @@ makes the end of it again, and the gradient there is 0, as that of a clamp. Near
 left. Lowered, an op with such an end (`sigmoid`, `tanh`) keeps its input, in either direction, so that everything
 before it gets plain autograd's gradient; so does in float16 what rounds to 0 early. Beyond the end there is no inverse:
 value and gradient are NaN, and under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity,
-the limit; so do the log-determinants, which are computed in at least float32.
+the limit; so do the log-determinants. All three are computed in at least float32: half precision rounds the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,15 +24,40 @@ from torch.nn import functional as F
 from ..core.couple import check_meets, match, sum_log_slopes, sum_per_sample
 from ..core.op import Chain, Invertible, invert, pair, saturating
 from ..core.packing import pack_bits, unpack_bits
-from ..core.precision import at_least, exactly
+from ..core.precision import at_least, check_numbers, exactly
 from ..debug import require
-from ..errors import OptionError
+from ..errors import OptionError, WireError
 from .shape import check_nonzero, check_tensor, no_log_det
 
 
 def _undoing(op: Invertible, label: str) -> Invertible:
     """``invert(op)``, shown as the call that built it; inverted again, it is shown as op."""
     return Chain((invert(op),), (label, repr(op)))
+
+
+@dataclass(frozen=True)
+class OfReal:
+    """A function of real numbers; anything else is refused in the name of its op."""
+
+    name: str
+    fn: Callable[[Tensor], Any]
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The function."""
+        return (self.fn,)
+
+    def __call__(self, x: Tensor) -> Any:
+        check_numbers(f"{self.name}: the input", x)
+        if x.is_complex():
+            raise WireError(f"{self.name}: the input", expected="real numbers", got=str(x.dtype), cure="x.abs()")
+        return self.fn(x)
+
+
+def _elementwise(forward: Callable[..., Any], inverse: Callable[..., Any], name: str, **rules: Any) -> Invertible:
+    """A pair of functions of real numbers."""
+    fro = inverse if rules.get("residue") else OfReal(f"the inverse of {name}", inverse)
+    return pair(OfReal(name, forward), fro, name=name, **rules)
 
 
 def _with_ends(fn: Callable[[Tensor], Tensor], y: Tensor, middle: float, *ends: tuple[float, float]) -> Tensor:
@@ -44,7 +70,7 @@ def _with_ends(fn: Callable[[Tensor], Tensor], y: Tensor, middle: float, *ends: 
     masks = [(y == end, value) for end, value in ends]
     for mask, _ in masks:
         y = y.masked_fill(mask, middle)
-    y = fn(y)
+    y = exactly(fn, y)
     for mask, value in masks:
         y = y.masked_fill(mask, value)
     return y
@@ -79,6 +105,10 @@ def _log_cosh(x: Tensor) -> Tensor:
 
 
 # ---- exp and log -------------------------------------------------------------------------------------------------
+
+
+def _exp(x: Tensor) -> Tensor:
+    return exactly(torch.exp, x)
 
 
 def _log(y: Tensor) -> Tensor:
@@ -124,7 +154,8 @@ def exp() -> Invertible:
     Source:
         As a bijector: Dillon et al., TensorFlow Distributions (2017).
     """
-    return saturating(pair(torch.exp, _log, pullback=_pull_exp, log_det=_exp_log_det, name="exp()"), _has_short_range)
+    op = _elementwise(_exp, _log, "exp()", pullback=_pull_exp, log_det=_exp_log_det)
+    return saturating(op, _has_short_range)
 
 
 def log() -> Invertible:
@@ -156,6 +187,10 @@ def log() -> Invertible:
 
 
 # ---- sigmoid and logit -------------------------------------------------------------------------------------------
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return exactly(torch.sigmoid, x)
 
 
 def _logit(y: Tensor) -> Tensor:
@@ -205,8 +240,7 @@ def sigmoid() -> Invertible:
     Source:
         Its inverse, before a flow on pixels: Dinh et al., Real NVP (2017), section 4.1.
     """
-    op = pair(torch.sigmoid, _logit, pullback=_pull_sigmoid, log_det=_sigmoid_log_det, name="sigmoid()")
-    return saturating(op)
+    return saturating(_elementwise(_sigmoid, _logit, "sigmoid()", pullback=_pull_sigmoid, log_det=_sigmoid_log_det))
 
 
 def logit() -> Invertible:
@@ -238,6 +272,10 @@ def logit() -> Invertible:
 
 
 # ---- tanh and atanh ----------------------------------------------------------------------------------------------
+
+
+def _tanh(x: Tensor) -> Tensor:
+    return exactly(torch.tanh, x)
 
 
 def _atanh(y: Tensor) -> Tensor:
@@ -284,7 +322,7 @@ def tanh() -> Invertible:
     Source:
         After a density on actions: Haarnoja et al., Soft Actor-Critic (2018), appendix C.
     """
-    return saturating(pair(torch.tanh, _atanh, pullback=_pull_tanh, log_det=_tanh_log_det, name="tanh()"))
+    return saturating(_elementwise(_tanh, _atanh, "tanh()", pullback=_pull_tanh, log_det=_tanh_log_det))
 
 
 def atanh() -> Invertible:
@@ -387,17 +425,21 @@ def leaky_tanh(cutoff: float = 3.0) -> Invertible:
     """
     if not 0 < cutoff < 8:
         raise OptionError(f"leaky_tanh: cutoff is {cutoff}", expected="a number between 0 and 8")
-    op = pair(
+    op = _elementwise(
         partial(_leaky_tanh_forward, cutoff),
         partial(_leaky_tanh_inverse, cutoff),
+        f"leaky_tanh({cutoff})",
         pullback=partial(_pull_leaky_tanh, cutoff),
         log_det=partial(_leaky_tanh_log_det, cutoff),
-        name=f"leaky_tanh({cutoff})",
     )
     return saturating(op, partial(_is_flat, cutoff))
 
 
 # ---- softplus ----------------------------------------------------------------------------------------------------
+
+
+def _softplus_forward(x: Tensor) -> Tensor:
+    return exactly(_softplus, x)
 
 
 def _softplus_inverse(y: Tensor) -> Tensor:
@@ -442,11 +484,19 @@ def softplus() -> Invertible:
     Source:
         Dugas et al., Incorporating second-order functional knowledge for better option pricing (2001).
     """
-    op = pair(_softplus, _softplus_inverse, pullback=_pull_softplus, log_det=_softplus_log_det, name="softplus()")
-    return saturating(op, _has_short_range)
+    rules: dict[str, Any] = {"pullback": _pull_softplus, "log_det": _softplus_log_det}
+    return saturating(_elementwise(_softplus_forward, _softplus_inverse, "softplus()", **rules), _has_short_range)
 
 
 # ---- sinh and asinh ----------------------------------------------------------------------------------------------
+
+
+def _sinh(x: Tensor) -> Tensor:
+    return exactly(torch.sinh, x)
+
+
+def _asinh(y: Tensor) -> Tensor:
+    return exactly(torch.asinh, y)
 
 
 def _pull_sinh(y: Tensor, gy: Tensor) -> Any:
@@ -479,7 +529,7 @@ def sinh() -> Invertible:
     Source:
         Jones and Pewsey, Sinh-arcsinh distributions (2009).
     """
-    return pair(torch.sinh, torch.asinh, pullback=_pull_sinh, log_det=_sinh_log_det, name="sinh()")
+    return _elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det)
 
 
 def asinh() -> Invertible:
@@ -523,7 +573,7 @@ def _root(p: float | Tensor, y: Tensor) -> Tensor:
 def _raised(x: Tensor, p: float | Tensor, of_exponent: Callable[[Tensor], Tensor] = torch.positive) -> Tensor:
     """``x ** of_exponent(p)``, NaN below 0: a whole exponent would forget the sign."""
     x = _nan_where(x < 0, x)
-    return exactly(lambda x, p: x ** of_exponent(p), x, p) if isinstance(p, Tensor) else x**p
+    return exactly(lambda x, *p: x ** of_exponent(*p), x, p) if isinstance(p, Tensor) else exactly(lambda x: x**p, x)
 
 
 def _check_power(subject: str, domain: str, p: float | Tensor, x: Tensor) -> None:
@@ -537,16 +587,27 @@ def _check_power(subject: str, domain: str, p: float | Tensor, x: Tensor) -> Non
 def _pull_power(p: float | Tensor, y: Tensor, gy: Tensor) -> Any:
     x = _root(p, y)
     if not isinstance(p, Tensor):
-        return x, gy * p * x ** (p - 1)
+        return x, exactly(lambda gy, x: gy * p * x ** (p - 1), gy, x)
     gx = exactly(lambda gy, x, p: gy * p * x ** (p - 1), gy, x, p)
     return x, gx, [(p, match(exactly(lambda gy, x, y: gy * torch.xlogy(y, x), gy, x, y), p))]
 
 
 def _power_log_det(p: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
-    x = _nan_where(x < 0, x)
+    x, uses_y = _nan_where(x < 0, x), _is_lost(x, y)
     if isinstance(p, Tensor):
-        return sum_log_slopes(lambda x, p: (p - 1) * x.log() + p.abs().log(), x, p)
-    return sum_log_slopes(lambda x: (p - 1) * x.log() + math.log(math.fabs(p)), x)
+        return sum_log_slopes(lambda x, y, p: (p - 1) * _log_of(x, y, p, uses_y) + p.abs().log(), x, y, p)
+    return sum_log_slopes(lambda x, y: (p - 1) * _log_of(x, y, p, uses_y) + math.log(math.fabs(p)), x, y)
+
+
+def _is_lost(x: Tensor, y: Tensor) -> Tensor:
+    """Where y tells more than x, which the inverse has rounded to 0, to a number of few digits, or to infinity."""
+    is_lost = (x.abs() < torch.finfo(x.dtype).tiny) | x.isinf()
+    return is_lost & (y != 0) & y.isfinite()
+
+
+def _log_of(x: Tensor, y: Tensor, p: float | Tensor, uses_y: Tensor) -> Tensor:
+    """``log|x|`` of ``y = x ** p``, by way of y where there is a mask."""
+    return torch.where(uses_y, y.abs().masked_fill(~uses_y, 1).log() / p, x.abs().masked_fill(uses_y, 1).log())
 
 
 def power(p: float | Tensor) -> Invertible:
@@ -582,12 +643,12 @@ def power(p: float | Tensor) -> Invertible:
     """
     if not isinstance(p, Tensor) and not 0 < math.fabs(p) < math.inf:
         raise OptionError(f"power: p is {p}", expected="a number that is not 0", cure="x ** 0 is 1 for every x")
-    op = pair(
+    op = _elementwise(
         partial(_power, p),
         partial(_root, p),
+        "power(p)" if isinstance(p, Tensor) else f"power({p})",
         pullback=partial(_pull_power, p),
         log_det=partial(_power_log_det, p),
-        name="power(p)" if isinstance(p, Tensor) else f"power({p})",
     )
     return saturating(op, _has_short_range)
 
@@ -600,20 +661,17 @@ def _sign_and_size(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cbrt(x: Tensor) -> Tensor:
     sign, size = _sign_and_size(x)
-    y = sign * size ** (1 / 3)
+    y = sign * exactly(lambda size: size ** (1 / 3), size)
     return torch.where(x == 0, y - y.detach(), y)
 
 
 def _cube(y: Tensor) -> Tensor:
-    return y * y * y
-
-
-def _cbrt_log_slope(x: Tensor) -> Tensor:
-    return -2 / 3 * _sign_and_size(x)[1].log() - math.log(3)
+    return exactly(lambda y: y * y * y, y)
 
 
 def _cbrt_log_det(x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(_cbrt_log_slope, x)
+    uses_y, (_, size) = _is_lost(x, y), _sign_and_size(x)
+    return sum_log_slopes(lambda x, y: -2 / 3 * _log_of(x, y, 1 / 3, uses_y) - math.log(3), size, y)
 
 
 def cbrt() -> Invertible:
@@ -630,7 +688,7 @@ def cbrt() -> Invertible:
         number, so that no gradient is NaN, and the log-determinant is finite.
 
     Cost:
-        Its inverse is two products. Lowered, nothing is kept.
+        Its inverse is two products. Lowered, nothing is kept, but in float16 the input: a cube soon overflows there.
 
     Example:
         >>> cbrt()(torch.tensor([-8.0, 0.0, 27.0]))
@@ -639,7 +697,8 @@ def cbrt() -> Invertible:
     Source:
         A signed power, as zuko's ``SignedPowerTransform``.
     """
-    return pair(_cbrt, _cube, log_det=_cbrt_log_det, name="cbrt()")
+    op = _elementwise(_cbrt, _cube, "cbrt()", log_det=_cbrt_log_det)
+    return saturating(op, _has_short_range)
 
 
 # ---- rectified ---------------------------------------------------------------------------------------------------
@@ -688,12 +747,12 @@ def leaky_relu(slope: float = 0.01) -> Invertible:
     """
     if not 0 < slope < math.inf:
         raise OptionError(f"leaky_relu: slope is {slope}", expected="a positive number", cure="relu() keeps a residue")
-    return pair(
+    return _elementwise(
         partial(_leak, slope),
         partial(_leak, 1 / slope),
+        f"leaky_relu({slope})",
         pullback=partial(_pull_leaky_relu, slope),
         log_det=partial(_leaky_relu_log_det, slope),
-        name=f"leaky_relu({slope})",
     )
 
 
@@ -737,7 +796,7 @@ def abs() -> Invertible:
     Source:
         With a random inverse in place of the residue: Nielsen et al., SurVAE Flows (2020).
     """
-    return pair(_abs, _sign_again, pullback=_pull_abs, log_det=no_log_det, residue=True, name="abs()")
+    return _elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=no_log_det, residue=True)
 
 
 def _relu(x: Tensor) -> Any:
@@ -783,4 +842,4 @@ def relu() -> Invertible:
     Source:
         With a random inverse in place of the residue: Nielsen et al., SurVAE Flows (2020).
     """
-    return pair(_relu, _add_negative_part, pullback=_pull_relu, residue=True, name="relu()")
+    return _elementwise(_relu, _add_negative_part, "relu()", pullback=_pull_relu, residue=True)
