@@ -343,6 +343,21 @@ def test_of_nan_the_bound_of_dequantisation_is_nan() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lower", [as_op, inv.checkpoint])
+def test_dequantisation_takes_levels_and_makes_nan_of_everything_else(dtype: torch.dtype, lower: Any) -> None:
+    op, levels = lower(ops.dequantize(8)), torch.arange(8, dtype=dtype)[:, None]
+    y, total = inv.log_det(op, levels)
+    assert torch.equal(op.inverse(y), levels) and ((y > 0) & (y < 1)).all() and total.isfinite().all()
+    ends = torch.tensor([0.0, 1 - torch.finfo(dtype).eps, 1.0], dtype=dtype)
+    assert op.inverse(ends).tolist() == [0.0, 7.0, 7.0]
+    for other in torch.tensor([NAN, INF, -INF, -1.0, 8.0, 1e10, 2.5], dtype=dtype):
+        y, total = inv.log_det(op, other.view(1, 1))
+        assert y.isnan().all() and total.isnan().all()
+    beyond = torch.tensor([NAN, INF, -INF, -1e-6, 1 + 1e-6, 3.0], dtype=dtype)
+    assert op.inverse(beyond).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("x", [200.0, -3e4, 1e6])
 def test_far_away_a_mixture_has_the_slope_of_its_widest_component(x: float, dtype: torch.dtype) -> None:
     op = ops.mixture_logit(*(p.to(dtype) for p in PARAMETERS))

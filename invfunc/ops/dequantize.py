@@ -19,6 +19,7 @@ from ..core.precision import at_least, exactly
 from ..debug import require
 from ..errors import OptionError, WireError
 from ..wires import describe
+from .shape import check_tensor
 
 
 class Noise(Protocol):
@@ -29,8 +30,9 @@ class Noise(Protocol):
     def log_prob(self, x: Any, context: Any = None) -> Tensor: ...  # noqa: D102
 
 
-def _margin(levels: int, x: Tensor) -> float:
+def _margin(levels: int, x: Any) -> float:
     """How far noise stays from 0 and 1, so that no sum is rounded to the next whole number."""
+    check_tensor("dequantize", x)
     margin = 2 * levels * torch.finfo(x.dtype).eps if x.is_floating_point() else 1
     if margin < 1 / 16:
         return margin
@@ -45,15 +47,23 @@ def _is_level(x: Tensor, levels: int) -> Tensor:
     return (x == x.floor()) & (x >= 0) & (x < levels)
 
 
+def _levels_of(levels: int, x: Tensor) -> Tensor:
+    """x, and NaN where it is no level; a sum, for which backward needs nothing."""
+    return x + torch.zeros_like(x).masked_fill(~_is_level(x, levels), math.nan)
+
+
 def _add_noise(levels: int, noise: Noise | None, x: Tensor) -> Tensor:
     margin = _margin(levels, x)
     require("dequantize", x, _is_level, f"whole numbers from 0 to {levels - 1}", "round them, or divide", levels)
     drawn = torch.rand_like(x) if noise is None else noise.rsample(context=x / levels)
-    return exactly(lambda x, drawn: (x + margin + (1 - 2 * margin) * drawn) / levels, x, drawn)
+    known = _levels_of(levels, x)
+    return exactly(lambda x, drawn: (x + margin + (1 - 2 * margin) * drawn) / levels, known, drawn)
 
 
 def _round_down(levels: int, y: Tensor) -> Tensor:
-    return (levels * y).floor()
+    check_tensor("the inverse of dequantize", y)
+    x = (levels * y).floor()
+    return _levels_of(levels, x.masked_fill(y == 1, levels - 1))
 
 
 def _bound(levels: int, noise: Noise | None, x: Tensor, y: Tensor) -> Tensor:
@@ -61,7 +71,7 @@ def _bound(levels: int, noise: Noise | None, x: Tensor, y: Tensor) -> Tensor:
     margin = _margin(levels, x)
     scale = x[0].numel() * (math.log(1 - 2 * margin) - math.log(levels))
     if noise is None:
-        return sum_per_sample(0 * x.detach()) + scale  # 0, and NaN where x is no number
+        return sum_per_sample(0 * _levels_of(levels, x.detach())) + scale
     edge = torch.finfo(x.dtype).eps
     drawn = ((levels * y - x - margin) / (1 - 2 * margin)).clamp(edge, 1 - edge)
     return scale - noise.log_prob(drawn, context=x / levels).to(at_least(x.dtype))
@@ -82,7 +92,8 @@ def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
         ``(N, ...)``, unchanged, D numbers in each sample; float32 or float64.
 
     Domain:
-        Whole numbers from 0 to K - 1; the range is what lies between 0 and 1.
+        Whole numbers from 0 to K - 1; of others, NaN. The range is what lies between 0 and 1; 1, to which a sample may
+        round, is read as a number below it, and of what is beyond the inverse makes NaN.
 
     Cost:
         A draw of the noise, and for a flow one evaluation more for its density. Lowered: x is kept, which is the data,
