@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from catalogue import EXAMPLES, Example
-from kit import assert_close, bowl
+from kit import assert_close, assert_refused, bowl
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import invfunc as inv
 from invfunc.engine.snapshot import Parts
-from invfunc.errors import NotDifferentiableError, WireError
+from invfunc.errors import NotDifferentiableError, ReplayError, WireError
 from invfunc.testing import needs_no_residue
 from invfunc.wires import is_differentiable, leaves, map_wire
 
@@ -301,3 +301,50 @@ def test_a_rational_quadratic_spline_in_half_precision_keeps_its_knots_in_order(
     near = torch.stack([x, x.nextafter(torch.full_like(x, 9))])
     values = op(near)
     assert (values[1] >= values[0]).all()
+
+
+# ---- parameters that are wider than the stream -----------------------------------------------------------------------
+
+
+def wider_laws(p: Tensor) -> dict[str, inv.Invertible]:
+    """Ops that promote a stream in half precision, as torch's arithmetic does."""
+
+    def shift(x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), p).tanh()
+
+    def scale_and_shift(x: Tensor) -> tuple[Tensor, Tensor]:
+        return shift(x).sigmoid() + 0.5, shift(x)
+
+    affine = inv.couple(scale_and_shift, scale_and_shift, law=inv.affine)
+    both = inv.parallel(inv.affine(1.5 + p[0], p[1]), inv.pair(lambda x: x * (1.5 + p[0]), lambda y: y / (1.5 + p[0])))
+    return {"affine": affine, "additive": inv.couple(shift, shift), "beside": both}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["affine", "additive", "beside"])
+def test_parameters_that_are_wider_than_the_stream_promote_it_lowered_as_plain(name: str, dtype: torch.dtype) -> None:
+    streams = [torch.randn(5, 4).to(dtype), torch.randn(5, 4).to(dtype)]
+
+    def loss(p: Tensor, x: Tensor, z: Tensor, lower: Callable[[Any], Any]) -> Tensor:
+        op = wider_laws(p)[name]
+        return sum(bowl(leaf.float()) for leaf in lower(inv.chain(op, inv.swap(), op))(x, z))
+
+    def gradients(lower: Callable[[Any], Any]) -> list[Tensor]:
+        inputs = [t.detach().clone().requires_grad_() for t in (0.3 * torch.eye(4), *streams)]
+        return list(torch.autograd.grad(loss(*inputs, lower), inputs))
+
+    plain = gradients(lambda op: op)
+    found = torch.func.grad(partial(loss, lower=inv.checkpoint), (0, 1, 2))(0.3 * torch.eye(4), *streams)
+    for a, b, c in zip(gradients(inv.checkpoint), found, plain, strict=True):
+        assert_close(a, c, 1e-5 if c.dtype == F32 else 0)  # a sum of two in float32 has no order
+        assert_close(b, c, 1e-5 if c.dtype == F32 else 8 * torch.finfo(dtype).eps)
+
+
+def test_an_inverse_that_is_narrower_than_forwards_input_is_still_refused() -> None:
+    op = inv.chain(inv.ops.sinh(), inv.ops.sinh(), inv.pair(lambda x: 2 * x, lambda y: (y / 2).half(), name="narrow"))
+    y = inv.checkpoint(op)(torch.ones(3, requires_grad=True))
+    assert_refused(
+        ReplayError,
+        "chain stage 2 (narrow): the inverse of narrow returned (3,) float16, expected (3,) float32 as in forward",
+        lambda: y.sum().backward(),
+    )

@@ -24,6 +24,27 @@ def at_least(dtype: torch.dtype, *others: torch.dtype) -> torch.dtype:
     return reduce(torch.promote_types, others, torch.promote_types(dtype, torch.float32))
 
 
+def is_wider(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether an op that met a wider parameter may have promoted one dtype of numbers to the other.
+
+    Example:
+        >>> is_wider(torch.float32, torch.bfloat16), is_wider(torch.float16, torch.bfloat16)
+        (True, False)
+    """
+    is_promoted = dtype != other and torch.promote_types(dtype, other) == dtype
+    return is_promoted and other.is_floating_point | other.is_complex and dtype.is_complex == other.is_complex
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that an op has made wider, in the dtype that it had; any other one as it is.
+
+    Example:
+        >>> narrow(torch.ones(1), torch.bfloat16).dtype, narrow(torch.ones(1), torch.float64).dtype
+        (torch.bfloat16, torch.float32)
+    """
+    return x.to(dtype) if x.dtype != dtype and is_wider(x.dtype, dtype) else x
+
+
 def real_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a tensor's real numbers; that of a dtype, `torch.dtype.to_real`, Dynamo does not know.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..core.op import Again
+from ..core.precision import narrow
 from ..errors import ReplayError, place_error
 from ..wires import Wire, map_wire, spread
 from .conditions import PINS, Pinned
@@ -114,7 +115,7 @@ class Evaluation(Again):
         """A rebuilt tensor for a graph, as in forward."""
         if like is None:
             return leaf
-        kind, stride = like.kind, like.stride
+        kind, stride, leaf = like.kind, like.stride, narrow(leaf, like.dtype)
         if stride is not None and leaf.stride() != stride:
             leaf = lay_out(leaf, stride)
         if not kind:

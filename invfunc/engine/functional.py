@@ -33,7 +33,7 @@ from .strands import (
     tensors_at_strands,
     values,
 )
-from .watch import Kind, Recording, Replay, check_kinds, record_call, slots, tensor_kinds
+from .watch import Kind, Recording, Replay, check_kinds, narrowed, record_call, slots, tensor_kinds
 
 # ---- the engine -----------------------------------------------------------------------------------------------------
 
@@ -238,8 +238,8 @@ def _pull(ctx: Any, call: Call, grads: Sequence[Tensor | None]) -> tuple[Tensor 
 
 
 def _rebuilt_leaves(call: Call, x: Wire) -> list[Tensor]:
-    """The rebuilt tensors; raises if a shape or dtype differs from forward."""
-    found = [leaf for leaf in leaves(x) if is_differentiable(leaf)]
+    """The rebuilt tensors, as narrow as in forward; raises if a shape or dtype differs."""
+    found = narrowed([leaf for leaf in leaves(x) if is_differentiable(leaf)], call.x_kinds)
     check_kinds(lambda: f"the inverse of {call.op!r}", found, call.x_kinds)
     return found
 

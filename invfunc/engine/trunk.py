@@ -39,6 +39,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..core.op import Invertible, Residue
+from ..core.precision import is_wider, narrow
 from ..errors import ReplayError
 from ..wires import Wire, blank, detach, is_differentiable, leaves, map_wire, unflatten
 from .cause import Visit, cause_of
@@ -156,8 +157,7 @@ class Stage(Record):
             else:
                 x = op.inverse_with_residue(self._residue(), y)
                 again.abandon()
-            self._check_wire(x, self.like)
-            return x
+            return x if self._is_alike(x, self.like) else map_wire(_narrowed, x, self.like)
         except Stop:
             assert again is not None
             again.finish()
@@ -179,18 +179,17 @@ class Stage(Record):
     def _residue(self) -> Residue:
         return self.residue if self.kept is None else unflatten(self.residue, self.kept.tensors())
 
-    def _check_wire(self, x: Wire, like: Wire) -> None:
+    def _is_alike(self, x: Wire, like: Wire) -> bool:
+        """Whether x is as it was in forward; not where the op has made it wider. Raises where it is otherwise."""
         if type(like) is tuple:
             if type(x) is not tuple or len(x) != len(like):
                 raise _rebuilt_otherwise(self.op, leaves(x), leaves(like))
-            for part, part_like in zip(x, like, strict=True):
-                self._check_wire(part, part_like)
-        else:
-            self._check(x, like)
-
-    def _check(self, leaf: Any, like: Like | None) -> None:
-        if like is not None and (not isinstance(leaf, Tensor) or leaf.shape != like.shape or leaf.dtype != like.dtype):
-            raise _rebuilt_otherwise(self.op, leaves(leaf), [like])
+            return all([self._is_alike(part, part_like) for part, part_like in zip(x, like, strict=True)])
+        if like is None or (isinstance(x, Tensor) and x.shape == like.shape and x.dtype == like.dtype):
+            return True
+        if isinstance(x, Tensor) and x.shape == like.shape and is_wider(x.dtype, like.dtype):
+            return False
+        raise _rebuilt_otherwise(self.op, leaves(x), [like])
 
     def hand_over(self, x: Wire) -> None:
         """Its frame gets the tensors that it has saved, from its input."""
@@ -207,6 +206,10 @@ class Stage(Record):
         frame = self.frame()
         if frame is not None and frame.saved:
             frame.saved = {}
+
+
+def _narrowed(leaf: Any, like: Like | None) -> Any:
+    return leaf if like is None else narrow(leaf, like.dtype)
 
 
 def _rebuilt_otherwise(op: Invertible | None, found: Sequence[Any], expected: Sequence[Any]) -> ReplayError:

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _torch
 from ..core.op import VJP, name_of
+from ..core.precision import narrow
 from ..errors import ReplayError
 from ..wires import Wire, detach, is_differentiable, leaves, map_wire, spread, unflatten
 from .conditions import PINS, Conditions, Pinned, RandomState, Recorder, turn
@@ -338,6 +339,13 @@ def check_kinds(subject: Callable[[], str], items: Iterable[Any], expected: list
         raise _differs(subject(), found, expected)
 
 
+def narrowed(found: list[Tensor], expected: list[Kind]) -> list[Tensor]:
+    """Tensors that an op has promoted, in the dtypes that they had."""
+    if len(found) != len(expected):
+        return found
+    return [narrow(t, dtype) for t, (_, dtype) in zip(found, expected, strict=True)]
+
+
 def _kinds_of(items: Iterable[Any]) -> list[Kind | None]:
     return [(t.shape, t.dtype) if is_differentiable(t) else None for t in items]
 
@@ -460,7 +468,10 @@ class Replay(VJP):
     def run(self, fn: Callable[..., Any], x: Wire) -> Wire:
         out = self._evaluate(fn, x, self.captured)
         if fn == self.inverse:
-            check_kinds(lambda: f"the inverse of {getattr(fn, '__self__', fn)!r}", leaves(out), self.x_kinds)
+            own = narrowed([leaf for leaf in leaves(out) if is_differentiable(leaf)], self.x_kinds)
+            check_kinds(lambda: f"the inverse of {getattr(fn, '__self__', fn)!r}", own, self.x_kinds)
+            left = iter(own)
+            out = map_wire(lambda leaf: next(left) if is_differentiable(leaf) else leaf, out)
         return out
 
     def _evaluate(self, fn: Callable[..., Any], x: Wire, captured: Sequence[Tensor]) -> Wire:
