@@ -25,7 +25,7 @@ from torch.distributions import Distribution, Independent, TransformedDistributi
 
 from .core.op import Invertible, check_op, name_of
 from .core.precision import at_least
-from .errors import WireError
+from .errors import OptionError, WireError
 from .log_det import with_log_det, zeros_for
 from .ops.streams import Given
 from .wires import Wire, describe, is_differentiable, leaves, map_wire
@@ -132,9 +132,10 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
         Contexts are repeated for each sample.
 
     Raises:
+        OptionError: When the base is nothing of that.
         NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
-        WireError: When op or base read a context and none is given, when contexts do not fit the samples or what the
-            base makes of them, or when the base swallows the batch.
+        WireError: When a function returns no distribution, when op or base read a context and none is given, when
+            contexts do not fit the samples or what the base makes of them, or when the base swallows the batch.
 
     Example:
         >>> import invfunc as inv
@@ -154,14 +155,27 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
         Tabak and Turner (2013); Rezende and Mohamed (2015).
     """
     check_op("flow", op)
+    _check_base(base)
     return Flow(op, base, with_log_det(op, exact=exact), any(isinstance(fn, Given) for fn in op.functions))
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------
 
 
+def _check_base(base: Base) -> None:
+    """Raise unless a base is one of those that `flow` takes."""
+    if isinstance(base, tuple) and base:
+        for part in base:
+            _check_base(part)
+    elif isinstance(base, type) or not (_is_distribution(base) or callable(base)):
+        raise OptionError(
+            f"flow: the base is {base.__name__ if isinstance(base, type) else type(base).__name__}",
+            expected="a distribution, a function that returns one, or a tuple of these",
+        )
+
+
 def _is_distribution(base: Base) -> bool:
-    return hasattr(base, "log_prob")
+    return hasattr(base, "log_prob") and not isinstance(base, type)
 
 
 def _reads(base: Base) -> bool:
@@ -188,7 +202,15 @@ def _made(base: Base, context: Wire) -> Base:
     given = () if context is None or not _takes(base, context) else (context,)
     if not _takes(base, *given):
         raise WireError(f"the base {name_of(base)} got no context", expected="one, its argument", cure="pass context=")
-    return _of_contexts(base(*given), base, _contexts(context)) if given else base()
+    made = base(*given)
+    _check_made(made, base)
+    return _of_contexts(made, base, _contexts(context)) if given else made
+
+
+def _check_made(made: Any, fn: Base) -> None:
+    for part in leaves(made):
+        if not _is_distribution(part):
+            raise WireError(f"the base {name_of(fn)} returned {describe(part)}", expected="a distribution, or a tuple")
 
 
 def _of_contexts(made: Base, fn: Base, contexts: Size) -> Base:

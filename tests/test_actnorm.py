@@ -269,6 +269,22 @@ def test_an_input_without_channels_is_named() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.ones(4, 5), "ActNorm: the input, expected size 3 along dim 1, got (4, 5)"),
+        (None, "actnorm_init: the input, expected a tensor of at least 2 dims, got None"),
+        (torch.ones(4, 3, dtype=torch.int64), "actnorm_init: the input, expected a floating-point tensor, got torch.i"),
+        (torch.ones(4, 3, dtype=torch.complex64), "actnorm_init: the input, expected real numbers, got torch.complex"),
+    ],
+)
+def test_what_it_can_not_start_from_is_named_and_starts_nothing(bad: Any, message: str) -> None:
+    layer = inn.ActNorm(3)
+    for call in lambda: layer(bad), lambda: layer.initialise(bad), lambda: inn.Sequential(layer)(bad):
+        assert_refused(WireError, message, call, anywhere=True)
+    assert not layer.initialised and not layer.bias.any()
+
+
 def test_the_op_of_a_module_has_a_log_determinant_that_follows_the_module() -> None:
     norm, x = inv.nn.ActNorm(3), torch.randn(64, 3) * 5 + 7
     flow = inv.flow(norm.op, torch.distributions.Normal(torch.zeros(3), 1.0))

@@ -62,7 +62,7 @@ WIRES: dict[str, Call] = {
     "wire becomes positional arguments: concat it first, or let the function take them all": lambda: inv.ops.linear(
         torch.eye(2)
     )(zeros(1, 2), zeros(1, 2)),
-    "exp() received 2 components ((2,), (2,)), expected as many as it takes: exp() takes 1 positional argument but 2 were given; a tuple "
+    "exp() received 2 components ((2,), (2,)), expected as many as it takes: (x: 'Tensor') -> 'Any'; a tuple "
     "wire becomes positional arguments: concat it first, or let the function take them all": lambda: inv.ops.exp()(
         zeros(2), zeros(2)
     ),
@@ -99,6 +99,18 @@ WIRES: dict[str, Call] = {
     "split([1, 2], dim=1) of (2, 5), expected sizes that add up to 5, got 3": lambda: inv.split([1, 2])(zeros(2, 5)),
     "concat along dim 1 received ((2, 1), (2, 3)), expected components of sizes [1, 1], got [1, 3]; pass sizes: "
     "concat([1, 3], dim=1)": lambda: inv.concat()(zeros(2, 1), zeros(2, 3)),
+    "concat along dim 1 received ((2, 1), None), expected 2 tensors": lambda: inv.concat()(zeros(2, 1), None),
+    "additive(t): the input, expected a tensor, got None": lambda: inv.additive(zeros(2))(None),
+    "affine(s, t): the input, expected a tensor, got None": lambda: inv.affine(zeros(2), zeros(2))(None),
+    "dequantize: the input, expected a tensor of at least 0 dims, got None": lambda: inv.ops.dequantize()(None),
+    "exp(): the input, expected a floating-point tensor, got None": lambda: inv.ops.exp()(None),
+    "the inverse of exp(): the input, expected a floating-point tensor, got None": lambda: inv.ops.exp().inverse(None),
+    "exp(): the input, expected a floating-point tensor, got torch.int64; x.float()": lambda: inv.ops.exp()(
+        torch.arange(2)
+    ),
+    "exp(): the input, expected real numbers, got torch.complex64; torch.view_as_real(x)": (
+        lambda: inv.ops.exp()(torch.ones(2, dtype=torch.complex64))
+    ),
     "f returned (2, 2), expected (2, 3) like its partner component; change the output size of f, or the sizes of the "
     "split before it": lambda: inv.couple(narrow)(*PAIR),
     "g returned (2, 2), expected (2, 3) like its partner component; change the output size of g, or the sizes of the "
@@ -147,6 +159,12 @@ OPTIONS: dict[str, Call] = {
     "law f returned Tensor, expected an invertible op; a law maps what the function returned to an op, as additive and "
     "affine do": lambda: inv.couple(f, law=f)(*PAIR),
     "tanh_scale: bound is 0, expected a positive number": lambda: inv.ops.tanh_scale(f, 0),
+    "flow: the base is NoneType, expected a distribution, a function that returns one, or a tuple of these": (
+        lambda: inv.flow(exp, None)
+    ),
+    "flow: the base is Normal, expected a distribution, a function that returns one, or a tuple of these": (
+        lambda: inv.flow(exp, (torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal))
+    ),
     "mode is 'fast', expected 'invert' or 'store' or 'recompute'": lambda: inv.checkpoint(exp, mode="fast"),
     "checkpoint: got int, expected an op, a function or a module": lambda: inv.checkpoint(3),
     "checkpoint: inverse=... for an op, expected an inverse for plain functions only": lambda: inv.checkpoint(exp, f),
@@ -553,6 +571,25 @@ def test_an_op_that_is_asked_for_anything_else_says_what_python_says() -> None:
 def test_a_module_where_an_op_is_expected_is_told_that_it_has_one(use: Callable[[Any], Any]) -> None:
     message = "ActNorm is ActNorm, expected an invertible op; pass its op: module.op"
     assert_refused(NotInvertibleError, message, lambda: use(inv.nn.ActNorm(3)), anywhere=True)
+
+
+@pytest.mark.parametrize("op", [inv.ops.cbrt(), inv.ops.power(2.0), inv.ops.abs(), inv.ops.leaky_tanh()])
+@pytest.mark.parametrize("bad", [None, torch.arange(3), torch.ones(3, dtype=torch.complex64)])
+@pytest.mark.parametrize("lower", [lambda op: op, inv.checkpoint])
+def test_what_is_no_real_number_is_refused_in_the_name_of_its_elementwise_op(
+    op: inv.Invertible, bad: Any, lower: Any
+) -> None:
+    assert_refused(WireError, f"{op!r}: the input, expected ", lambda: lower(op)(bad), anywhere=True)
+    if not getattr(op, "residue", False):
+        assert_refused(WireError, f"the inverse of {op!r}: the ", lambda: lower(op).inverse(bad), anywhere=True)
+
+
+@pytest.mark.parametrize("returned", [None, "Normal", torch.zeros(3)])
+def test_a_base_that_returns_no_distribution_is_named(returned: Any) -> None:
+    for base, context in (lambda: returned, None), (lambda c: returned, torch.ones(2, 1)):
+        flow = inv.flow(inv.ops.exp(), base)
+        for call in lambda: flow.log_prob(torch.ones(2, 3), context), lambda: flow.sample((2,), context):  # noqa: B023
+            assert_refused(WireError, "the base <lambda> returned ", call)
 
 
 @pytest.mark.parametrize("op", [inv.ops.linear(1.5 * torch.eye(3)), inv.ops.diagonal(torch.ones(3))])

@@ -256,6 +256,8 @@ def _length(sizes: int | tuple[int, ...], dim: int, x: Wire) -> int:
 def _concat(sizes: int | tuple[int, ...], dim: int, interleaved: bool, y: Wire) -> Wire:
     count = sizes if isinstance(sizes, int) else len(sizes)
     check_components(f"concat({count}, dim={dim})", y, count)
+    if not all([isinstance(part, Tensor) for part in y]):
+        raise WireError(f"concat along dim {dim} received {describe(y)}", expected=f"{count} tensors")
     _check_joint(sizes, dim, y)
     if not interleaved:
         return torch.cat(y, dim)

@@ -48,7 +48,9 @@ def match(gradient: Tensor, t: Tensor) -> Tensor:
 
 
 def check_meets(subject: str, t: Tensor, x: Tensor) -> None:
-    """Raise unless t broadcasts to the shape of x."""
+    """Raise unless x is a tensor, and t broadcasts to its shape."""
+    if not isinstance(x, Tensor):
+        raise WireError(f"{subject.partition(':')[0]}: the input", expected="a tensor", got=describe(x))
     if t.shape != x.shape and not broadcasts(t.shape, x.shape):
         expected = f"{describe(x)} like the input, or what broadcasts to it"
         raise WireError(f"{subject} is {describe(t)}", expected=expected)

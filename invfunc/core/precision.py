@@ -62,6 +62,13 @@ def check_numbers(subject: str, x: Any) -> None:
         raise WireError(subject, expected="a floating-point tensor", got=got, cure=cure)
 
 
+def check_real(subject: str, x: Any) -> None:
+    """Raise unless x is one tensor of floating-point numbers."""
+    check_numbers(subject, x)
+    if x.is_complex():
+        raise WireError(subject, expected="real numbers", got=str(x.dtype), cure="torch.view_as_real(x)")
+
+
 def exactly(
     fn: Callable[..., Tensor], x: Tensor, *tensors: Tensor | None, least: torch.dtype | None = torch.float32
 ) -> Tensor:

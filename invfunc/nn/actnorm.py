@@ -29,6 +29,7 @@ from .. import _torch, ops
 from ..core.op import Invertible, Pair
 from ..errors import DomainError, OptionError
 from ..ops.normalisation import check_channels, start_of
+from ..ops.shape import check_size
 from .lowered import Layer
 
 
@@ -114,12 +115,17 @@ class ActNorm(Layer):
     @torch.no_grad()
     def _start(self, x: Tensor, has_started: Tensor) -> None:
         """`initialise`, unless that is done: a graph does not know it while it is traced."""
-        check_channels(x, self.dim)
+        self._check(x)
         found = start_of(x, self.dim, self.log_scale.dtype, partial(_total, self.process_group))
         found = [_of_first_rank(self.process_group, value) for value in found]
         for parameter, value in zip((self.log_scale, self.bias), _finite(found), strict=True):
             parameter.copy_(torch.where(has_started > 0, parameter, value))
         self.initialised = True
+
+    def _check(self, x: Any) -> None:
+        """Raise unless x is a batch that the module can start from."""
+        check_channels(x, self.dim)
+        check_size("ActNorm", x, self.dim, self.num_features)
 
     def make(self) -> Invertible:
         op = ops.actnorm(self.log_scale, self.bias, self.dim)
@@ -156,14 +162,19 @@ class _Initialising:
 
     def __call__(self, x: Tensor) -> Tensor:
         module = self.module
-        if module.training and not (module.initialised or _torch.active() or _has_no_data(x)):
-            if torch.compiler.is_exporting():
-                _refuse_first_batch()
-            check_channels(x, module.dim)
-            with _torch.untraced():
-                if _values(module.process_group, x, module.dim) > 1:
-                    module._start(x, module.started)
+        if module.training and not module.initialised:
+            module._check(x)
+            if not (_torch.active() or _has_no_data(x)):
+                self._start(x)
         return self.fn(x)
+
+    def _start(self, x: Tensor) -> None:
+        module = self.module
+        if torch.compiler.is_exporting():
+            _refuse_first_batch()
+        with _torch.untraced():
+            if _values(module.process_group, x, module.dim) > 1:
+                module._start(x, module.started)
 
 
 @_torch.called_not_traced

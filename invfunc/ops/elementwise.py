@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from ..core.couple import check_meets, match, sum_log_slopes, sum_per_sample
 from ..core.op import Chain, Invertible, invert, pair, saturating
 from ..core.packing import pack_bits, unpack_bits
-from ..core.precision import at_least, check_numbers, exactly
+from ..core.precision import at_least, check_real, exactly
 from ..debug import require
-from ..errors import OptionError, WireError
+from ..errors import OptionError
 from .shape import check_nonzero, check_tensor, no_log_det
 
 
@@ -48,9 +48,7 @@ class OfReal:
         return (self.fn,)
 
     def __call__(self, x: Tensor) -> Any:
-        check_numbers(f"{self.name}: the input", x)
-        if x.is_complex():
-            raise WireError(f"{self.name}: the input", expected="real numbers", got=str(x.dtype), cure="x.abs()")
+        check_real(f"{self.name}: the input", x)
         return self.fn(x)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import _torch
 from ..core.couple import match
 from ..core.op import Invertible, pair
-from ..core.precision import at_least, exactly
+from ..core.precision import at_least, check_real, exactly
 from ..debug import require
 from ..errors import OptionError, WireError
 from ..wires import describe
@@ -128,7 +128,7 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
         parameters.
 
     Raises:
-        WireError: When x lacks the dimension, or is empty.
+        WireError: When x lacks the dimension, is empty, or has no real numbers.
         DomainError: Under ``inv.debug(True)``, when a value of x is not finite.
 
     Example:
@@ -147,9 +147,10 @@ def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Te
     return start_of(x, dim, at_least(x.dtype), torch.positive, eps)
 
 
-def check_channels(x: Tensor, dim: int) -> None:
-    """Raise unless x is a batch with channels."""
+def check_channels(x: Any, dim: int) -> None:
+    """Raise unless x is a batch of real numbers with channels."""
     check_tensor("actnorm_init", x, max(2, reach(dim)))
+    check_real("actnorm_init: the input", x)
 
 
 @torch.no_grad()
