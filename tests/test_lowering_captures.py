@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -228,3 +229,74 @@ class TestCapturedTensors:
         x = torch.randn(3, WIDTH, requires_grad=needs)
         assert_close(step_gradients(inv.checkpoint(op), x, tensors), step_gradients(op, x, tensors))
         assert_close(step_gradients(inv.checkpoint(fn), x, tensors), step_gradients(fn, x, tensors))
+
+
+# ---- the same tensor in a module's slot and in a closure -------------------------------------------------------------
+
+
+def nested(w: Tensor, depth: int) -> Callable[[Tensor], Tensor]:
+    """A function that holds a tensor behind other functions, deeper than anybody looks."""
+
+    def multiply(x: Tensor) -> Tensor:
+        return x * w
+
+    fn = multiply
+    for _ in range(depth):
+        fn = partial(lambda inner, x: inner(x), lambda x, inner=fn: inner(x))
+    return fn
+
+
+def by_both(module: nn.Module, w: Tensor, x: Tensor) -> Tensor:
+    return module.w * w * x
+
+
+class Holder:
+    """An object that has a module, and a tensor of it."""
+
+    def __init__(self, module: nn.Module, w: Tensor) -> None:
+        self.module, self.w = module, w
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return by_both(self.module, self.w, x)
+
+
+class HeldTwice(nn.Module):
+    """A pipeline that reads one parameter by way of its slot and by way of a function."""
+
+    WAYS: dict[str, Callable[["HeldTwice", Tensor], Callable[[Tensor], Tensor]]] = {
+        "partial of a module": lambda m, w: partial(by_both, m, w),
+        "object": Holder,
+        "closure and method": lambda m, w: lambda x: m.slot(x) * w,
+        "deep closure and method": lambda m, w: partial(lambda a, b, x: a(b(x)), m.slot, nested(w, 8)),
+    }
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.w, self.way = nn.Parameter(weight(WIDTH).detach()), self.WAYS[way]
+        self.lower: Callable[..., Any] = inv.checkpoint
+
+    def slot(self, x: Tensor) -> Tensor:
+        return x * self.w
+
+    def forward(self, x: Tensor) -> Tensor:
+        fn, w = self.way(self, self.w), self.w
+        twice = inv.pair(fn, lambda y: y / w**2)
+        return self.lower(inv.chain(twice, inv.ops.sinh(), inv.mark(one_way_of(fn), "recompute")))(x)
+
+
+def one_way_of(fn: Callable[[Tensor], Tensor]) -> inv.Invertible:
+    return inv.pair(fn, lambda y: y)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+@pytest.mark.parametrize("way", HeldTwice.WAYS)
+def test_a_tensor_that_a_slot_and_a_function_hold_gets_both_gradients(way: str, transform: Any) -> None:
+    net, x = HeldTwice(way), torch.randn(3, WIDTH)
+    given = {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(net, p, (x,)).sin().sum()
+
+    found = transform(loss)(given)
+    net.lower = lambda op: op
+    assert_close(found, transform(loss)(given), 1e-9)

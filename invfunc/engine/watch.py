@@ -138,11 +138,13 @@ class Scope:
             if tensor.requires_grad and id(tensor) not in {id(self.captured[i]) for *_, i in self.filled}:
                 raise _hidden(tensor)
             return
-        self.note(tensor)
-        if not known and tensor.requires_grad and id(tensor) in self.noted:
-            self.expected.add(id(tensor))
+        if not known or self.parts.is_opaque:  # what a slot holds may come from elsewhere
+            self.note(tensor)
+        if tensor.requires_grad and id(tensor) in self.noted:
+            if not known:
+                self.expected.add(id(tensor))
             place = self.noted[id(tensor)]
-            self.filled += [(table, name, place) for table, name in self.homes.get(id(tensor), ())]
+            self.filled += [(table, name, place) for table, name in self.homes.pop(id(tensor), ())]
 
     @cached_property
     def homes(self) -> dict[int, list[Slot]]:
@@ -155,9 +157,12 @@ class Scope:
         return found
 
     def note(self, tensor: Tensor) -> None:
-        """Capture a tensor that a closure holds, or what an enclosing replay has put in its place."""
+        """Capture a tensor that a closure holds, or what an enclosing replay has put in its place.
+
+        Though a slot hold it, too, and be filled: who reads the closure does not see the slot.
+        """
         actual = stand_in(tensor)
-        if self.matters(actual) and id(tensor) not in self.places:
+        if self.matters(actual) and id(tensor) not in self.noted:
             self.noted[id(tensor)] = self.capture(actual)
             self.alive.append(tensor)
 
