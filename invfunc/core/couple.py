@@ -81,7 +81,7 @@ def additive(t: Tensor) -> Invertible:
         t: What is added, of the shape of x or broadcast to it.
 
     Shapes:
-        Any, unchanged; t has that of x, or broadcasts to it.
+        Any, unchanged; t has that of x, or broadcasts to it. A wider dtype of t is that of the result, as in torch.
 
     Cost:
         The inverse is one subtraction. Lowered, nothing is kept.
@@ -138,7 +138,8 @@ def affine(s: Tensor, t: Tensor) -> Invertible:
         t: The shift, likewise.
 
     Shapes:
-        Any, unchanged; s and t have that of x, or broadcast to it.
+        Any, unchanged; s and t have that of x, or broadcast to it. A wider dtype of theirs is that of the result, as in
+        torch; lowered, x is rebuilt as narrow as it was.
 
     Cost:
         The inverse is one subtraction and one division. Lowered, nothing is kept beside s and t, and in a coupling
