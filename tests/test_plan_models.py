@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -174,6 +175,62 @@ def test_verify_and_saved_plans_of_models(tmp_path):
     for other in (Model(5), sequence()):
         with pytest.raises(OptionError, match="this plan is for another op, expected before blocks > Block"):
             inv.checkpoint(other, plan=again)
+
+
+@dataclass
+class Output:
+    """As transformers' models return theirs."""
+
+    scores: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+RESULTS = {
+    "a dict": (lambda y: {"scores": y, "loss": None}, lambda out: out["scores"]),
+    "a list": (lambda y: [y, 2 * y], lambda out: out[1]),
+    "a dataclass": (Output, lambda out: out.scores),
+    "dataclasses in a dict": (lambda y: {"out": [Output(y)]}, lambda out: out["out"][0].scores),
+}
+
+
+class Returning(Model):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, tokens):
+        return self.make(super().forward(tokens))
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_a_model_may_return_anything(kind):
+    make, scores = RESULTS[kind]
+    model, x = Returning(make), tokens()
+    for options in ({"loss": lambda out: scores(out).square().mean()}, {}):
+        plan = inv.plan(model, x, max_time=10.0, **options)
+        found = plan.verify(x, **options)
+        assert found.error == 0 and 0.85 * plan.peak_bytes <= found.peak_bytes <= 1.01 * plan.peak_bytes
+        assert type(inv.checkpoint(model, plan=plan)(x)) is type(model(x))
+
+
+def test_verify_compares_the_gradients_of_all_weights():
+    model, x = Returning(RESULTS["a dict"][0]), tokens()
+    plan, seen = inv.plan(model, x, max_time=1.5), []
+    for p in model.parameters():
+        p.register_hook(lambda grad, p=p: seen.append(id(p)))
+    plan.verify(x)
+    assert {id(p) for p in model.parameters()} <= set(seen)
+
+
+class Masked(Model):
+    def forward(self, tokens, weights):
+        return Output(super().forward(tokens) * (1 if weights is None else weights))
+
+
+@pytest.mark.parametrize("weights", [None, torch.ones(8, 1, 1)])
+def test_a_model_of_several_arguments_is_verified(weights):
+    x = tokens(), weights
+    assert inv.plan(Masked(), x, max_time=1.5).verify(x).error == 0
 
 
 class Between(Model):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from copy import copy
+from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._torch import FakeTensor, FakeTensorMode, storage_id, storage_of
+from .._torch import FakeTensor, FakeTensorMode, storage_id, storage_of, trees
 from ..core.op import Invertible
 from ..engine.snapshot import Snapshot
 from ..wires import Wire, is_differentiable, leaves, map_wire
@@ -64,6 +68,29 @@ def rows(x: Wire) -> int:
 def as_input(y: Wire) -> Wire:
     """An op's output as the next one's input: in a training step it needs a gradient wherever it can have one."""
     return map_wire(lambda leaf: leaf.detach().requires_grad_() if is_differentiable(leaf) else leaf, y)
+
+
+def map_tensors(fn: Callable[[Tensor], Any], result: Any) -> Any:
+    """A model's result with other tensors; it may be of tuples, lists, dicts, dataclasses, and what torch knows."""
+    return trees.tree_map(partial(_map_leaf, fn), result)
+
+
+def _map_leaf(fn: Callable[[Tensor], Any], leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return fn(leaf)
+    if not is_dataclass(leaf) or isinstance(leaf, type):
+        return leaf
+    new = copy(leaf)
+    for each in fields(leaf):
+        object.__setattr__(new, each.name, map_tensors(fn, getattr(leaf, each.name)))
+    return new
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors of a model's result."""
+    found: list[Tensor] = []
+    map_tensors(found.append, result)
+    return found
 
 
 def storages(x: Wire) -> list[torch.UntypedStorage]:

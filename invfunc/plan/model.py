@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from .._torch import trees
 from ..core.context import copy_state
 from ..core.op import Invertible, chain, graph_leaves, lift
 from ..errors import OptionError
 from ..nn.module import Module, op_of
-from ..wires import Wire, is_differentiable
+from ..wires import Wire, is_differentiable, spread
 from .costs import OpCosts
-from .inputs import nbytes
+from .inputs import map_tensors, nbytes, tensors_of
 from .sizes import Books
 from .work import Work
 
@@ -143,7 +142,7 @@ class Shown(NamedTuple):
     entry: Tensor  # what goes into the first block
     forward: Work  # of all blocks
     behind: End
-    y: Wire
+    y: Any
 
 
 class _Watch:
@@ -205,18 +204,21 @@ def show(blocks: Blocks, x: Wire) -> Shown:
     with Books() as books:
         watch = _Watch(blocks, books)
         with watch.hooked():
-            ends = _tensors(blocks.model(*x) if isinstance(x, tuple) else blocks.model(x))
-        likes = [(t.shape, t.dtype, t.device) for t in ends]
+            out = spread(blocks.model, x)
+        ends = tensors_of(out)
+        likes = iter([(t.shape, t.dtype, t.device) for t in ends])
+        empty = map_tensors(lambda _: torch.empty(0), out)
+        del out
         peak, work = books.take_peak() - watch.base, books.take_work()
         behind = _back(f"behind {blocks.path}", books, ends, watch.base, peak, work, [watch.exit])
         base = books.balance - watch.kept
         before = _back(f"before {blocks.path}", books, [watch.entry], base, watch.peak, watch.works[0], [])
-    y = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in likes)
+    y = map_tensors(lambda _: _zeros(*next(likes)), empty)
     return Shown(before, watch.calls, watch.entry, watch.works[1], behind, y)
 
 
-def _tensors(out: Any) -> list[Tensor]:
-    return [leaf for leaf in trees.tree_leaves(out) if isinstance(leaf, Tensor)]
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _back(

@@ -41,11 +41,12 @@ from .._torch import LOOKS_AT_VALUES, FakeTensorMode, fake_mode, outside_modes, 
 from ..core.couple import Half
 from ..core.op import Chain, Invertible, OneWay, name_of
 from ..core.structure import contents_of
+from ..errors import OptionError
 from ..wires import Wire, is_differentiable, leaves
 from .clock import Clock, beyond_idle, one_thread, timed
 from .costs import Costs, OpCosts, parse_bytes
 from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
-from .inputs import as_input, faked, free_bytes, home_of, nbytes, realised, rows, storages
+from .inputs import as_input, faked, free_bytes, home_of, map_tensors, nbytes, realised, rows, storages, tensors_of
 from .model import Blocks, Shown, planned_as, show
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
@@ -55,9 +56,12 @@ from .work import ACCELERATOR, CPU, Counts, Factors, Rates, Reading, Seconds, co
 AGAIN = 3  # times as many rounds where seconds contradict what is counted
 
 
-def mean_square(y: Wire) -> Tensor:
+def mean_square(y: Any) -> Tensor:
     """The loss that is assumed where none is given."""
-    return torch.stack([leaf.square().mean() for leaf in leaves(y) if is_differentiable(leaf)]).sum()
+    found = [t.square().mean() for t in tensors_of(y) if is_differentiable(t)]
+    if not found:
+        raise OptionError("plan: no real numbers come out", expected="a tensor of them", cure="pass loss=...")
+    return torch.stack(found).sum()
 
 
 def profile(
@@ -142,7 +146,7 @@ class Profiler:
         """What each block of a model costs, and its two ends: NOTE [Blocks]."""
         shown, given, loss_bytes = self._shown(blocks, x)
         calls = [replace(call, rest=_realised(call.rest), named=_realised(call.named)) for call in shown.calls]
-        inner = replace(self, errors=False).costs(Chain(tuple(map(OneWay, calls))), shown.entry)
+        inner = replace(self, errors=False, loss=mean_square).costs(Chain(tuple(map(OneWay, calls))), shown.entry)
         rates = _rates(shown.entry)
         scale = sum(op.forward for op in inner.ops) / shown.forward.seconds(rates)
         unit = inner.unit
@@ -358,10 +362,10 @@ def _part(found: Sequence[OpCosts], inputs: Sequence[Wire], memory: float) -> in
     return min(count, rows(inputs[0]))
 
 
-def _loss_bytes(loss: Loss, y: Wire) -> int:
+def _loss_bytes(loss: Loss, y: Any) -> int:
     """The most memory between forward and backward, beyond the output."""
-    y = as_input(y)
-    inputs = [t for t in leaves(y) if is_differentiable(t)]
+    y = map_tensors(as_input, y)
+    inputs = [t for t in tensors_of(y) if is_differentiable(t)]
     with Books() as books:
         number = loss(y)
         gradients = torch.autograd.grad(number, inputs, allow_unused=True)

@@ -22,6 +22,7 @@ from ..engine.snapshot import leave_random_state
 from ..engine.trunk import Trunk
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .executor import SubChain, follow, steps_of
+from .inputs import tensors_of
 from .keeping import POLICIES
 from .schedule import Recompute, Store
 
@@ -272,7 +273,7 @@ def with_graph(op: Invertible, x: Wire) -> tuple[Wire, Wire]:
 
 def closed_over(y: Wire, roots: Wire) -> list[Tensor]:
     """The leaves that an output depends on beside its roots."""
-    ends = [leaf for leaf in leaves(y) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    ends = [t for t in tensors_of(y) if t.requires_grad]
     return graph_leaves(ends, {id(leaf) for leaf in leaves(roots)})
 
 

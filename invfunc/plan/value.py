@@ -143,7 +143,7 @@ class Plan:
         given = self.f if f is None else f
         if given is None:
             raise OptionError("plan.verify: the plan was made from costs alone", cure="pass the op: plan.verify(x, f)")
-        x, fast, op = _leaves(x), checkpoint(given, plan=self), lift(given)
+        x, fast, op = _leaves(x), lift(checkpoint(given, plan=self)), lift(given)
         with untouched(op):
             weights = parameters_of(op, x)
             exact, found = (gradients(g, x, loss, weights) for g in (op, fast))

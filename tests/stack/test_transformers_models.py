@@ -196,15 +196,22 @@ def test_checkpointed_blocks_are_the_model_to_the_bit(name: str) -> None:
     assert all(map(torch.equal, step(model, given)[1], gradients))
 
 
+def scores_squared(out: Any) -> torch.Tensor:
+    return out.logits.square().mean()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "modernbert", "vit"])
 def test_a_plan_chooses_the_blocks(name: str) -> None:
     """The first argument is what is planned for; where a model makes a cache, its blocks write into it."""
     model, blocks = made(name)
     given = batch(name)
     _, expected = step(model, given)
-    plain = inv.plan(model, next(iter(given.values())), max_time=1.0)
+    x = next(iter(given.values()))
+    plain = inv.plan(model, x, max_time=1.0, loss=scores_squared)
     least = min(point.peak_bytes for point in plain.curve)
-    handle = inv.nn.checkpoint_blocks(model, plain.at((least + plain.peak_bytes) // 2))
+    plan = plain.at((least + plain.peak_bytes) // 2)
+    assert plan.verify(x, loss=scores_squared).error == 0
+    handle = inv.nn.checkpoint_blocks(model, plan)
     assert 0 < len(handle) < 4 and all(path.startswith(blocks[:-1]) for path in handle.blocks)
     assert all(map(torch.equal, step(model, given)[1], expected))
 
