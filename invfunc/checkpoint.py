@@ -359,6 +359,8 @@ def checkpoint(
                 "checkpoint: plan=... comes with other options",
                 expected="f, plan, and neither inverse, mode, segments, cuts nor donate",
             )
+        if not hasattr(plan, "lowered"):
+            raise OptionError(f"checkpoint: plan is of type {type(plan).__name__}", expected="that of invfunc.plan")
         return plan.lowered(f, options)
     if f is None:
         return partial(_checkpoint, inverse=inverse, options=options)

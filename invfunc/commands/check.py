@@ -8,7 +8,7 @@ import torch
 
 from ..engine.meter import TOLERANCES
 from ..look.report import check
-from .shell import add_op, loaded, random_inputs
+from .shell import add_op, loaded, random_inputs, refuse, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the report; 0 if nothing is wrong, else 1."""
-    inputs = random_inputs(options.shape, getattr(torch, options.dtype))
-    report = check(loaded(options.op), *inputs, tolerance=options.tolerance)
+    op = loaded(options.op)
+    with refuse(shown(options, options.dtype)):
+        inputs = random_inputs(options.shape, getattr(torch, options.dtype))
+        report = check(op, *inputs, tolerance=options.tolerance)
     print(report)
     return 0 if report else 1

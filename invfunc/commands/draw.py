@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..look.draw import draw
-from .shell import Refusal, add_op, loaded
+from .shell import Refusal, add_op, loaded, refuse, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the drawing, or save it."""
-    drawing = draw(loaded(options.op), *map(tuple, options.shape))
+    op = loaded(options.op)
+    with refuse(shown(options)):
+        drawing = draw(op, *map(tuple, options.shape))
     if options.out is None:
         print(drawing)
         return

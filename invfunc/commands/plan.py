@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..plan.value import plan
-from .shell import add_op, loaded, random_inputs
+from .shell import Refusal, add_op, loaded, random_inputs, refuse, shown
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32")
 
@@ -26,9 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the plan, and save it."""
-    inputs = tuple(random_inputs(options.shape, getattr(torch, options.dtype)))
-    x = inputs[0] if len(inputs) == 1 else inputs
+    f = loaded(options.op)
     limits = {"budget": options.budget, "max_time": options.max_time, "max_error": options.max_error}
-    found = plan(loaded(options.op), x, **limits)
-    found.save(options.out)
-    print(f"{found}\nsaved    {options.out}")
+    with refuse(shown(options, options.dtype)):
+        inputs = tuple(random_inputs(options.shape, getattr(torch, options.dtype)))
+        found = plan(f, inputs[0] if len(inputs) == 1 else inputs, **limits)
+    print(found)
+    try:
+        found.save(options.out)
+    except OSError as error:
+        raise Refusal(f"--out {options.out}: {error.strerror}") from error
+    print(f"saved    {options.out}")

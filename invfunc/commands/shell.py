@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointedFunction
 from ..core.op import Invertible
-from ..errors import OptionError
+from ..errors import InvertibleError, OptionError
 
 
 class Refusal(Exception):
@@ -60,10 +62,10 @@ def add_op(parser: argparse.ArgumentParser, *, needs_input: bool) -> None:
 
 
 def _shape(text: str) -> list[int]:
-    try:
-        return [int(size) for size in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}, expected sizes like 8,16,32,32") from None
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text}, expected sizes like 8,16,32,32")
+    return [int(size) for size in sizes]
 
 
 def random_inputs(shapes: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
@@ -84,11 +86,37 @@ def loaded(path: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = import_module(module_name)
-        found = getattr(module, name)
-    except (ImportError, AttributeError, ValueError) as error:
-        near = nearest(name, vars(sys.modules[module_name])) if module_name in sys.modules else ""
+        found = getattr(import_module(module_name), name)
+        return found if isinstance(found, (Invertible, CheckpointedFunction, nn.Module)) else found()
+    except Exception as error:
+        is_absent = module_name in sys.modules and not hasattr(sys.modules[module_name], name)
+        near = nearest(name, vars(sys.modules[module_name])) if is_absent else ""
         raise OptionError(
-            f"{path}: {error}", expected=f"package.module:name, of an op or what makes one{near}"
-        ) from None
-    return found if isinstance(found, (Invertible, CheckpointedFunction, nn.Module)) else found()
+            f"{path}: {_told(error)}", expected=f"package.module:name, of an op or what makes one{near}"
+        ) from error
+
+
+@contextmanager
+def refuse(subject: str) -> Iterator[None]:
+    """Where the user's code runs: what it raises is one line, and torch does not log it besides."""
+    logged = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    except InvertibleError:
+        raise
+    except Exception as error:
+        raise Refusal(f"{subject}: {_told(error)}") from error
+    finally:
+        logging.disable(logged)
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def shown(options: argparse.Namespace, dtype: str = "") -> str:
+    """The op and its input, as the command line names them."""
+    shapes = ", ".join(str(tuple(shape)) for shape in options.shape)
+    return " ".join(filter(None, [options.op, shapes and f"on {shapes}", dtype]))

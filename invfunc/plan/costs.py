@@ -21,20 +21,20 @@ def parse_bytes(size: int | float | str, subject: str = "budget") -> int:
     """A number of bytes: an int, or a number with a unit.
 
     Raises:
-        OptionError: When the unit is unknown or the size is not positive.
+        OptionError: When the unit is unknown or the size is below one byte.
 
     Example:
         >>> parse_bytes("1.5KiB"), parse_bytes("2 MB"), parse_bytes(7)
         (1536, 2000000, 7)
     """
     if isinstance(size, str):
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", size)
+        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([A-Za-z]*)\s*", size)
         units = {name.lower(): factor for name, factor in _UNITS.items()}
         if match is None or match[2].lower() not in units:
             raise OptionError(f"{subject} is {size!r}", expected=f"bytes, or a number of {', '.join(list(_UNITS)[1:])}")
         size = float(match[1]) * units[match[2].lower()]
-    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size < math.inf:
-        raise OptionError(f"{subject} is {size!r}", expected="a positive number of bytes, or a text like '2GiB'")
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 1 <= size < math.inf:
+        raise OptionError(f"{subject} is {size!r}", expected="one byte or more, or a text like '2GiB'")
     return int(size)
 
 
@@ -210,7 +210,10 @@ class Costs:
         Raises:
             OptionError: When the text is not that of costs.
         """
-        return cls.from_dict(json.loads(text))
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise _are_not_costs(error) from error
 
     @classmethod
     def from_dict(cls, data: Any) -> Costs:
@@ -220,7 +223,7 @@ class Costs:
             given: dict[str, Any] = {f.name: _frozen(data[f.name]) for f in fields(cls) if f.name in data}
             return cls(**(given | {"ops": ops}))  # pyright: ignore[reportArgumentType]
         except (TypeError, KeyError, AttributeError) as error:
-            raise OptionError("these are not costs", expected="what Costs.to_json wrote", got=str(error)) from error
+            raise _are_not_costs(error) from error
 
     def save(self, path: str | Path) -> None:
         """Write the costs to a file."""
@@ -230,6 +233,10 @@ class Costs:
     def load(cls, path: str | Path) -> Costs:
         """The costs that `save` has written."""
         return cls.from_json(Path(path).read_text())
+
+
+def _are_not_costs(error: Exception) -> OptionError:
+    return OptionError("these are not costs", expected="what Costs.to_json wrote", got=str(error))
 
 
 def _whole(seconds: float, unit: float) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._torch import FakeTensor, FakeTensorMode, storage_id, storage_of, trees
 from ..core.op import Invertible
 from ..engine.snapshot import Snapshot
+from ..errors import OptionError
 from ..wires import Wire, is_differentiable, leaves, map_wire
 
 
@@ -38,6 +39,33 @@ def faked(x: Any, mode: FakeTensorMode, home: torch.device | None = None) -> Wir
 def is_shape(x: Any) -> bool:
     """Whether an input is given by its shape."""
     return isinstance(x, (torch.Size, list)) or (isinstance(x, tuple) and bool(x) and all(type(n) is int for n in x))
+
+
+def check_input(x: Any) -> None:
+    """Refuse what is no input."""
+    given = _given(x)
+    shapes = [leaf for leaf in given if is_shape(leaf)]
+    has_tensors = bool(shapes) or any(isinstance(leaf, Tensor) for leaf in given)
+    if not has_tensors or any(type(size) is not int for shape in shapes for size in shape):
+        raise OptionError(
+            f"plan: x is of type {type(x).__name__}",
+            expected="a tensor, a shape, or a tuple of them",
+            cure="the parts of a tuple are positional arguments, with None for those that are left out",
+        )
+    for shape in shapes:
+        if not all(size > 0 for size in shape):
+            raise OptionError(f"plan: the shape is {tuple(shape)}", expected="positive sizes")
+
+
+def _given(x: Any) -> list[Any]:
+    """The tensors, shapes and other leaves of an input."""
+    return [x] if is_shape(x) or not isinstance(x, tuple) else [leaf for part in x for leaf in _given(part)]
+
+
+def check_is_real(x: Any) -> None:
+    """Refuse a batch without values."""
+    if not is_real(x):
+        raise OptionError(f"plan.verify: x is of type {type(x).__name__}", expected="a tensor, or a tuple of them")
 
 
 def is_real(x: Any) -> bool:

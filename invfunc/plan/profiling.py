@@ -46,11 +46,23 @@ from ..wires import Wire, is_differentiable, leaves
 from .clock import Clock, beyond_idle, one_thread, timed
 from .costs import Costs, OpCosts, parse_bytes
 from .executor import flat_ops, flat_stages, grouped, halves, is_exact, only_moves
-from .inputs import as_input, faked, free_bytes, home_of, map_tensors, nbytes, realised, rows, storages, tensors_of
+from .inputs import (
+    as_input,
+    check_input,
+    faked,
+    free_bytes,
+    home_of,
+    map_tensors,
+    nbytes,
+    realised,
+    rows,
+    storages,
+    tensors_of,
+)
 from .model import Blocks, Shown, planned_as, show
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
-from .trials import APART, Loss, Through, by_recompute, untouched
+from .trials import APART, Loss, Through, by_recompute, number_of, untouched
 from .work import ACCELERATOR, CPU, Counts, Factors, Rates, Reading, Seconds, costs_in, read, unit_of, whole
 
 AGAIN = 3  # times as many rounds where seconds contradict what is counted
@@ -97,7 +109,7 @@ def profile(
         some five times (0.1 s each).
 
     Raises:
-        OptionError: When ``memory`` is not a size.
+        OptionError: When ``memory`` is not a size, x is no input, or the loss is not one number.
 
     Example:
         >>> import torch, invfunc as inv
@@ -137,6 +149,7 @@ class Profiler:
 
     def costs(self, op: Invertible | Blocks, x: Any) -> Costs:
         """What each op of a chain costs, on such an input."""
+        check_input(x)
         if isinstance(op, Blocks):
             return self._between_ends(op, x)
         with untouched(op):
@@ -367,7 +380,7 @@ def _loss_bytes(loss: Loss, y: Any) -> int:
     y = map_tensors(as_input, y)
     inputs = [t for t in tensors_of(y) if is_differentiable(t)]
     with Books() as books:
-        number = loss(y)
+        number = number_of(loss, y)
         gradients = torch.autograd.grad(number, inputs, allow_unused=True)
         del gradients
         return books.take_peak()

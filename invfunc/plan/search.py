@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..errors import OptionError
 from .costs import Costs, show_bytes
 from .keeping import KINDS
-from .schedule import Invert, Schedule, keeping, predict, store_all
+from .schedule import Invert, Prediction, Schedule, keeping, predict, store_all
 from .solver import Table
 
 POINTS = 16  # of a curve, from each table
@@ -37,6 +37,8 @@ class Limits:
 
 def best(costs: Costs, limits: Limits) -> Schedule:
     """The schedule of least time in a budget, of least memory in a time, or of least error in both."""
+    if not costs.ops:
+        raise OptionError("plan: the chain has no ops", expected="one or more")
     if limits.max_time is None:
         assert limits.budget is not None
         return fastest(costs, limits.budget, limits.max_error)
@@ -113,7 +115,7 @@ def most_exact(costs: Costs, budget: int, max_time: float) -> Schedule:
         raise OptionError("plan: the costs say nothing of errors", cure="invfunc.plan.profile(f, x, errors=True)")
     limit, found = max_time * costs.seconds * (1 + 1e-6), fastest(costs, budget)
     if predict(costs, found).seconds > limit:
-        time = predict(costs, found).seconds / costs.seconds
+        time = _over_plain(costs, predict(costs, found))
         raise OptionError(f"plan: max_time is {max_time:g} in {show_bytes(budget)}", expected=f"{time:.3g} or more")
     levels = [0.0, *sorted({error for _, _, error in costs.errors if math.isfinite(error)})]
     while levels:
@@ -181,7 +183,11 @@ def table_for(costs: Costs, budget: float, max_error: float | None = None) -> Ta
 
 def _point(costs: Costs, schedule: Schedule) -> Point:
     found = predict(costs, schedule)
-    return Point(found.peak_bytes, found.seconds / costs.seconds if costs.seconds else 1.0)
+    return Point(found.peak_bytes, _over_plain(costs, found))
+
+
+def _over_plain(costs: Costs, found: Prediction) -> float:
+    return found.seconds / costs.seconds if costs.seconds else 1.0
 
 
 def _peak_first(costs: Costs, schedule: Schedule) -> tuple[int, Schedule]:
@@ -194,5 +200,5 @@ def _below_least(costs: Costs, budget: int, max_error: float | None, schedule: S
     return OptionError(
         f"budget {show_bytes(budget)} is below the least possible {show_bytes(found.peak_bytes, math.ceil)}{limited}"
         f" (op {found.binds} {op.name!r}: {found.moment})",
-        cure=f"{found.peak_bytes} bytes cost {found.seconds / costs.seconds:.3g}x the time",
+        cure=f"{found.peak_bytes} bytes cost {_over_plain(costs, found):.3g}x the time",
     )

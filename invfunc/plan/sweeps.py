@@ -16,7 +16,7 @@ from ..core.op import Invertible, LiveVJP, Residue
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .executor import has_inverse
 from .inputs import as_input
-from .trials import Loss, parameters_of
+from .trials import Loss, number_of, parameters_of
 
 ANCHORS = 8  # at regular distances along a chain: sweeps from all of them take about half as many steps
 
@@ -62,7 +62,7 @@ def _exact(ops: Sequence[Invertible], x: Wire, loss: Loss) -> Exact:
         found.xs.append(as_input(y))
         found.residues.append(residue)
     tensors = [t for t in leaves(found.xs[-1]) if is_differentiable(t)]
-    given = iter(torch.autograd.grad(loss(found.xs[-1]), tensors, allow_unused=True))
+    given = iter(torch.autograd.grad(number_of(loss, found.xs[-1]), tensors, allow_unused=True))
     found.gs.append(map_wire(lambda t: next(given) if is_differentiable(t) else None, found.xs[-1]))
     for op, value, parameters in zip(reversed(ops), found.xs[-2::-1], reversed(found.parameters), strict=True):
         gx, weights = _pull_by_tape(op, value, found.gs[0], parameters)

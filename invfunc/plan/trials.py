@@ -20,6 +20,7 @@ from ..engine.parts import Parts
 from ..engine.region import Region, conditions_of
 from ..engine.snapshot import leave_random_state
 from ..engine.trunk import Trunk
+from ..errors import OptionError
 from ..wires import Wire, is_differentiable, leaves, map_wire
 from .executor import SubChain, follow, steps_of
 from .inputs import tensors_of
@@ -290,6 +291,18 @@ def _as_root(leaf: Any) -> Any:
 def parameters_of(op: Invertible, x: Wire) -> list[Tensor]:
     """What an op closes over and gives gradients to."""
     return forward_of(op, x)[1].parameters
+
+
+def number_of(loss: Loss, y: Any) -> Tensor:
+    """The loss of an output; what is none is refused."""
+    if not callable(loss):
+        raise OptionError(f"plan: loss is of type {type(loss).__name__}", expected="a function of the output")
+    number = loss(y)
+    if not (isinstance(number, Tensor) and number.numel() == 1 and number.requires_grad):
+        got = f"shape {tuple(number.shape)}" if isinstance(number, Tensor) else type(number).__name__
+        without = ", without a graph" * (isinstance(number, Tensor) and not number.requires_grad)
+        raise OptionError("plan: loss", expected="one number that depends on the output", got=got + without)
+    return number
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from . import report
 from .clock import least_seconds
 from .costs import Costs, parse_bytes, show_bytes
 from .executor import Planned, flat_ops, grouped, keeping_options
-from .inputs import is_real
+from .inputs import check_is_real, is_real
 from .model import Blocks, function_of, planned_as, with_blocks, with_forward
 from .profiling import bytes_only, key_of, mean_square, profile, shape_key
 from .schedule import (
@@ -41,7 +41,7 @@ from .schedule import (
 )
 from .search import Limits, Point, best, curve_of
 from .sweeps import relative
-from .trials import Loss, parameters_of, untouched
+from .trials import Loss, number_of, parameters_of, untouched
 
 TRIES = 6  # how often a plan whose gradients are off is made again, at last with bit-exact inverses alone
 
@@ -143,6 +143,7 @@ class Plan:
         given = self.f if f is None else f
         if given is None:
             raise OptionError("plan.verify: the plan was made from costs alone", cure="pass the op: plan.verify(x, f)")
+        check_is_real(x)
         x, fast, op = _leaves(x), lift(checkpoint(given, plan=self)), lift(given)
         with untouched(op):
             weights = parameters_of(op, x)
@@ -280,7 +281,7 @@ def gradients(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Ten
     """The gradients of a step: of the input, and of what the op's functions close over; each step draws the same."""
     torch.manual_seed(0)
     inputs = [t for t in leaves(x) if is_differentiable(t)]
-    found = torch.autograd.grad(loss(op(x)), [*inputs, *weights], allow_unused=True)
+    found = torch.autograd.grad(number_of(loss, op(x)), [*inputs, *weights], allow_unused=True)
     return [t.new_zeros(()) if g is None else g for t, g in zip([*inputs, *weights], found, strict=True)]
 
 
@@ -293,7 +294,7 @@ def peak_of_step(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[
 
     def step() -> None:
         y = op(x)  # the caller's until backward is through
-        torch.autograd.backward(loss(y), inputs=inputs)
+        torch.autograd.backward(number_of(loss, y), inputs=inputs)
 
     try:
         return measure(step).peak_bytes
@@ -384,8 +385,9 @@ def _check_limits(limits: Limits) -> None:
         )
     for name in ("max_time", "max_error"):
         value = getattr(limits, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise OptionError(f"plan: {name} is {value}", expected="a number, not negative")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value < math.inf):
+            raise OptionError(f"plan: {name} is {value!r}", expected="a number, not negative")
 
 
 def verified(found: Plan, f: Invertible, x: Wire, loss: Loss) -> Plan:
