@@ -156,6 +156,12 @@ class OpCosts:
         found: dict[str, Any] = {name: _whole(getattr(self, name), unit) for name in names}
         return replace(self, spares=tuple(_whole(s, unit) for s in self.spares), **found)
 
+    def without_seconds(self) -> OpCosts:
+        """The same, if it took no time."""
+        inverse, region = (0.0 if math.isfinite(seconds) else seconds for seconds in (self.inverse, self.region))
+        times = {"forward": 0.0, "backward": 0.0, "inverse": inverse, "region": region, "ends": 0.0, "begins": 0.0}
+        return replace(self, spares=(0.0, 0.0, 0.0), **times)
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -187,6 +193,10 @@ class Costs:
     def in_units(self) -> Costs:
         """The costs with whole numbers in the place of seconds, if they have a unit."""
         return replace(self, unit=0.0, ops=tuple(op.in_units(self.unit) for op in self.ops)) if self.unit else self
+
+    def without_seconds(self) -> Costs:
+        """The costs of a chain that takes no time: what is impossible still is."""
+        return replace(self, unit=0.0, ops=tuple(op.without_seconds() for op in self.ops))
 
     @property
     def seconds(self) -> float:

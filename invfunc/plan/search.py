@@ -52,11 +52,12 @@ def fastest(costs: Costs, budget: int, max_error: float | None = None) -> Schedu
     fitting = [
         s for some in with_fewer_results(costs) for s in _fitting(costs, table_for(some, budget, max_error), budget)
     ]
-    if fitting:
-        return min(fitting, key=lambda schedule: predict(costs, schedule).seconds)
-    if (found := least(costs, max_error)) and predict(costs, found).peak_bytes <= budget:
-        return found
-    raise _below_least(costs, budget, max_error, found)
+    if not fitting:
+        lean = least(costs, max_error), _leanest(costs, max_error)
+        fitting = [schedule for schedule in lean if predict(costs, schedule).peak_bytes <= budget]
+        if not fitting:
+            raise _below_least(costs, budget, max_error, lean[0])
+    return min(fitting, key=lambda schedule: predict(costs, schedule).seconds)
 
 
 def _fitting(costs: Costs, table: Table, budget: int) -> Iterator[Schedule]:
@@ -135,15 +136,19 @@ def _in_time(costs: Costs, budget: int, max_error: float, limit: float) -> Sched
 
 
 def least(costs: Costs, max_error: float | None = None) -> Schedule:
-    """The schedule of least peak, whatever its time: a table knows the least needs but roughly, so that a few count."""
-    found = [_leanest(costs, table) for table in tables(costs, max_error)]
-    best = min(found, key=itemgetter(0))
-    while (finer := _leanest(costs, table_for(costs, best[0], max_error)))[0] < best[0]:
+    """A schedule of least peak. Seconds do not decide what that is: two profiles of one op name the same."""
+    return _leanest(costs.without_seconds(), max_error)
+
+
+def _leanest(costs: Costs, max_error: float | None) -> Schedule:
+    """The schedule of least peak: tables know the least needs but roughly, so that a few budgets count."""
+    best = min((_lowest(costs, table) for table in tables(costs, max_error)), key=itemgetter(0))
+    while (finer := _lowest(costs, table_for(costs, best[0], max_error)))[0] < best[0]:
         best = finer
     return best[1]
 
 
-def _leanest(costs: Costs, table: Table) -> tuple[int, Schedule]:
+def _lowest(costs: Costs, table: Table) -> tuple[int, Schedule]:
     return min((_peak_first(costs, table.schedule(at)) for at in table.budgets()[:LOWEST]), key=itemgetter(0))
 
 
@@ -196,9 +201,10 @@ def _peak_first(costs: Costs, schedule: Schedule) -> tuple[int, Schedule]:
 
 def _below_least(costs: Costs, budget: int, max_error: float | None, schedule: Schedule) -> OptionError:
     found = predict(costs, schedule)
+    fast = predict(costs, fastest(costs, found.peak_bytes, max_error))
     op, limited = costs.ops[found.binds], "" if max_error is None else f" with gradient errors of {max_error:.2g}"
     return OptionError(
         f"budget {show_bytes(budget)} is below the least possible {show_bytes(found.peak_bytes, math.ceil)}{limited}"
         f" (op {found.binds} {op.name!r}: {found.moment})",
-        cure=f"{found.peak_bytes} bytes cost {_over_plain(costs, found):.3g}x the time",
+        cure=f"{found.peak_bytes} bytes cost {_over_plain(costs, fast):.3g}x the time",
     )
