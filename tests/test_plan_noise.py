@@ -4,6 +4,8 @@ import math
 import random
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +112,36 @@ def test_plans_on_a_busy_machine_agree(share):
     assert [plan.time for plan in found] == pytest.approx([found[0].time] * 6)
 
 
+def crowded(seed):
+    """A clock where several processes share the cores: every reading may be longer by turns of theirs."""
+    noise = random.Random(seed)
+
+    def clock(*args):
+        y, found = given_seconds(*args)
+        return y, {name: seconds + noise.uniform(0, 1.5e-3) for name, seconds in found.items()}
+
+    return clock
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5])
+def test_plans_of_short_ops_agree_where_processes_share_the_cores(share):
+    costs = [Profiler(clock=crowded(seed), repeats=1).costs(couplings(3), (32, 64)) for seed in range(4)]
+    plans = [inv.plan(each, budget=int(share * peak(each))) for each in costs]
+    assert {plan.modes for plan in plans} == {plans[0].modes}
+
+
+def test_time_that_others_take_does_not_end_the_rounds():
+    rounds = []
+
+    def clock(*args):
+        rounds.append(args)
+        time.sleep(0.1)
+        return given_seconds(*args)
+
+    Profiler(clock=clock, patience=(0.0, 0.4)).costs(inv.chain(nn.Linear(64, 64)), (64, 64))
+    assert len(rounds) == 5
+
+
 def test_what_was_found_once_stands_in_the_next_profile():
     """A kernel that is slower than its bytes say, near the factor from which on that is believed."""
     counts = {"a": {way: Work(0, 1, 0) for way in ("forward", "step", "again")} | {"step": Work(0, 2, 0)}}
@@ -212,6 +244,28 @@ def test_a_least_budget_that_was_named_is_accepted(shape):
         assert inv.plan(f, shape, budget=budget).peak_bytes <= parse_bytes(budget)
     first = str(inv.plan(f, shape, max_time=1.5)).split("curve    ")[1].split(" ")
     assert inv.plan(f, shape, budget=f"{first[0]} {first[1]}").time >= 1
+
+
+def test_profiles_with_other_seconds_name_the_same_least_budget():
+    found = [Profiler(clock=busy(seed)).costs(couplings(3), (64, 64)) for seed in range(3)]
+    found = [Costs(tuple(shaken(seed, op) for op in costs.ops), costs.input_bytes) for seed, costs in enumerate(found)]
+    names = {str(refused(costs)).split("; ")[1].split(" ")[0] for costs in found}
+    assert len(names) == 1
+    assert all(inv.plan(costs, budget=int(*names)).peak_bytes <= int(*names) for costs in found)
+
+
+def shaken(seed, op):
+    """An op of other seconds."""
+    factor = random.Random(f"{seed} {op.name}").choice([0.1, 1.0, 10.0])
+    names = "forward", "backward", "inverse", "ends", "begins"
+    seconds = {name: factor * getattr(op, name) for name in names}
+    return replace(op, spares=(0.0, 0.0, 0.0), region=op.region / factor, **seconds)
+
+
+def refused(costs):
+    with pytest.raises(OptionError, match="is below the least possible") as caught:
+        inv.plan(costs, budget="1kB")
+    return caught.value
 
 
 # ---- what the report says --------------------------------------------------------------------------------------------

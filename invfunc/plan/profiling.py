@@ -18,10 +18,11 @@ NOTE [Profile]
 6.  *Noise.* On a busy machine the least of some rounds is still off, and differences of such times are worse: a plan
     could promise to be faster than plain training. So times are checked against what is the same in every profile, the
     flops and bytes of each way. Where they tell the same as the counts, the counts say how long each way takes, in the
-    machine's own measure; what contradicts them by more than a factor of 3 is timed again, and then believed. So two
-    profiles of one chain agree, and `OpCosts.doubt` says how far they are from what was timed. On the CPU, ops run on
-    one thread meanwhile, and what counts is the processor's time: what other processes take does not, and threads that
-    wait for each other take any time.
+    machine's own measure; what contradicts them by more than a factor of 3, and on the CPU by more than 2 ms, is timed
+    again, and then believed. So two profiles of one chain agree, but where something truly takes near 3 times as long,
+    and `OpCosts.doubt` says how far they are from what was timed. On the CPU, ops run on one thread meanwhile, and what
+    counts, for the rounds as well, is the processor's time: what other processes take does not, and threads that wait
+    for each other take any time.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from .sweeps import sweep
 from .trials import APART, Loss, Through, by_recompute, number_of, untouched
 from .work import ACCELERATOR, CPU, Counts, Factors, Rates, Reading, Seconds, costs_in, read, unit_of, whole
 
-AGAIN = 3  # times as many rounds where seconds contradict what is counted
+AGAIN = 3  # times as many rounds, and as much patience, where seconds contradict what is counted
 
 
 def mean_square(y: Any) -> Tensor:
@@ -105,7 +106,8 @@ def profile(
     Cost:
         Each kind of op runs forward, forward and backward, again from its input, and back by its inverse: about
         ``4 * kinds / ops`` plain steps a round, and rounds are left out that would take more than 8 in all and more
-        than a second. Bytes are found without allocating, in the time that Python takes to go through each kind
+        than a second of the processor's time; three times that where what was timed contradicts flops and bytes.
+        Bytes are found without allocating, in the time that Python takes to go through each kind
         some five times (0.1 s each).
 
     Raises:
@@ -133,7 +135,7 @@ class Profiler:
         repeats: As in `profile`.
         memory: As in `profile`.
         clock: What times one op. Where plans have to be the same everywhere, another one gives seconds that are known.
-        patience: How long the rounds may take: in plain steps, and in seconds where those are shorter.
+        patience: How long the rounds may take: in plain steps, and in seconds of the processor where those are shorter.
         fine: Of chains of more ops, whose plans take longest to find, couplings are taken whole.
         known: What earlier profiles have found out about kinds of ops, which stands until it is contradicted.
     """
@@ -236,9 +238,9 @@ class Profiler:
             ways.setdefault(kind, (math.isfinite(size.costs.inverse), by_recompute(op)))
             counts.setdefault(kind, size.counts)
         look = partial(read, counts=counts, kinds=kinds, rates=_rates(given), known=self.known)
-        begin, least = time.perf_counter(), self._round(ops, kinds, ways, given)
+        begin, least = time.process_time(), self._round(ops, kinds, ways, given)
         found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), 1
-        while self._goes_on(done, time.perf_counter() - begin, [found[kind] for kind in kinds]):
+        while self._goes_on(done, time.process_time() - begin, [found[kind] for kind in kinds]):
             least = _least(least, self._round(ops, kinds, ways, given))
             found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), done + 1
         self.known.update({kind: reading.factors for kind, reading in found.items()})
@@ -247,9 +249,9 @@ class Profiler:
 
     def _goes_on(self, done: int, spent: float, found: Sequence[Reading]) -> bool:
         """Whether there is another round: more of them where what was timed is not what was expected."""
-        enough = self.repeats if all(reading.is_expected for reading in found) else AGAIN * self.repeats
+        more = 1 if all(reading.is_expected for reading in found) else AGAIN
         patience = max(self.patience[0] * sum(reading.seconds["step"] for reading in found), self.patience[1])
-        return done < enough and spent * (done + 1) / done <= patience
+        return done < more * self.repeats and spent * (done + 1) / done <= more * patience
 
     def _round(
         self, ops: Sequence[Invertible], kinds: Sequence[Any], ways: dict[Any, tuple[bool, Through]], x: Wire

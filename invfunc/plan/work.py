@@ -38,9 +38,11 @@ class Rates(NamedTuple):
     call: float
     flops: float
     traffic: float
+    moment: float = 50e-6  # seconds that are not told from noise
 
 
-CPU, ACCELERATOR = Rates(4e-6, 110e9, 16e9), Rates(5e-6, 60e12, 3e12)
+# Where processes share the CPU, they take turns of milliseconds, and find its caches full of what others left there.
+CPU, ACCELERATOR = Rates(4e-6, 110e9, 16e9, 2e-3), Rates(5e-6, 60e12, 3e12)
 REGION = Work(calls=30)  # what Python does to begin a region, and to call it up again
 LEVEL = Work(calls=10)  # what it does to undo an op
 KEEPING = 7  # calls for each operator of an op, to see in both passes which results are kept
@@ -49,7 +51,7 @@ Counts = Mapping[str, Work]  # of each way that an op has
 SPARED = "spared again", "spared undone", "spared first"  # where results are kept
 PARTS = "forward", "ends", "begins", *SPARED  # which are no ways of their own
 
-TICK, MOMENT = 0.02, 50e-6  # of a plain step, and seconds: what is not told from noise, and decides little
+TICK = 0.02  # of a plain step: what is not told from noise, and decides little
 FACTOR = 3.0  # how far seconds may be from what is counted, and still say the same
 
 
@@ -101,7 +103,7 @@ def read(
     steps = {kind: known.get(kind, {}).get("step", 1.0) * expected[kind]["step"] for kind in timed}
     scale = _weighted_median(sorted((timed[k]["step"] / steps[k], steps[k]) for k in kinds if steps[k]))
     scale = scale if scale > 0 else 1.0  # shorter than a trial of no op
-    tick = max(TICK * scale * sum(steps[kind] for kind in kinds), MOMENT)
+    tick = max(TICK * scale * sum(steps[kind] for kind in kinds), rates.moment)
     return {
         kind: _read(timed[kind], {w: scale * s for w, s in expected[kind].items()}, tick, known.get(kind, {}))
         for kind in timed
