@@ -6,10 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz import mutations, stages
+from fuzz import mutations, nested, stages
 from fuzz.apart import verdicts
 from fuzz.functions import FUNCTIONS
-from fuzz.programs import BETWEEN, FACES, KINDS, MIDWAY, STAGES, Fn, Mutation, Program, Stage, Step, generate, text
+from fuzz.programs import (
+    BETWEEN,
+    FACES,
+    INVERTIBLE,
+    KINDS,
+    MIDWAY,
+    NESTED,
+    SINGLE,
+    STAGES,
+    WRAPS,
+    Fn,
+    Mutation,
+    Program,
+    Stage,
+    Step,
+    generate,
+    text,
+)
 from fuzz.run import STEPS, Verdict, least, run
 from torch import Tensor
 
@@ -37,6 +54,9 @@ def test_what_is_drawn_exists() -> None:
     assert set(KINDS) == set(STEPS)
     assert set(FACES) == set(stages.FACES)
     assert set(STAGES) == set(stages.OPS) == set(stages.PLAIN)
+    assert set(NESTED) | set(SINGLE) | {"line"} == set(nested.OPS) == set(nested.PLAIN)
+    assert set(INVERTIBLE) == set(nested.BACK)
+    assert {None, *WRAPS} == set(nested.WRAPS)
 
 
 def test_a_program_is_determined_by_its_seed() -> None:

@@ -17,7 +17,7 @@ from .run import Verdict, sort_of
 
 def kind_of(program: Program, verdict: Verdict) -> str:
     """What a least program consists of, without its numbers: the same for the same cause, mostly."""
-    functions = sorted({fn.kind for s in program.stages for fn in (s.f, s.g) if fn})
+    functions = sorted({fn.kind for fn in program.functions()})
     steps = [
         " ".join([*(m.kind for m in s.before), s.kind, *(f"/{m.kind}" for m in s.midway), s.around or ""]).strip()
         for s in program.steps

@@ -267,6 +267,30 @@ class Noisy(nn.Module):
         return torch.tanh(y) * torch.rand_like(y)
 
 
+class Routed(nn.Module):
+    """Takes a discrete decision, once."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        chosen = inv.pin("chosen", y.argmax(-1, keepdim=True))
+        return torch.tanh(y) * (1 + y.gather(-1, chosen))
+
+
+class Named(nn.Module):
+    """Names a result, which may be kept."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(inv.keep("named", self.linear(x)))
+
+
 def weight_norm(parts: Parts, size: int, out: int) -> Function:
     return parts.module(nn.Sequential(parametrizations.weight_norm(nn.Linear(size, out)), nn.Tanh()))
 
@@ -411,6 +435,8 @@ FUNCTIONS: dict[str, Callable[[Parts, int, int], Function]] = {
     "in_place": own(InPlace),
     "stopped": own(Stopped),
     "noisy": own(Noisy),
+    "routed": own(Routed),
+    "named": own(Named),
     "closure": closure,
     "closure_over_module": closure_over_module,
     "closure_with_dropout": closure_with_dropout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,14 +20,16 @@ class Fn:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the chain, on two streams.
+    """A part of the chain, on two streams; or a part of a component, on one.
 
     Args:
-        kind: See `stages.STAGES`.
+        kind: See `stages.STAGES` and `nested.NESTED`.
         f: Its function.
         g: The second function of a coupling.
         law: Of a coupling: ``additive``, ``tanh_scale`` or ``sigmoid_scale``.
         mark: ``store``, ``recompute`` or ``invert``.
+        wrap: What is around the op, below the mark: see `nested.WRAPS`.
+        inner: The stages that it is made of.
     """
 
     kind: str
@@ -34,6 +37,14 @@ class Stage:
     g: Fn | None = None
     law: str = "additive"
     mark: str | None = None
+    wrap: str | None = None
+    inner: tuple[Stage, ...] = ()
+
+    def all(self) -> Iterator[Stage]:
+        """It, and what is inside."""
+        yield self
+        for stage in self.inner:
+            yield from stage.all()
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,10 @@ class Program:
     side: bool = False
     interleaved: bool = False
 
+    def functions(self) -> Iterator[Fn]:
+        """Those of all stages."""
+        return (fn for top in self.stages for stage in top.all() for fn in (stage.f, stage.g) if fn)
+
 
 def text(item: Any, indent: str = "") -> str:
     """A program as Python, without what is the default, one stage and one step a line."""
@@ -120,6 +135,23 @@ STAGES = {
     "one_way": 1,
     "checkpointed": 1,
 }
+NESTED = {"group": 3, "inverted": 2, "components": 6, "thirds": 3, "deeper": 2}
+INVERTIBLE = {"couple": 4, "inverse": 1, "swap": 2, "pair": 1, "midpoint": 1, "leapfrog": 1}  # by hand, as well
+SINGLE = {"grow": 3, "bend": 3, "lossy": 2, "cut": 2, "turn": 2, "halves": 4}  # on one stream
+WRAPS = {
+    "store": 3,
+    "recompute": 3,
+    "invert": 2,
+    "segments": 1,
+    "recompute_segments": 1,
+    "drift": 1,
+    "keep": 1,
+    "whole": 1,
+    "stream": 1,
+    "plan": 2,
+    "lowered": 2,
+    "exact": 2,
+}
 FACES = {"value": 12, "lowered": 3, "sequential": 3, "rebuilt": 2, "function": 2, "module": 2}
 KINDS = {
     "backward": 20,
@@ -147,7 +179,15 @@ KINDS = {
 }
 LAYOUTS = {"plain": 12, "transposed": 2, "sliced": 1, "expanded": 1}
 ENTRIES = {"leaf": 8, "inner": 3, "data": 3}
-AROUND = {None: 30, "save_on_cpu": 2, "hooks": 2, "torch_checkpoint": 2, "mode_recompute": 1, "mode_invert": 1}
+AROUND = {
+    None: 30,
+    "save_on_cpu": 2,
+    "hooks": 2,
+    "torch_checkpoint": 2,
+    "mode_recompute": 1,
+    "mode_invert": 1,
+    "mode_store": 1,
+}
 BATCHES = {3: 20, 5: 4, 1: 2, 0: 1}
 BETWEEN = {
     "freeze": 3,
@@ -262,12 +302,60 @@ def _function(draw: Draw, face: str) -> Fn:
 def _stage(draw: Draw, program: Program, pool: list[Fn]) -> Stage:
     kinds = {"couple": 1} if program.face == "sequential" else STAGES
     kind, f = draw.of(kinds), draw.random.choice(pool)
-    marks = {None: 8, "store": 1, "recompute": 1, "invert": 1}
-    stage = Stage(kind, f, mark=draw.of(marks))
-    if kind != "couple":
-        return stage
+    stage = Stage(kind, f, mark=draw.of(MARKS))
+    if kind == "couple":
+        stage = _coupling(draw, stage, pool)
+    if program.face != "sequential" and draw.chance(0.2):
+        stage = _nested(draw, pool, 2, widest=True)
+    return stage
+
+
+MARKS = {None: 8, "store": 1, "recompute": 1, "invert": 1}
+
+
+def _coupling(draw: Draw, stage: Stage, pool: list[Fn]) -> Stage:
     g = draw.random.choice(pool) if draw.chance(0.5) else None
     return replace(stage, g=g, law=draw.of({"additive": 4, "tanh_scale": 1, "sigmoid_scale": 1}))
+
+
+def _nested(draw: Draw, pool: list[Fn], depth: int, widest: bool) -> Stage:
+    """A stage that is made of others; only the widest streams are split once more."""
+    kinds = NESTED if widest else {"group": 1, "inverted": 1, "components": 1}
+    kind = draw.of(kinds)
+
+    def line(wide: bool) -> Stage:
+        inner = [_single(draw, pool, depth, wide) for _ in range(draw.random.randint(0, 3))]
+        return _around(draw, Stage("line", pool[0], inner=tuple(inner)), 0.3)
+
+    def chain(kinds: dict[Any, int], wide: bool) -> tuple[Stage, ...]:
+        return tuple(_leaf(draw, pool, depth, kinds, wide) for _ in range(draw.random.randint(1, 3)))
+
+    inner = {
+        "group": lambda: chain(STAGES, widest),
+        "inverted": lambda: chain(INVERTIBLE, False),
+        "components": lambda: (line(widest), line(widest)),
+        "thirds": lambda: (line(False), line(True), line(False)),
+        "deeper": lambda: (_around(draw, Stage("group", pool[0], inner=chain(STAGES, False)), 0.3), line(True)),
+    }[kind]()
+    return _around(draw, Stage(kind, draw.random.choice(pool), inner=inner), 0.2)
+
+
+def _leaf(draw: Draw, pool: list[Fn], depth: int, kinds: dict[Any, int], wide: bool) -> Stage:
+    if depth and kinds is not INVERTIBLE and draw.chance(0.3):
+        return _nested(draw, pool, depth - 1, wide)
+    stage = Stage(draw.of(kinds), draw.random.choice(pool))
+    return _around(draw, _coupling(draw, stage, pool) if stage.kind == "couple" else stage, 0.2)
+
+
+def _single(draw: Draw, pool: list[Fn], depth: int, wide: bool) -> Stage:
+    """A part of a component."""
+    kind = draw.of(SINGLE if wide and depth else {k: v for k, v in SINGLE.items() if k != "halves"})
+    inner = [_leaf(draw, pool, 0, STAGES, False) for _ in range(draw.random.randint(1, 2))] if kind == "halves" else []
+    return _around(draw, Stage(kind, draw.random.choice(pool), inner=tuple(inner)), 0.25)
+
+
+def _around(draw: Draw, stage: Stage, part: float) -> Stage:
+    return replace(stage, mark=draw.of(MARKS), wrap=draw.of(WRAPS) if draw.chance(part) else None)
 
 
 def _step(draw: Draw) -> Step:

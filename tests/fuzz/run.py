@@ -22,7 +22,7 @@ from invfunc.errors import InvertibleError
 
 from .functions import seed_all
 from .mutations import apply, zero_grad
-from .programs import Mutation, Program, Stage, Step
+from .programs import SINGLE, Mutation, Program, Stage, Step
 from .stages import SIZE, World
 
 TOLERANCE = 1e-9
@@ -145,6 +145,7 @@ AROUND: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     "torch_checkpoint": nullcontext,
     "mode_recompute": lambda: inv.mode("recompute"),
     "mode_invert": lambda: inv.mode("invert"),
+    "mode_store": lambda: inv.mode("store"),
 }
 
 
@@ -630,12 +631,20 @@ def _without_one(items: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
 
 
 def _smaller_stages(stage: Stage) -> Iterator[Stage]:
+    for i, part in enumerate(stage.inner):
+        if stage.kind in ("group", "inverted"):
+            yield part
+        if stage.kind in ("group", "inverted", "line", "halves"):
+            yield replace(stage, inner=(*stage.inner[:i], *stage.inner[i + 1 :]))
+        for less in _smaller_stages(part):
+            yield replace(stage, inner=(*stage.inner[:i], less, *stage.inner[i + 1 :]))
     yield replace(stage, g=None)
     yield replace(stage, mark=None)
+    yield replace(stage, wrap=None)
     yield replace(stage, law="additive")
     yield replace(stage, f=replace(stage.f, kind="tanh"))
-    if stage.kind not in ("couple", "swap"):
-        yield replace(stage, kind="couple")
+    if stage.kind not in ("couple", "swap", "line", *SINGLE):
+        yield replace(stage, kind="couple", inner=())
     if stage.g:
         yield replace(stage, g=replace(stage.g, kind="tanh"))
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 import invfunc as inv
 from invfunc import ops
 
+from . import nested
 from .functions import CLOSURES, FUNCTIONS, Parts, WithSide, seed_all
+from .nested import BOUND, CHAINS, WITHOUT, beside, grow, law, shrink, widths, wrapped
 from .programs import Fn, Program, Stage
 
 SIZE = 4
-BOUND = 0.5
 
 # `tanh_scale` and `sigmoid_scale` move from the package to its ops.
 tanh_scale: Callable[..., Any] = getattr(ops, "tanh_scale", None) or inv.ops.tanh_scale
@@ -26,34 +27,48 @@ sigmoid_scale: Callable[..., Any] = getattr(ops, "sigmoid_scale", None) or inv.o
 class Part:
     """A stage: its op, and the same in plain torch. The functions of both worlds are made alike, not shared."""
 
-    def __init__(self, stage: Stage, parts: Parts, side: bool) -> None:
+    def __init__(self, stage: Stage, parts: Parts, side: bool, size: int = SIZE) -> None:
         wide = 1 if stage.law == "additive" else 2
-        self.stage, self.side = stage, side
-        self.f = make(parts, stage.f, wide * SIZE, side)
-        self.g = None if stage.g is None else make(parts, stage.g, wide * SIZE, side)
-        self.w = parts.tensor(SIZE, SIZE) if stage.kind in ("pair", "hyperbolic") else None
+        self.stage, self.side, self.size = stage, side, size
+        seed_all(stage.f.seed)
+        self.f = None if stage.kind in WITHOUT else make(parts, stage.f, size, wide * size, side)
+        self.g = None if stage.g is None else make(parts, stage.g, size, wide * size, side)
+        self.w = parts.tensor(size, size) if stage.kind in ("pair", "hyperbolic", "grow") else None
         if stage.kind == "momentum_trained":
-            self.w = parts.tensor(SIZE)
+            self.w = parts.tensor(size)
             self.w.data.fill_(0.7)
+        self.inner = [
+            Part(inner, parts, side and stage.kind in CHAINS, width)
+            for inner, width in zip(stage.inner, widths(stage, size), strict=True)
+        ]
 
     def op(self) -> inv.Invertible:
         """The stage as an op."""
-        op = OPS[self.stage.kind](self)
-        if self.side and self.stage.kind != "one_way":
-            op = beside(op) if self.stage.kind in ("swap", "pair", "hyperbolic") else ops.given(op)
+        op = wrapped(self.stage.wrap, self.bare())
         return inv.mark(op, self.stage.mark) if self.stage.mark else op
 
-    def __call__(self, a: Tensor, b: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
+    def bare(self) -> inv.Invertible:
+        """It, and nothing around."""
+        kind = self.stage.kind
+        if kind in nested.OPS:
+            op = nested.OPS[kind](self)
+            return beside(op) if self.side and kind not in CHAINS else op
+        op = OPS[kind](self)
+        if self.side and kind != "one_way":
+            op = beside(op) if kind in ("swap", "pair", "hyperbolic") else ops.given(op)
+        return op
+
+    def __call__(self, *x: Tensor) -> Any:
         """The stage in plain torch."""
-        return PLAIN[self.stage.kind](self, a, b, *c)
+        return {**PLAIN, **nested.PLAIN}[self.stage.kind](self, *x)
 
 
-def make(parts: Parts, fn: Fn, out: int, side: bool) -> Any:
+def make(parts: Parts, fn: Fn, size: int, out: int, side: bool) -> Any:
     """The function, which is the same one for the same seed, kind and size."""
-    key = fn, out, side
+    key = fn, size, out, side
     if key not in parts.made:
         seed_all(fn.seed)
-        found = FUNCTIONS[fn.kind](parts, SIZE, out)
+        found = FUNCTIONS[fn.kind](parts, size, out)
         parts.made[key] = parts.module(WithSide(found, out)) if side else found
     return parts.made[key]
 
@@ -69,18 +84,6 @@ def coupling(part: Part) -> dict[str, Any]:
         return {"f": part.f, "g": part.g}
     scale = SCALES[part.stage.law]
     return {"f": scale(part.f), "g": part.g and scale(part.g), "law": inv.affine}
-
-
-def beside(op: Any) -> inv.Invertible:
-    return inv.parallel(op, inv.chain())
-
-
-def grow(w: Tensor, x: Tensor) -> Tensor:
-    return x * w[0].exp()
-
-
-def shrink(w: Tensor, y: Tensor) -> Tensor:
-    return y / w[0].exp()
 
 
 OPS: dict[str, Callable[[Part], inv.Invertible]] = {
@@ -117,14 +120,6 @@ def one_way(part: Part, a: Tensor, b: Tensor, *c: Tensor) -> Any:
 
 
 # ---- the same in plain torch -----------------------------------------------------------------------------------------
-
-
-def law(part: Part, x: Tensor, t: Tensor) -> Tensor:
-    if part.stage.law == "additive":
-        return x + t
-    raw, shift = t.chunk(2, -1)
-    s = torch.sigmoid(raw + 2) if part.stage.law == "sigmoid_scale" else torch.exp(BOUND * torch.tanh(raw / BOUND))
-    return x * s + shift
 
 
 def plain_couple(part: Part, a: Tensor, b: Tensor, *c: Tensor) -> Any:
@@ -229,13 +224,12 @@ class World:
         parts = Parts(lowered)
         made = []
         for stage in program.stages:
-            seed_all(stage.f.seed)
             made.append(Part(stage, parts, program.side))
         self.trunk = Trunk(made, parts.modules, program.interleaved)
         self.loose: list[Tensor] = parts.tensors
         self.lowered, self.side = lowered, program.side
         # In plain Python copies share what a closure holds; copies of ops do not, so that they are the copy's own.
-        has_closures = any(fn.kind in CLOSURES for stage in program.stages for fn in (stage.f, stage.g) if fn)
+        has_closures = any(fn.kind in CLOSURES for fn in program.functions())
         self.copies = program.face != "function" and not has_closures
         self.hooks: list[Any] = []
         self.face = FACES[program.face](program, self.trunk) if lowered else self.trunk
