@@ -150,7 +150,7 @@ WRAPS = {
     "stream": 1,
     "plan": 2,
     "lowered": 2,
-    "exact": 2,
+    "exact": 1,
 }
 FACES = {"value": 12, "lowered": 3, "sequential": 3, "rebuilt": 2, "function": 2, "module": 2}
 KINDS = {
@@ -305,7 +305,7 @@ def _stage(draw: Draw, program: Program, pool: list[Fn]) -> Stage:
     stage = Stage(kind, f, mark=draw.of(MARKS))
     if kind == "couple":
         stage = _coupling(draw, stage, pool)
-    if program.face != "sequential" and draw.chance(0.2):
+    if program.face != "sequential" and draw.chance(0.4):
         stage = _nested(draw, pool, 2, widest=True)
     return stage
 
@@ -325,7 +325,7 @@ def _nested(draw: Draw, pool: list[Fn], depth: int, widest: bool) -> Stage:
 
     def line(wide: bool) -> Stage:
         inner = [_single(draw, pool, depth, wide) for _ in range(draw.random.randint(0, 3))]
-        return _around(draw, Stage("line", pool[0], inner=tuple(inner)), 0.3)
+        return _around(draw, Stage("line", pool[0], inner=tuple(inner)), 0.4)
 
     def chain(kinds: dict[Any, int], wide: bool) -> tuple[Stage, ...]:
         return tuple(_leaf(draw, pool, depth, kinds, wide) for _ in range(draw.random.randint(1, 3)))
