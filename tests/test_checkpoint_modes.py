@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -330,6 +331,32 @@ def test_a_component_may_leave_the_trunk_that_others_follow(mark: str, single: s
         for op in (inv.checkpoint(pipeline), twin)
     )
     assert_close(by_func, expected)
+
+
+def by_autograd(op: inv.Invertible, x: Tensor) -> Tensor:
+    return torch.autograd.grad(loss(op(x)), x)[0]
+
+
+WAYS = {
+    "autograd": by_autograd,
+    "torch.func": lambda op, x: torch.func.grad(lambda x: loss(op(x)))(x.detach()),
+    "vmap": lambda op, x: torch.func.vmap(torch.func.grad(lambda x: loss(op(x[None]))))(x.detach()),
+    "stages compiled": lambda op, x: by_autograd(inv.compile_stages(op, backend="eager"), x),
+    "compiled": lambda op, x: by_autograd(torch.compile(op, backend="aot_eager"), x),
+}
+
+
+def without_gradient(b: Tensor, x: Tensor) -> Tensor:
+    return x.detach() * b
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_component_that_gives_its_input_no_gradient_leaves_those_of_the_others(way: str) -> None:
+    halves, stopped = inv.split(2), inv.one_way(partial(without_gradient, torch.tensor([0.5, 2.0])))
+    below = inv.couple(torch.sin, torch.cos)
+    op = inv.chain(halves, below, inv.parallel(stopped, inv.pair(torch.asinh, torch.sinh)), ~halves)
+    x = leaf(3, 4)
+    assert_close(WAYS[way](inv.checkpoint(op), x), by_autograd(op, x))
 
 
 def test_of_a_parallel_the_stored_component_alone_is_kept() -> None:

@@ -94,6 +94,8 @@ class Run:
 class Engine(abc.ABC):
     """Runs the primitives of a pipeline in one of the ways in which torch can be running."""
 
+    closes_together = False  # whether a component that leaves a trunk takes the others along
+
     def finish(self) -> None:  # noqa: B027 - most engines have nothing to do
         """The pipeline has run."""
 

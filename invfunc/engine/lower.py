@@ -175,6 +175,8 @@ def _(op: Chain, state: State, run: Run) -> State:
 
 @walk.register
 def _(op: Parallel, state: State, run: Run) -> State:
+    if run.engine.closes_together and any([leaves_trunk(part, run) for part in op.parts]):
+        state = cut(state, run, partial(repr, op))
     numbers = iter(range(len(op.parts)))
     return run.engine.fork(op, state, lambda part, state: walk(part, state, run.at(op, next(numbers))), run)
 
@@ -217,6 +219,55 @@ def _behind(op: Invertible) -> str:
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
+
+
+class Leaves(BaseException):
+    """A walk would close its trunk."""
+
+
+class Ask(Engine):
+    """Runs nothing: a walk on it ends at once where it would close the trunk that it is on."""
+
+    def close(self, state: State) -> Wire:
+        raise Leaves
+
+    def begin(self, x: Wire, run: Run, place: Callable[[], str]) -> State:
+        raise Leaves
+
+    def wire(self, state: State) -> Wire:
+        raise Leaves
+
+    def opens(self, state: State) -> bool:
+        return False
+
+    def call(self, op: Invertible, state: State, run: Run) -> State:
+        return state
+
+    def move(self, op: Invertible, state: State, run: Run) -> State:
+        return state
+
+    def route(self, op: Any, state: State) -> State:
+        return state
+
+    def fork(self, op: Any, state: State, step: Callable[[Invertible, State], State], run: Run) -> State:
+        for part in op.parts:
+            step(part, state)
+        return state
+
+    def recompute(self, op: Invertible, x: Wire, run: Run, fn: Callable[[Wire], Wire]) -> Wire:
+        raise Leaves
+
+
+ASK = Ask()
+
+
+def leaves_trunk(op: Invertible, run: Run) -> bool:
+    """Whether the trunk would be closed inside of an op: the walk itself is asked."""
+    try:
+        walk(op, None, Run(ASK, run.options, run.path))
+    except Leaves:
+        return True
+    return False
 
 
 def cut_points(op: Invertible, segments: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -212,6 +212,8 @@ def build_wire_from(spec: Wire, left: Iterator[Any], kept: Sequence[Tensor] | No
 class OnStrands(Engine):
     """Runs pipelines on strands: a wire whose leaves have carriers is the state."""
 
+    closes_together = True
+
     def begin(self, x: Wire, run: Run, place: Place) -> State:
         return begin(x)
 

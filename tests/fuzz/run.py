@@ -528,6 +528,8 @@ def is_refusal(error: Exception) -> bool:
     """An error of the package or of torch, not one that comes of a fault in the code."""
     if isinstance(error, (RecursionError, AssertionError)):
         return False
+    if "non-leaf Tensor to parameter" in str(error):  # of a module that is made anew
+        return True
     return isinstance(error, (InvertibleError, RuntimeError, NotImplementedError))
 
 
