@@ -315,7 +315,7 @@ def checkpoint(
         DriftError: With ``drift="raise"``, in the backward that drifted.
         DonatedError: When a donated tensor can not be freed, or is read while it is empty.
         DriftWarning: With ``drift="warn"``, likewise, with the cause: rounding, a wrong inverse, or a function that is
-            not the same twice. To find it, the trunk runs three more times, once for each function and message.
+            not the same twice. To find it, the trunk runs some more times, once for each function and message.
         OptionError: When an option is not one of those above, or a drift is asked for that the dtype can not show.
 
     Limits:

@@ -238,7 +238,9 @@ def test_off_is_off() -> None:
 
 def test_a_value_that_is_lost_is_named() -> None:
     lost = inv.pair(lambda x: TWO * x, lambda y: torch.where(y > 0, y / 2, torch.nan))
-    with pytest.raises(DriftError, match="rebuilt in backward, is not finite where it was, expected"):
+    with pytest.raises(
+        DriftError, match="is not finite where it was: the inverse of pair.* not finite for what it gave"
+    ):
         step(lost, torch.tensor([1.0, -1.0], requires_grad=True), drift="raise")
 
 
@@ -418,7 +420,21 @@ CAUSES: dict[str, tuple[Callable[[], inv.Invertible], str]] = {
         lambda: inv.chain(inv.pair(lambda x: 30 * TWO * x, lambda y: y / 60), inv.pair(torch.tanh, ops.tanh().inverse)),
         "chain stage 1 (pair) has lost values by saturation",
     ),
+    "wrong, and not finite": (
+        lambda: inv.chain(inv.pair(torch.tanh, torch.atanh), inv.pair(lambda x: 3 * TWO * x, lambda y: y / 4)),
+        "is not finite where it was: the inverse of chain stage 1 (pair) does not give its input back, off by about 5e-01",
+    ),
+    "saturated, and not finite": (
+        lambda: inv.chain(inv.pair(lambda x: 90 * TWO * x, lambda y: y / 180), inv.pair(torch.tanh, torch.atanh)),
+        "is not finite where it was: the inverse of chain stage 1 (pair) gives values that are not finite for what it "
+        "gave, expected at most 1e-06 (float64); mend the inverse or, where the function saturates, bound what it is",
+    ),
+    "wrong where values are masked": (
+        lambda: inv.chain(inv.pair(torch.sinh, torch.asinh), inv.pair(lambda x: x * MASK, lambda y: y), ops.tanh()),
+        "the inverse of chain stage 1 (pair) does not give its input back",
+    ),
 }
+MASK = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize("name", CAUSES)

@@ -9,12 +9,14 @@ again from there, each twice forward and twice back, and nothing of the size of 
 3.  Where the whole way, forward and back, gives the input back far better than backward did, and moves far less when
     the last bits of the output do, *a function was another one in forward*, or what it lost is gone.
 4.  Else it is *rounding*, and the stage is named where the error of the output grows most.
+5.  Where what was rebuilt is not finite, or explains nothing (an inverse gives for what is lost a value that it keeps),
+    the stages run from values that were there in forward.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,26 +88,21 @@ class Trips:
         return levels.back(y, self.back, first)
 
 
-def cause_of(levels: Levels, first: int, x: Wire, error: float) -> Cause:
-    """Why backward has rebuilt the input of a level with an error: what it has rebuilt is x."""
-    trips, rounding = Trips(), _rounding(x)
+def cause_of(levels: Levels, first: int, x: Wire, error: float, was: Sequence[float]) -> Cause:
+    """Why backward has rebuilt the input of a level with an error: it is x, and values of it were ``was``."""
+    there, rounding = unflatten(x, [_with_values(leaf, was) for leaf in leaves(x)]), _rounding(x)
+    if not error < math.inf:
+        x, error = there, 1.0
+    trips = Trips()
     y = levels.forth(x, trips.forth, first)
-    for trip in trips.trips:
-        if trip.twice > 100 * rounding:
-            return Cause(
-                f"{trip.place} gave two values for one input",
-                "a function must do in backward what it did in forward: draw its random numbers from torch, and let it "
-                f"keep nothing between calls; {CHECK}",
-            )
-    worst = max(trips.trips, key=lambda trip: trip.error)
-    if worst.error > max(1000 * rounding * max(worst.growth, 1), 1e-3 * error):
-        return Cause(
-            f"the inverse of {worst.place} does not give its input back, off by about {worst.error:.0e}",
-            f"mend the inverse; {CHECK}",
-        )
+    fault = _fault(trips.trips, rounding, error)
+    if fault is not None:
+        return fault
     back, moved = (trips.all_back(levels, first, out) for out in (y, _nudge_wire(y)))
     if max(relative_error(back, x), relative_error(moved, back)) < error / 30:
-        return Cause(
+        trips = Trips()
+        levels.forth(there, trips.forth, first)
+        return _fault(trips.trips, rounding, error) or Cause(
             "the inverses undo what the functions do now: the output came back changed, from blocks behind that free "
             "their input, or a function did something else in forward, or lost values by saturation",
             "do not change what a function reads before backward, decide what is discrete once (inv.pin), and bound "
@@ -115,6 +112,37 @@ def cause_of(levels: Levels, first: int, x: Wire, error: float) -> Cause:
     if not math.isfinite(widest.growth):  # the next number has no inverse
         return Cause(f"{widest.place} has lost values by saturation", f"bound what it is given; {CHECK}")
     return Cause(f"rounding, which grows most, about {widest.growth:.0e} times, at {widest.place}", f"{CURE}; {CHECK}")
+
+
+def _fault(trips: Sequence[Trip], rounding: float, error: float) -> Cause | None:
+    """A stage that is not the same twice, or whose inverse is wrong: rules 1 and 2."""
+    for trip in trips:
+        if trip.twice > 100 * rounding:
+            return Cause(
+                f"{trip.place} gave two values for one input",
+                "a function must do in backward what it did in forward: draw its random numbers from torch, and let it "
+                f"keep nothing between calls; {CHECK}",
+            )
+    worst = max(trips, key=lambda trip: trip.error)
+    if worst.error == math.inf:
+        return Cause(
+            f"the inverse of {worst.place} gives values that are not finite for what it gave",
+            f"mend the inverse or, where the function saturates, bound what it is given; {CHECK}",
+        )
+    if worst.error > max(1000 * rounding * max(worst.growth, 1), 1e-3 * error):
+        return Cause(
+            f"the inverse of {worst.place} does not give its input back, off by about {worst.error:.0e}",
+            f"mend the inverse; {CHECK}",
+        )
+    return None
+
+
+def _with_values(leaf: Any, values: Sequence[float]) -> Any:
+    """A tensor of the same kind, with these values in turn."""
+    if not is_differentiable(leaf):
+        return leaf
+    places = torch.arange(leaf.numel(), device=leaf.device) % len(values)
+    return torch.tensor(values, dtype=leaf.dtype, device=leaf.device)[places].view(leaf.shape)
 
 
 def _rounding(x: Wire) -> float:

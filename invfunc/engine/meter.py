@@ -71,7 +71,7 @@ class Cause(NamedTuple):
     cure: str
 
 
-Why: TypeAlias = Callable[[float], Cause]
+Why: TypeAlias = Callable[[float, Sequence[float]], Cause]  # of an error, and what some values were
 _NOT_YET = Cause("", f"the next backward looks for the cause; {CHECK}")
 
 
@@ -184,20 +184,21 @@ class Probe:
         found = _known_causes(functions)
         late = [sample for sample in (*was, *now) if isinstance(sample, Late)]
         if late and not found and self.drift != "raise":
-            when_here(late, partial(self.judge, was, now, found, lambda _: _NOT_YET))
+            when_here(late, partial(self.judge, was, now, found, lambda *_: _NOT_YET))
             return False
         return self.judge(was, now, found, why)
 
     def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause], why: Why) -> bool:
         """Warn or raise if samples are further apart than they may be."""
-        error = relative_error_of_numbers(_numbers(now), _numbers(was))
+        values = _numbers(was)
+        error = relative_error_of_numbers(_numbers(now), values)
         if error <= self.places.tolerance:
             return False
         # One digit: no more is known, and Python shows a warning of the same text once.
         size = f"off by about {error:.0e} of its size" if error < math.inf else "not finite where it was"
         subject = f"{self.place()}, rebuilt in backward, is {size}"
         if found.get(subject, _NOT_YET) is _NOT_YET:
-            found[subject] = _cause(why, error)
+            found[subject] = _cause(why, error, values)
         self._speak(subject, found[subject])
         return True
 
@@ -209,10 +210,10 @@ class Probe:
         warnings.warn(DriftWarning(str(error)), stacklevel=2)
 
 
-def _cause(why: Why, error: float) -> Cause:
-    """The cause, if it can be found: a function may fail on what was rebuilt, or it is not finite."""
+def _cause(why: Why, error: float, was: Sequence[float]) -> Cause:
+    """The cause, if it can be found: a function may fail on what was rebuilt."""
     try:
-        return why(error) if error < math.inf else Cause("", f"{CURE}; {CHECK}")
+        return why(error, was)
     except Exception:
         return Cause("", f"{CURE}; {CHECK}")
 

@@ -95,7 +95,7 @@ class Region:
         return self.fn(*self.build(tensors))
 
 
-def _not_the_same(error: float) -> Cause:
+def _not_the_same(error: float, was: Sequence[float]) -> Cause:
     return Cause(
         "the function did something else when it ran again",
         "draw its random numbers from torch, change nothing that it reads before backward, and let it keep nothing "

@@ -438,8 +438,8 @@ class Levels:
         if self.watch is not None and isinstance(rebuilt, Tensor):
             self.watch.compare([rebuilt], self.items[at].op.functions, partial(self._cause_of_saved, at, y))
 
-    def _cause_of_saved(self, at: int, y: Wire, error: float) -> Cause:
-        return cause_of(self, at, self.items[at].undo(y, False, False), error)
+    def _cause_of_saved(self, at: int, y: Wire, error: float, was: Sequence[float]) -> Cause:
+        return cause_of(self, at, self.items[at].undo(y, False, False), error, was)
 
 
 # ---- the trunk ------------------------------------------------------------------------------------------------------
