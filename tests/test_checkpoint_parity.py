@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import Counted, assert_close, assert_same, count, gradients, leaf, step_gradients
+from kit import Counted, assert_close, assert_same, count, gradients, leaf, loss, step_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -41,6 +41,16 @@ def test_a_custom_backward_may_read_its_saved_tensors_twice() -> None:
         return Reads.apply(x.sin(), y.exp()).tanh()
 
     assert_same(f, inv.checkpoint(f), [x, y], x, y)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_so_may_that_of_the_first_function_which_stops_early(depth: int) -> None:
+    counted = count(lambda x: Reads.apply(x.sin(), x.exp()))
+    op, x = inv.chain(*[inv.couple(counted)] * depth), (leaf(3), leaf(3))
+    assert_same(op, inv.checkpoint(op), x, *x)
+    counted.calls = 0
+    loss(inv.checkpoint(op)(*x)).backward()
+    assert counted.calls == 2 * depth
 
 
 @pytest.mark.parametrize("early_stop", [True, False])

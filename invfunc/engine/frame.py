@@ -132,7 +132,7 @@ class Frame:
             kinds.append((tensor.shape, tensor.dtype))
         except RuntimeError as error:
             raise without_shape() from error
-        return number
+        return [number]  # its node drops it when it is done: what is unpacked lives as long
 
     def unpack(self, packed: Any) -> Tensor:
         """The hook: the tensor again."""
@@ -141,15 +141,21 @@ class Frame:
             if tensor.dtype is not dtype:
                 raise self._with_place(was_changed(tensor, f"moved to {shown_dtype(tensor.dtype)}"))
             return self._check_version(tensor, before)
+        if len(packed) > 1:
+            return packed[1]
+        number = packed[0]
         if self.held is not None:
-            return self._check_version(*self.held[packed])
-        tensor = self._take(packed)
+            return self._check_version(*self.held[number])
+        tensor = self._take(number)
         while tensor is None:  # again, where another thread has taken what was handed over
             _torch.run_backward(self.owner.rebuild, self)
-            tensor = self._take(packed)
+            tensor = self._take(number)
         if isinstance(tensor, ReplayError):  # the function wrote into what its graph had saved
             raise self._with_place(tensor)
-        self.saved[packed] = weakref.ref(tensor)
+        if _torch.keeps_graph():
+            self.saved[number] = weakref.ref(tensor)
+        else:
+            packed.append(tensor)
         return tensor
 
     def _check_version(self, tensor: Tensor, before: int) -> Tensor:

@@ -8,8 +8,9 @@ of plain autograd: whatever the function closes over, leaves on ``self`` or hand
 2.  A *trunk* is the frames of a pipeline, one level each, and one *state*: a level, and the wire that goes into it. The
     first number that is unpacked in the frame of a level *rebuilds* the state down to it. For a coupling ``t = f(x2)``
     is evaluated again, which hands the saved tensors over, and ``x1 = y1 - t``: each function runs exactly twice.
-3.  A level that nobody unpacks is undone only if a level below it is asked for. A saved tensor is handed over once and
-    let go at once; if it is asked for again, its level runs again from the state.
+3.  A level that nobody unpacks is undone only if a level below it is asked for. A saved tensor is handed over once, and
+    let go with the node that has it: its packed number holds it until then. Where the graph is retained it is let go at
+    once; if it is asked for again, its level runs again from the state.
 4.  The trunk is closed by the *tail*, an autograd Function. It owns the `Output`, the only activation that is kept, and
     hands it to the trunk as the state in every backward. A gradient that enters the trunk elsewhere (a side output, a
     second derivative) finds the output through the trunk, which inherits it when the tail dies. Nothing in a trunk

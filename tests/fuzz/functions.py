@@ -229,6 +229,29 @@ class Cubic(nn.Module):
         return Cube.apply(torch.tanh(self.linear(x)))
 
 
+class Product(torch.autograd.Function):
+    """Reads what it has saved twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0] * ctx.saved_tensors[1], grads[0] * ctx.saved_tensors[0]
+
+
+class ReadsTwice(nn.Module):
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, out)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        return Product.apply(y.tanh(), y.sin())
+
+
 class InPlace(nn.Module):
     """Writes into what it made."""
 
@@ -432,6 +455,7 @@ FUNCTIONS: dict[str, Callable[[Parts, int, int], Function]] = {
     "torch_checkpoint": own(TorchCheckpoint),
     "nested": lambda parts, size, out: parts.module(Nested(size, out, parts.lowered)),
     "old_style": own(Cubic),
+    "reads_twice": own(ReadsTwice),
     "in_place": own(InPlace),
     "stopped": own(Stopped),
     "noisy": own(Noisy),
