@@ -318,6 +318,30 @@ def test_a_tensor_that_a_function_writes_moves_again() -> None:
     assert_close(mean, 2 * torch.ones_like(mean))
 
 
+@dataclass
+class Bank:
+    """A class of the user's, one of whose fields is called as ours are."""
+
+    functions: Any
+    scale: float = 2.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.scale * (self.functions[0] if isinstance(self.functions, list) else torch.sin)(x)
+
+
+@pytest.mark.parametrize("functions", [[torch.sin], "sines", print])
+def test_an_object_may_have_functions_of_its_own(functions: Any) -> None:
+    bank = Bank(functions)
+    x = torch.randn(3, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
+    for f in bank, lambda x: bank(x):
+        op = inv.chain(inv.split(2), inv.couple(f), inv.concat(2))
+        for face in inv.checkpoint(op), inv.checkpoint(op, mode="recompute"), inv.nn.Lowered(op):
+            expected, y = torch.autograd.grad(loss(op(x)), x), face(x)
+            bank.scale = 5.0
+            assert_close(torch.autograd.grad(loss(y), x), expected)
+            bank.scale = 2.0
+
+
 def test_recurrent_weights_that_a_transform_has_left_behind() -> None:
     cell = nn.RNN(WIDTH, WIDTH).double()
     op = inv.chain(inv.split(2), inv.couple(lambda x: cell(x)[0]), inv.concat(2))

@@ -12,6 +12,7 @@ LIBRARIES = ("torch", "invfunc")
 """Whose functions find nothing of the user's among their globals."""
 
 _EMPTY_CELL = CellType()
+_OWN = __name__.partition(".")[0]
 
 
 def is_empty(cell: CellType) -> bool:
@@ -22,6 +23,11 @@ def is_empty(cell: CellType) -> bool:
 def is_of_library(module: str | None) -> bool:
     """Whether the module of a function or a class, by its name, is one of torch or of this package."""
     return (module or "").partition(".")[0] in LIBRARIES
+
+
+def has_functions(item: Any) -> bool:
+    """Whether an object is one of this package's that tells its functions: a class of the user's may use the word, too."""
+    return hasattr(item, "functions") and any(kind.__module__.partition(".")[0] == _OWN for kind in type(item).__mro__)
 
 
 def cells_of(fn: FunctionType) -> dict[str, CellType]:

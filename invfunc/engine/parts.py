@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.structure import cells_of, defaults_of, globals_of, is_empty, is_of_library
+from ..core.structure import cells_of, defaults_of, globals_of, has_functions, is_empty, is_of_library
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Parts:
         elif kind is partial:
             for part in (item.func, *item.args, *item.keywords.values()):
                 self.add(part, depth - 1)
-        elif hasattr(item, "functions"):  # the package's own values and wrappers
+        elif has_functions(item):
             for part in item.functions:
                 self.add(part, depth - 1)
         elif isinstance(item, tuple):

@@ -21,7 +21,7 @@ from ..core.combine import Parallel, split
 from ..core.copies import deep_copy
 from ..core.couple import Half, additive, as_law, couple
 from ..core.op import Chain, Invertible, OneWay, Pair, chain
-from ..core.structure import contents_of, globals_of
+from ..core.structure import contents_of, globals_of, has_functions
 from ..errors import OptionError
 from ..wires import Wire
 from .module import InvertibleModule, Live, Module, op_of
@@ -368,7 +368,7 @@ def _inside(item: Any) -> Iterator[tuple[str, Any, bool]]:
     if isinstance(item, Invertible):
         yield from ((name, fn, False) for name, fn in _functions(item))
         yield from (("", part, False) for part in item.parts)
-    elif hasattr(item, "functions"):  # the package's own wrappers
+    elif has_functions(item):
         yield from (("", fn, False) for fn in item.functions)
     elif isinstance(item, partial):
         yield from ((name, value, False) for name, value in [("", item.func), *_arguments(item)])
