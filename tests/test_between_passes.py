@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from kit import assert_close, loss
@@ -249,10 +250,10 @@ class OfClass(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Linear(WIDTH, WIDTH)
+        self.net, self.shift = nn.Linear(WIDTH, WIDTH), numpy.zeros(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.net(x) * self.factor).sin()
+        return torch.tanh(self.net(x) * self.factor + torch.tensor(self.shift)).sin()
 
 
 def doubled_by_all(module: nn.Module, xs: Any, y: Tensor) -> Tensor:
@@ -265,6 +266,7 @@ UNSEEN: dict[str, Callable[[OfClass, pytest.MonkeyPatch], Any]] = {
         nn.modules.module._global_forward_hooks, 0, doubled_by_all
     ),
     "a write through .data": lambda net, patch: net.net.weight.data.mul_(2),
+    "an array of NumPy": lambda net, patch: net.shift.fill(1.0),
 }
 
 

@@ -458,6 +458,22 @@ def test_a_replica_of_data_parallel_runs_the_block_that_it_was_copied_from() -> 
     assert torch.equal(replica(x), model.large[0](x))
 
 
+# ---- many outputs ----------------------------------------------------------------------------------------------------
+
+
+def test_of_an_inverted_pipeline_no_output_has_a_gradient_with_respect_to_another() -> None:
+    op, x = inv.chain(inv.split(2), inv.couple(torch.sin), inv.couple(torch.cos, torch.sin)), leaf(3, 4)
+
+    def of_another(op: Callable[..., Any]) -> Any:
+        a, b = op(x)
+        return torch.autograd.grad(b.sum(), a, allow_unused=True)[0]
+
+    assert of_another(inv.checkpoint(op)) is None
+    for mode in "recompute", "store":
+        assert_close(of_another(inv.checkpoint(op, mode=mode)), of_another(op))
+    assert_close(of_another(inv.checkpoint(lambda x: op(x))), of_another(op))
+
+
 # ---- early stop ------------------------------------------------------------------------------------------------------
 
 

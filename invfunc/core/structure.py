@@ -26,7 +26,7 @@ def is_of_library(module: str | None) -> bool:
 
 
 def has_functions(item: Any) -> bool:
-    """Whether an object is one of this package's that tells its functions: a class of the user's may use the word, too."""
+    """Whether an object is one of this package's that tells its functions: the user's may use the word as well."""
     return hasattr(item, "functions") and any(kind.__module__.partition(".")[0] == _OWN for kind in type(item).__mro__)
 
 
