@@ -350,6 +350,7 @@ def without_gradient(b: Tensor, x: Tensor) -> Tensor:
     return x.detach() * b
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("way", WAYS)
 def test_a_component_that_gives_its_input_no_gradient_leaves_those_of_the_others(way: str) -> None:
     halves, stopped = inv.split(2), inv.one_way(partial(without_gradient, torch.tensor([0.5, 2.0])))

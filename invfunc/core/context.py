@@ -121,7 +121,7 @@ def _inner(fn: Any) -> dict[str, Any]:
     """The user's functions inside of one of the package's wrappers, by the field that they are in."""
     if not is_dataclass(fn) or isinstance(fn, type) or hasattr(fn, "keywords_taken"):
         return {}
-    parts: tuple[Any, ...] = fn.functions if has_functions(fn) else ()
+    parts: tuple[Any, ...] = getattr(fn, "functions", ()) if has_functions(fn) else ()
     values = {f.name: getattr(fn, f.name) for f in fields(fn)} if parts else {}
     return {name: value for name, value in values.items() if any(value is part for part in parts)}
 

@@ -31,7 +31,7 @@ class Part:
         wide = 1 if stage.law == "additive" else 2
         self.stage, self.side, self.size = stage, side, size
         seed_all(stage.f.seed)
-        self.f = None if stage.kind in WITHOUT else make(parts, stage.f, size, wide * size, side)
+        self.f: Any = None if stage.kind in WITHOUT else make(parts, stage.f, size, wide * size, side)
         self.g = None if stage.g is None else make(parts, stage.g, size, wide * size, side)
         self.w = parts.tensor(size, size) if stage.kind in ("pair", "hyperbolic", "grow") else None
         if stage.kind == "momentum_trained":
