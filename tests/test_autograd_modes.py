@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from kit import WIDTH, Net, assert_close, every_lowering, in_threads, leaf, loss
+from kit import WIDTH, Net, assert_close, assert_same, every_lowering, in_threads, leaf, loss
 from torch import Tensor, nn
 
 import invfunc as inv
@@ -170,3 +170,9 @@ def test_threads_on_a_module_whose_tensors_have_to_be_swapped() -> None:
         assert_close(gradients, expected)
     assert all(p is weights[name] for name, p in norm.named_parameters())
     assert_close(dict(norm.state_dict()), dict(state))
+
+
+def test_a_function_that_saves_nothing_is_undone_in_the_grad_mode_of_forward() -> None:
+    asks = inv.couple(lambda x: x * (2 if torch.is_grad_enabled() else 3))
+    op, x = inv.chain(inv.couple(torch.sin, torch.cos), asks, inv.couple(torch.sin)), (leaf(3, WIDTH), leaf(3, WIDTH))
+    assert_same(op, inv.checkpoint(op), x, *x)
