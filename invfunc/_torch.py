@@ -727,6 +727,10 @@ class _Trees:
         return _Trees.tree_flatten(tree)[0]
 
     @staticmethod
+    def tree_map(fn: Callable[[Any], Any], tree: Any) -> Any:
+        return _Trees.tree_map_only(object, fn, tree)
+
+    @staticmethod
     def tree_map_only(kind: type, fn: Callable[[Any], Any], tree: Any) -> Any:
         leaves, spec = _Trees.tree_flatten(tree)
         return _Trees.tree_unflatten([fn(leaf) if isinstance(leaf, kind) else leaf for leaf in leaves], spec)

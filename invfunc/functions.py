@@ -13,7 +13,7 @@ import torch
 from torch import Size, Tensor
 
 from . import _torch
-from .core.context import copy_state, has_state
+from .core.context import copy_state, functions_in, has_state
 from .core.copies import copy_object
 from .core.op import OneWay, missing_attribute, name_of
 from .engine.interface import Options, Run
@@ -50,7 +50,7 @@ class CheckpointedFunction:
         arguments = Arguments.of(args, kwargs)
         for leaf in arguments.others:
             self._check_argument(leaf)
-        functions = (self.__wrapped__,)
+        functions = (self.__wrapped__, *arguments.functions())
         region = Region(self._call, arguments.build, (None, self, 0), conditions_of(functions), self.options)
         out = region.run((args, kwargs), arguments.tensors, functions)
         region.conditions.snapshot.note()
@@ -128,6 +128,11 @@ class Arguments:
             return {key: self._without_tensors(part) for key, part in item.items()}
         self.others.append(item)
         return Stateful(copy_state(item)) if has_state(item) else item
+
+    def functions(self) -> list[Any]:
+        """The modules and functions among the arguments, which the function may call."""
+        seen: set[int] = set()
+        return [fn for item in self.others for fn in functions_in(item, seen)]
 
     def build(self, tensors: Iterable[Tensor]) -> Sequence[Any]:
         """``(args, kwargs)`` with these tensors."""

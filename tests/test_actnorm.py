@@ -60,6 +60,22 @@ def test_it_starts_inside_of_a_lowered_call(mode: str) -> None:
     assert_close(found, torch.autograd.grad(op(x).pow(3).sum(), [x, norm.log_scale, mixing.weight]), 1e-9)
 
 
+def blockwise(module: nn.Module) -> nn.Module:
+    inn.checkpoint_blocks(module, "*")
+    return module
+
+
+@pytest.mark.parametrize("lower", [inv.checkpoint, blockwise, inn.Lowered], ids=["checkpoint", "blocks", "Lowered"])
+@pytest.mark.parametrize("make", [inn.Sequential, nn.Sequential])
+def test_a_module_that_runs_again_starts_once(make: Callable[..., nn.Module], lower: Callable[..., Any]) -> None:
+    module, x = make(inn.ActNorm(4), inn.Linear(4, 4), inn.ActNorm(4)), batch(8, 4).requires_grad_()
+    wrt = [x, *module.parameters()]
+    fast = lower(module)
+    found = torch.autograd.grad(fast(x).pow(3).sum(), wrt)
+    assert all(norm.initialised for norm in (module[0], module[2]))
+    assert_close(found, torch.autograd.grad(fast(x).pow(3).sum(), wrt), 1e-12)
+
+
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
 def test_it_starts_inside_of_a_compiled_call() -> None:

@@ -365,3 +365,45 @@ def test_a_batch_of_one_keeps_its_strides() -> None:
     op = inv.chain(inv.split(2), inv.couple(f), inv.concat(2))
     found = torch.autograd.grad(inv.checkpoint(op)(x).sin().sum(), x)
     assert_close(found, torch.autograd.grad(op(x).sin().sum(), x))
+
+
+# ---- modules that a call is given ------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(WIDTH, WIDTH), 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.linear(x)
+
+
+def in_object(module: nn.Module) -> Any:
+    return SimpleNamespace(inner=SimpleNamespace(module=module), written=[])
+
+
+GIVEN: dict[str, tuple[Callable[..., Tensor], Callable[[nn.Module], Any]]] = {
+    "module": (lambda x, m: m(x.sin()), lambda m: m),
+    "dict": (lambda x, d: d["m"](x.sin()), lambda m: {"m": m}),
+    "list": (lambda x, found: found[0](x.sin()), lambda m: [m]),
+    "object": (lambda x, o: o.inner.module(x.sin()), in_object),
+    "partial": (lambda x, f: f(x.sin()), partial),
+    "closure": (lambda x, f: f(x.sin()), lambda m: lambda x: m(x)),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_a_module_among_the_arguments_was_is_used(given: str, by_name: bool) -> None:
+    fn, wrap = GIVEN[given]
+    module, x = Scaled(), torch.randn(3, WIDTH, requires_grad=True)
+    (expected,) = torch.autograd.grad(fn(x, wrap(module)).sum(), x)
+    fast = inv.checkpoint(lambda x, *args, **kwargs: fn(x, *args, *kwargs.values()))
+    y = fast(x, item=wrap(module)) if by_name else fast(x, wrap(module))
+    module.scale = 9.0
+    assert_close(torch.autograd.grad(y.sum(), x, retain_graph=True), (expected,))
+    with torch.no_grad():
+        next(module.parameters()).mul_(5)
+    with pytest.raises(ReplayError, match="of a module changed between forward and backward"):
+        y.sum().backward()

@@ -368,6 +368,14 @@ def test_a_cache_knows_its_latest_pair_alone() -> None:
     assert_close(t.log_abs_det_jacobian(back, other), back.cosh().log().sum(1))
 
 
+def test_a_density_behind_a_sample_has_the_gradient_of_its_parameters() -> None:
+    w, base = torch.rand(3, requires_grad=True), Independent(Normal(torch.zeros(3), 1.0), 1)
+    density = TransformedDistribution(base, [ops.as_transform(ops.diagonal(w)).with_cache()])
+    sample = density.sample((5,))  # without gradients, and its log-determinant is kept
+    (found,) = torch.autograd.grad(density.log_prob(sample).sum(), w)
+    assert_close(found, -5 / w.detach())
+
+
 # ---- dequantisation --------------------------------------------------------------------------------------------------
 
 WHOLE = torch.arange(4.0, dtype=torch.float64)[:, None]  # four levels of one number

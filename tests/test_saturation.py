@@ -344,7 +344,7 @@ def test_of_nan_the_bound_of_dequantisation_is_nan() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lower", [as_op, inv.checkpoint])
-def test_dequantisation_takes_levels_and_makes_nan_of_everything_else(dtype: torch.dtype, lower: Any) -> None:
+def test_dequantisation_takes_levels_and_gives_the_nearest_ones(dtype: torch.dtype, lower: Any) -> None:
     op, levels = lower(ops.dequantize(8)), torch.arange(8, dtype=dtype)[:, None]
     y, total = inv.log_det(op, levels)
     assert torch.equal(op.inverse(y), levels) and ((y > 0) & (y < 1)).all() and total.isfinite().all()
@@ -353,8 +353,8 @@ def test_dequantisation_takes_levels_and_makes_nan_of_everything_else(dtype: tor
     for other in torch.tensor([NAN, INF, -INF, -1.0, 8.0, 1e10, 2.5], dtype=dtype):
         y, total = inv.log_det(op, other.view(1, 1))
         assert y.isnan().all() and total.isnan().all()
-    beyond = torch.tensor([NAN, INF, -INF, -1e-6, 1 + 1e-6, 3.0], dtype=dtype)
-    assert op.inverse(beyond).isnan().all()
+    assert op.inverse(torch.tensor([NAN, INF, -INF], dtype=dtype)).isnan().all()
+    assert op.inverse(torch.tensor([-3.0, -1e-6, 1 + 1e-6, 3.0], dtype=dtype)).tolist() == [0.0, 0.0, 7.0, 7.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -420,3 +420,15 @@ def test_a_scale_by_a_sigmoid_does_not_underflow_to_0(raw: float, dtype: torch.d
     y, total = inv.log_det(op, x)
     assert total.isfinite().all() and torch.autograd.grad(total.sum(), raws)[0].isfinite().all()
     assert map_wire(lambda leaf: leaf.isfinite().all().item(), op.inverse(y)) == (True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [ops.tanh, ops.sinh])
+def test_log_determinants_far_out_are_differentiated_twice(make: Any, dtype: torch.dtype) -> None:
+    for wrap in (lambda op: op, inv.checkpoint):
+        x = torch.tensor([[-INF, -80.0, -0.0, 0.0, 1e-3, 80.0, INF]], dtype=dtype, requires_grad=True)
+        (first,) = torch.autograd.grad(inv.log_det(wrap(make()), x)[1].sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        sign = -2 if make is ops.tanh else 1
+        assert_close(first.detach(), sign * x.detach().tanh(), 1e-6)
+        assert_close(second, sign / x.detach().cosh() ** 2, 1e-6)

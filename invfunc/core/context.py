@@ -216,3 +216,16 @@ def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
     for name, part in _attributes_of(item).items():
         object.__setattr__(new, name, copy_state(part, copied))
     return new
+
+
+def functions_in(item: Any, seen: set[int]) -> list[Any]:
+    """The modules and functions that an argument is, or that a copy of its state shares."""
+    if id(item) in seen:
+        return []
+    seen.add(id(item))
+    if isinstance(item, (nn.Module, FunctionType, MethodType, partial)):
+        return [item]
+    if not has_state(item):
+        return []
+    values = item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list, set, deque)) else ()
+    return [fn for part in (*values, *_attributes_of(item).values()) for fn in functions_in(part, seen)]

@@ -27,7 +27,8 @@ def is_of_library(module: str | None) -> bool:
 
 def has_functions(item: Any) -> bool:
     """Whether an object is one of this package's that tells its functions: the user's may use the word as well."""
-    return hasattr(item, "functions") and any(kind.__module__.partition(".")[0] == _OWN for kind in type(item).__mro__)
+    is_own = any(kind.__module__.partition(".")[0] == _OWN for kind in type(item).__mro__)
+    return is_own and hasattr(item, "functions")
 
 
 def cells_of(fn: FunctionType) -> dict[str, CellType]:

@@ -5,7 +5,7 @@ again from there, each twice forward and twice back, and nothing of the size of 
 
 1.  A stage that gives two values for one input is *not the same twice*.
 2.  A stage whose inverse does not give its input back is *wrong*, unless rounding explains it: as far as the inverse
-    moves when the last bit of the output does.
+    moves when the last bit of the output does. If it has one output for both, it has *lost* what it was given.
 3.  Where the whole way, forward and back, gives the input back far better than backward did, and moves far less when
     the last bits of the output do, *a function was another one in forward*, or what it lost is gone.
 4.  Else it is *rounding*, and the stage is named where the error of the output grows most.
@@ -52,6 +52,7 @@ class Trip:
     place: str
     twice: float  # how far apart the two values for one input are
     error: float  # how far its input is from what its inverse gives back
+    miss: float  # and how far its output is from that of what its inverse gives back
     growth: float  # how far that moves for an error of the output, as a multiple of it
 
 
@@ -70,9 +71,11 @@ class Trips:
         y, residue = evaluate_quietly(stage, op.forward_with_residue, x)
         again, _ = evaluate_quietly(stage, op.forward_with_residue, x)
         back, moved = (evaluate_quietly(stage, op.inverse_with_residue, residue, out) for out in (y, _nudge_wire(y)))
+        regained, _ = evaluate_quietly(stage, op.forward_with_residue, back)
         place = ": ".join(places_on(stage.path)) or repr(op)
         growth = relative_error(moved, back) / _rounding(y)
-        self.trips.append(Trip(place, relative_error(again, y), relative_error(back, x), growth))
+        twice, error, miss = (relative_error(a, b) for a, b in ((again, y), (back, x), (regained, y)))
+        self.trips.append(Trip(place, twice, error, miss, growth))
         self.residues.append(residue)
         return y
 
@@ -110,7 +113,7 @@ def cause_of(levels: Levels, first: int, x: Wire, error: float, was: Sequence[fl
         )
     widest = max(trips.trips, key=lambda trip: trip.growth)
     if not math.isfinite(widest.growth):  # the next number has no inverse
-        return Cause(f"{widest.place} has lost values by saturation", f"bound what it is given; {CHECK}")
+        return _saturated(widest)
     return Cause(f"rounding, which grows most, about {widest.growth:.0e} times, at {widest.place}", f"{CURE}; {CHECK}")
 
 
@@ -130,11 +133,17 @@ def _fault(trips: Sequence[Trip], rounding: float, error: float) -> Cause | None
             f"mend the inverse or, where the function saturates, bound what it is given; {CHECK}",
         )
     if worst.error > max(1000 * rounding * max(worst.growth, 1), 1e-3 * error):
+        if worst.miss <= 100 * rounding:  # it has one value for both
+            return _saturated(worst)
         return Cause(
             f"the inverse of {worst.place} does not give its input back, off by about {worst.error:.0e}",
             f"mend the inverse; {CHECK}",
         )
     return None
+
+
+def _saturated(trip: Trip) -> Cause:
+    return Cause(f"{trip.place} has lost values, by saturation or a mask", f"bound what it is given; {CHECK}")
 
 
 def _with_values(leaf: Any, values: Sequence[float]) -> Any:

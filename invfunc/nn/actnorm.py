@@ -90,6 +90,8 @@ class ActNorm(Layer):
     def initialised(self) -> bool:
         """Whether scale and shift are set."""
         flag = self.started
+        if torch.compiler.is_exporting():  # what is in the slot stands for the flag
+            return self._set_flag is not None
         is_known = self._set_flag is flag
         if not (is_known or _torch.active() or torch.compiler.is_compiling() or _has_no_data(flag)) and flag:
             self._set_flag = flag
@@ -119,7 +121,9 @@ class ActNorm(Layer):
         found = start_of(x, self.dim, self.log_scale.dtype, partial(_total, self.process_group))
         found = [_of_first_rank(self.process_group, value) for value in found]
         for parameter, value in zip((self.log_scale, self.bias), _finite(found), strict=True):
-            parameter.copy_(torch.where(has_started > 0, parameter, value))
+            start = torch.where(has_started > 0, parameter, value)
+            if torch.compiler.is_compiling() or not torch.equal(parameter, start):  # a first batch may run again
+                parameter.copy_(start)
         self.initialised = True
 
     def _check(self, x: Any) -> None:

@@ -62,8 +62,7 @@ def _add_noise(levels: int, noise: Noise | None, x: Tensor) -> Tensor:
 
 def _round_down(levels: int, y: Tensor) -> Tensor:
     check_tensor("the inverse of dequantize", y)
-    x = (levels * y).floor()
-    return _levels_of(levels, x.masked_fill(y == 1, levels - 1))
+    return (levels * y).floor().clamp(0, levels - 1) + 0 * y.detach()  # NaN of infinity
 
 
 def _bound(levels: int, noise: Noise | None, x: Tensor, y: Tensor) -> Tensor:
@@ -92,8 +91,8 @@ def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
         ``(N, ...)``, unchanged, D numbers in each sample; float32 or float64.
 
     Domain:
-        Whole numbers from 0 to K - 1; of others, NaN. The range is what lies between 0 and 1; 1, to which a sample may
-        round, is read as a number below it, and of what is beyond the inverse makes NaN.
+        Whole numbers from 0 to K - 1; of others, NaN. The range is what lies between 0 and 1; of what is beyond, as the
+        samples of a flow may be that ends without a logit, the inverse makes the nearest level.
 
     Cost:
         A draw of the noise, and for a flow one evaluation more for its density. Lowered: x is kept, which is the data,

@@ -99,7 +99,8 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 
 def _log_cosh(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, -x) - math.log(2)
+    size = x * torch.ones_like(x).copysign(x.detach())  # abs() has no second derivative at 0, logaddexp none far out
+    return size + _softplus(-2 * size) - math.log(2)
 
 
 # ---- exp and log -------------------------------------------------------------------------------------------------

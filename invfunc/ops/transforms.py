@@ -11,6 +11,7 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
@@ -33,7 +34,7 @@ class OpTransform(Transform):
     def __init__(self, op: Invertible, event_dim: int, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.op, self.counting, self.cached = op, with_log_det(op), cache_size
-        self.latest: tuple[Tensor, Tensor, Tensor] | None = None  # with a cache: x, y and the log-determinant
+        self.latest: tuple[Tensor, Tensor, Tensor, bool] | None = None  # x, y, the log-determinant; if with gradients
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
 
     def with_cache(self, cache_size: int = 1) -> Transform:
@@ -49,20 +50,24 @@ class OpTransform(Transform):
         if not self.cached:
             return self._unbatched(x, self.op.forward(self._batched(x)))
         y, total = self._counted(self.counting, x)
-        self.latest = x, y, total
+        self.latest = x, y, total, torch.is_grad_enabled()
         return y
 
     def _inverse(self, y: Tensor) -> Tensor:
         if not self.cached:
             return self._unbatched(y, self.op.inverse(self._batched(y)))
         x, total = self._counted(invert(self.counting), y)
-        self.latest = x, y, -total
+        self.latest = x, y, -total, torch.is_grad_enabled()
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log|det J|``, of the shape of x without its event."""
         if self.latest is not None and self.latest[0] is x and self.latest[1] is y:
-            return self.latest[2]
+            total, has_graph = self.latest[2:]
+            if (
+                has_graph or not torch.is_grad_enabled()
+            ):  # a sample is drawn without gradients, its density may have some
+                return total
         return self._counted(self.counting, x)[1]
 
     def _counted(self, counting: Invertible, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +112,8 @@ def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
 
     Cost:
         That of the op, and one more evaluation for each log-determinant; none of it twice with a cache,
-        ``as_transform(op).with_cache()``, which keeps the latest x, y and log-determinant, with their graph.
+        ``as_transform(op).with_cache()``, which keeps the latest x, y and log-determinant, with their graph. What was
+        made without gradients is computed again where they are on.
 
     Limits:
         Domain and codomain are declared real; the op itself says what it takes under ``inv.debug(True)``.
