@@ -144,6 +144,15 @@ def nested_error(subject: str) -> WireError:
     )
 
 
+def without_shape() -> WireError:
+    """The error of a tensor whose shape torch does not tell: it could not be compared with what is rebuilt."""
+    return WireError(
+        "a nested tensor in the strided layout has no shape",
+        expected="nested tensors in the jagged layout",
+        cure='build it with layout=torch.jagged, or lower that part in mode "store"',
+    )
+
+
 def describe(wire: Wire) -> str:
     """A wire as an error message shows it: shapes for tensors, type names for the rest.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from kit import assert_refused
+from kit import assert_close, assert_refused
 from torch import nn
 
 import invfunc as inv
@@ -161,6 +161,22 @@ def test_a_sequence_is_planned_as_a_chain_of_its_children(share):
         exact = gradients(model, x)
     assert not any(isinstance(node, Invert) for node in plan.schedule)
     assert all(map(torch.equal, gradients(fast, x), exact))
+
+
+def test_a_planned_sequence_runs_the_children_that_it_has():
+    model, x = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)]), torch.randn(4, 8)
+    fast = inv.checkpoint(model, plan=inv.plan(model, x, budget="1 MB"))
+    copied, saved = copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))
+    fast[1] = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    assert_close(gradients(fast, x), gradients(nn.Sequential(*fast), x))
+    assert torch.export.export(fast, (x,)).module()(x).requires_grad
+    for other in (copied, saved):
+        with torch.no_grad():
+            other[0][0].weight.mul_(3)
+        assert_close(gradients(other, x), gradients(nn.Sequential(*other), x))
+    fast[1] = nn.Linear(8, 8)
+    with pytest.raises(OptionError, match="this plan is for another op"):
+        fast(x)
 
 
 def test_verify_and_saved_plans_of_models(tmp_path):

@@ -166,3 +166,7 @@ def test_nested_tensors_without_a_shape_are_refused_by_name() -> None:
             inv.checkpoint(op, mode=mode)(x)
         assert str(error.value) == path + message
     assert inv.checkpoint(op, mode="store")(x).requires_grad
+    with pytest.raises(
+        WireError, match="chain stage 0 \\(split\\): a nested tensor in the strided layout has no shape"
+    ):
+        inv.checkpoint(inv.chain(inv.split(2, dim=-1), inv.couple(torch.sin)))(x)

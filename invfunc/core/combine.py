@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, WireError, place_error
-from ..wires import Wire, describe
+from ..wires import Wire, describe, without_shape
 from .op import (
     VJP,
     Invertible,
@@ -226,6 +226,8 @@ def _split(sizes: int | tuple[int, ...], dim: int, interleaved: bool, x: Wire) -
 
 def _length(sizes: int | tuple[int, ...], dim: int, x: Wire) -> int:
     """The size of the dimension that is split, checked."""
+    if isinstance(x, Tensor) and x.is_nested and x.layout == torch.strided:
+        raise without_shape()
     if not isinstance(x, Tensor):
         raise WireError(
             f"split received {describe(x)}", expected="one tensor", cure="split acts on tensors, not tuples"

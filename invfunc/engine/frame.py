@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import _torch
 from ..core.op import Invertible, Residue, name_of
-from ..errors import ReplayError, WireError, place_error
-from ..wires import Wire
+from ..errors import ReplayError, place_error
+from ..wires import Wire, without_shape
 from .buffers import BufferCopy, copies_of, worth_keeping
 from .conditions import PINS, Conditions, RandomState, Recorder, random_state
 from .interface import Options, Path, places_on
@@ -354,15 +354,6 @@ def was_changed(tensor: Tensor, how: str = WRITTEN, what: str = "a tensor") -> R
         f"{what} of shape {tuple(tensor.shape)} that backward needs has been {how}",
         expected="the values that forward read",
         cure="run backward before changing it, or use the out-of-place operation",
-    )
-
-
-def without_shape() -> WireError:
-    """The error of a tensor whose shape torch does not tell: it could not be compared with what is rebuilt."""
-    return WireError(
-        "a nested tensor in the strided layout has no shape",
-        expected="nested tensors in the jagged layout",
-        cure='build it with layout=torch.jagged, or lower that part in mode "store"',
     )
 
 

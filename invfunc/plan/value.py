@@ -163,7 +163,9 @@ class Plan:
         found = planned_as(f)
         if isinstance(found, Blocks):
             return self._in_blocks(found, options)
-        op = Checkpointed(self._applied_to(found), options)
+        op = Checkpointed(self.applied_to(found), options)
+        if isinstance(f, nn.Sequential):
+            return PlannedForward.of(f, self, op)
         return with_forward(f, op) if isinstance(f, nn.Module) else op
 
     def recomputed(self, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -204,7 +206,12 @@ class Plan:
             found += [again if isinstance(node, Recompute) else None] * op.parts
         return found
 
-    def _applied_to(self, op: Invertible) -> Planned:
+    def applied_to(self, op: Invertible) -> Planned:
+        """An op that runs as planned.
+
+        Raises:
+            OptionError: When the plan is for another one.
+        """
         ops, count = flat_ops(op), sum(c.parts for c in self.costs.ops)
         expected = self.costs.key[0] if self.costs.key else f"{count} ops"
         got = key_of(op, ())[0] if self.costs.key else f"{len(ops)} ops"
@@ -271,6 +278,38 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """The plan that `save` has written."""
         return cls.from_json(Path(path).read_text())
+
+
+@dataclass(eq=False, repr=False)
+class PlannedForward:
+    """The forward of a sequence that runs as planned: of the children that it has when it is called.
+
+    Raises:
+        OptionError: In a call, when they are no longer those that the plan is for.
+    """
+
+    module: nn.Sequential
+    plan: Plan
+    lowered: Checkpointed
+    __code__ = property(lambda self: type(self).__call__.__code__)  # torch.export asks for it
+
+    @classmethod
+    def of(cls, f: nn.Sequential, plan: Plan, lowered: Checkpointed) -> nn.Sequential:
+        """A module with the same parameters, which has it."""
+        module = with_forward(f, lowered)
+        module.__dict__["forward"] = cls(module, plan, lowered)
+        return module
+
+    def __call__(self, *xs: Wire) -> Wire:
+        """Run the children."""
+        op = planned_as(self.module)
+        assert isinstance(op, Invertible)
+        if self.lowered.op.op != op:  # pyright: ignore[reportAttributeAccessIssue]
+            self.lowered = Checkpointed(self.plan.applied_to(op), self.lowered.options)
+        return self.lowered(*xs)
+
+    def __repr__(self) -> str:
+        return repr(self.lowered)
 
 
 def _tuples(data: Any) -> Any:
