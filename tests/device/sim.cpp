@@ -10,6 +10,8 @@
 //    its stream is done, which it is at the third query, or until somebody waits.
 // 6. While a stream is captured, waiting, asking for an event and reading a generator raise, as CUDA has it.
 
+#include <Python.h>  // first, as it asks
+
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
@@ -332,16 +334,20 @@ at::Generator inner_of(const at::Generator& generator) {
   return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->inner;
 }
 
-// Kernels that take no generator draw from the CPU's, which is another one for as long.
+// Kernels that take no generator draw from the CPU's, which is another one for as long: no other thread may look at it
+// meanwhile, draw from it, or lend it, so that Python waits.
 struct Lent {
-  explicit Lent(DeviceIndex device) : mine(inner_of(generator_of(device))), theirs(at::detail::getDefaultCPUGenerator()) {
+  explicit Lent(DeviceIndex device)
+      : python(PyGILState_Ensure()), mine(inner_of(generator_of(device))), theirs(at::detail::getDefaultCPUGenerator()) {
     before = theirs.get_state();
     theirs.set_state(mine.get_state());
   }
   ~Lent() {
     mine.set_state(theirs.get_state());
     theirs.set_state(before);
+    PyGILState_Release(python);
   }
+  PyGILState_STATE python;
   at::Generator mine, theirs;
   Tensor before;
 };
