@@ -99,7 +99,7 @@ class Tail(torch.autograd.Function):
         trunk = output.trunk
         trunk.start(output.kept)
         trunk.levels.is_measured = not torch.is_grad_enabled()
-        if not (_torch.keeps_graph() or trunk.is_spread()):
+        if not (_torch.keeps_graph() or trunk.is_spread(output.kept)):
             output.trunk = ctx.output = None
 
 
@@ -572,11 +572,11 @@ class Trunk:
         """Whether anything was saved on the whole way, so that there is an output to begin at."""
         return self.levels.has_saved() if self.parent is None else self.parent[0]._has_saved()
 
-    def is_spread(self) -> bool:
+    def is_spread(self, kept: Kept) -> bool:
         """Whether its gradients come by several threads, of which any may have to begin at the output (rule 8)."""
         if not _torch.has_accelerator():
             return False
-        return len({t.device for t in self.conditions.snapshot.tensors_in_sight()}) > 1
+        return len({t.device for t in (*kept.own, *self.conditions.snapshot.tensors_in_sight())}) > 1
 
     def _go_to_top(self) -> None:
         """Begin at the output, wherever that is kept."""

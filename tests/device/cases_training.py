@@ -338,6 +338,17 @@ def test_the_threads_of_two_devices_may_ask_at_once() -> None:
         assert_close(step(inv.checkpoint(op), [x], weights), expected, TOLERANCE)
 
 
+@pytest.mark.parametrize(("home", "away"), [("sim:0", "sim:1"), ("cpu", "sim:0"), ("sim:0", "cpu")])
+def test_functions_may_be_where_the_stream_is_not(home: str, away: str) -> None:
+    net = branch("plain", away)
+    far = lambda x: net(x.to(away)).to(home)  # noqa: E731
+    op = inv.chain(inv.split(2, -1), inv.couple(torch.sin), inv.couple(far, far), inv.concat(2, -1))
+    x = torch.randn(6, 8, device=home)
+    expected = step(op, [x], parameters(net))
+    for _ in range(5):
+        assert_close(step(inv.checkpoint(op), [x], parameters(net)), expected, TOLERANCE)
+
+
 def test_the_number_of_threads_is_left_alone() -> None:
     x = torch.rand(4, device=DEVICE, requires_grad=True)
     (x * 2).sum().backward()  # its thread has begun
