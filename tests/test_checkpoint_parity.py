@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz.functions import Product
 from kit import Counted, assert_close, assert_same, count, gradients, leaf, loss, step_gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -21,31 +22,18 @@ import invfunc as inv
 from invfunc.errors import ReplayError
 
 
-class Reads(torch.autograd.Function):
-    """A product whose backward reads its saved tensors as often as it likes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y)
-        return x * y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        return g * ctx.saved_tensors[1], g * ctx.saved_tensors[0]
-
-
 def test_a_custom_backward_may_read_its_saved_tensors_twice() -> None:
     x, y = leaf(3), leaf(3)
 
     def f(x: Tensor, y: Tensor) -> Tensor:
-        return Reads.apply(x.sin(), y.exp()).tanh()
+        return Product.apply(x.sin(), y.exp()).tanh()
 
     assert_same(f, inv.checkpoint(f), [x, y], x, y)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_so_may_that_of_the_first_function_which_stops_early(depth: int) -> None:
-    counted = count(lambda x: Reads.apply(x.sin(), x.exp()))
+    counted = count(lambda x: Product.apply(x.sin(), x.exp()))
     op, x = inv.chain(*[inv.couple(counted)] * depth), (leaf(3), leaf(3))
     assert_same(op, inv.checkpoint(op), x, *x)
     counted.calls = 0

@@ -130,7 +130,8 @@ class Bound:
     args: tuple[Any, ...]
 
     def __call__(self, x: Wire) -> Wire:
-        return self.func(*map(_constant, self.args), x)
+        args = map(_constant, self.args) if torch.compiler.is_compiling() else self.args
+        return self.func(*args, x)
 
 
 def _constant(argument: Any) -> Any:

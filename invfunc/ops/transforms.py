@@ -64,9 +64,7 @@ class OpTransform(Transform):
         """``log|det J|``, of the shape of x without its event."""
         if self.latest is not None and self.latest[0] is x and self.latest[1] is y:
             total, has_graph = self.latest[2:]
-            if (
-                has_graph or not torch.is_grad_enabled()
-            ):  # a sample is drawn without gradients, its density may have some
+            if has_graph or not torch.is_grad_enabled():  # a sample has none, and its density may need one
                 return total
         return self._counted(self.counting, x)[1]
 

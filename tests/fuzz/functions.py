@@ -94,12 +94,19 @@ class Conv(nn.Module):
         return self.last(torch.relu(self.conv(x[:, None])).flatten(1))
 
 
-class Alias(nn.Module):
-    """Reads its own weight by a second way."""
+class OnLinear(nn.Module):
+    """What each of these does, it does to a linear layer."""
 
     def __init__(self, size: int, out: int) -> None:
         super().__init__()
         self.linear = nn.Linear(size, out)
+
+
+class Alias(OnLinear):
+    """Reads its own weight by a second way."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__(size, out)
         self.hidden = [self.linear.weight]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,14 +136,13 @@ class Unused(nn.Module):
         return torch.tanh(self.linear(x))
 
 
-class Running(nn.Module):
+class Running(OnLinear):
     """Moves a buffer in every call of training, and uses it."""
 
     mean: Tensor
 
     def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
+        super().__init__(size, out)
         self.register_buffer("mean", torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,14 +152,10 @@ class Running(nn.Module):
         return torch.tanh(self.linear(x - self.mean.clone()))
 
 
-class Auxiliary(nn.Module):
+class Auxiliary(OnLinear):
     """Leaves a loss on itself."""
 
     aux: Tensor | None = None
-
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.tanh(self.linear(x))
@@ -176,11 +178,7 @@ class Energy(nn.Module):
         return self.last(slope)
 
 
-class AsksGradMode(nn.Module):
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
-
+class AsksGradMode(OnLinear):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.linear(x)) * (2.0 if torch.is_grad_enabled() else 3.0)
 
@@ -220,11 +218,7 @@ class Cube(torch.autograd.Function):
         return 3 * x * x * grads[0]
 
 
-class Cubic(nn.Module):
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
-
+class Cubic(OnLinear):
     def forward(self, x: Tensor) -> Any:
         return Cube.apply(torch.tanh(self.linear(x)))
 
@@ -242,22 +236,14 @@ class Product(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[1], grads[0] * ctx.saved_tensors[0]
 
 
-class ReadsTwice(nn.Module):
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
-
+class ReadsTwice(OnLinear):
     def forward(self, x: Tensor) -> Any:
         y = self.linear(x)
         return Product.apply(y.tanh(), y.sin())
 
 
-class InPlace(nn.Module):
+class InPlace(OnLinear):
     """Writes into what it made."""
-
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x).relu_()
@@ -278,24 +264,16 @@ class Stopped(nn.Module):
         return self.linear(x.detach()).tanh() * scale + x.mean()
 
 
-class Noisy(nn.Module):
+class Noisy(OnLinear):
     """Draws random numbers of its own."""
-
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         return torch.tanh(y) * torch.rand_like(y)
 
 
-class Routed(nn.Module):
+class Routed(OnLinear):
     """Takes a discrete decision, once."""
-
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -303,12 +281,8 @@ class Routed(nn.Module):
         return torch.tanh(y) * (1 + y.gather(-1, chosen).sin())
 
 
-class Named(nn.Module):
+class Named(OnLinear):
     """Names a result, which may be kept."""
-
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, out)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(inv.keep("named", self.linear(x)))
