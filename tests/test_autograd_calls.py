@@ -69,6 +69,29 @@ def test_two_backwards_from_two_places(lower: Callable[..., Any]) -> None:
     assert_close(*found)
 
 
+@pytest.mark.parametrize("lower", [LOWERINGS[name] for name in TWO], ids=TWO)
+def test_outputs_that_share_no_graph_are_backwarded_one_by_one(lower: Callable[..., Any]) -> None:
+    first, second = Net(), Net()
+    xs, op = (leaf(3, 2 * WIDTH), leaf(3, 2 * WIDTH)), inv.parallel(first.op, second.op)
+    wrt = [*xs, *first.parameters, *second.parameters]
+    expected = torch.autograd.grad(sum(map(loss, op(*xs))), wrt)
+    ys = lower(op)(*xs)
+    for y in reversed(ys):
+        loss(y).backward()
+    assert_close([t.grad for t in wrt], list(expected))
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        loss(ys[0]).backward()
+
+
+def test_the_half_that_an_output_does_not_depend_on_runs_once() -> None:
+    f, g, (x1, x2) = Counted(layer()), Counted(layer()), (leaf(3, WIDTH), leaf(3, WIDTH))
+    op = inv.parallel(inv.couple(f, layer()), inv.couple(g, layer()))
+    y, _ = inv.checkpoint(op)(((x1, x2), (x1, x2)))
+    loss(y).backward()
+    assert f.count == 2
+    assert g.count == 1
+
+
 @every_lowering
 def test_double_backward(lower: Callable[..., Any]) -> None:
     net, x, found = Net(), leaf(3, 2 * WIDTH), []

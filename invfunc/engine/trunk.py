@@ -11,9 +11,10 @@ of plain autograd: whatever the function closes over, leaves on ``self`` or hand
 3.  A level that nobody unpacks is undone only if a level below it is asked for. A saved tensor is handed over once, and
     let go with the node that has it: its packed number holds it until then. Where the graph is retained it is let go at
     once; if it is asked for again, its level runs again from the state.
-4.  The trunk is closed by the *tail*, an autograd Function. It owns the `Output`, the only activation that is kept, and
-    hands it to the trunk as the state in every backward. A gradient that enters the trunk elsewhere (a side output, a
-    second derivative) finds the output through the trunk, which inherits it when the tail dies. Nothing in a trunk
+4.  The trunk is closed by its *tails*, an autograd Function for each tensor: outputs that share no graph are freed one
+    by one. They own the `Output`, the only activation that is kept, and hand it to the trunk as the state in every
+    backward. A gradient that enters the trunk elsewhere (a side output, a second derivative) finds the output through
+    the trunk, which inherits it when the tails die. Nothing in a trunk
     refers to a node: a cycle through C++ would never be collected.
 5.  ``recompute`` is a `Region`: one frame whose state is the stored input. Evaluation stops as soon as the last tensor
     has been handed over.
@@ -54,38 +55,42 @@ from .meter import SAVES, Cause, Drift, Probe, probe, telling
 
 
 class Output:
-    """The output of a trunk, owned by its tail; the trunk inherits it when the tail dies: rule 4 of NOTE [Trunk]."""
+    """The output of a trunk, owned by its tails; the trunk inherits it when they die: rule 4 of NOTE [Trunk]."""
 
-    __slots__ = ("__weakref__", "kept", "trunk")
+    __slots__ = ("__weakref__", "is_freed", "kept", "task", "trunk")
 
     def __init__(self, trunk: Trunk, ys: Sequence[Any]) -> None:
-        self.trunk: Trunk | None = None
-        self.kept = Kept(ys)
-        self.trunk = trunk
+        self.is_freed = True  # whether a backward has freed any of it
+        self.trunk, self.kept, self.task = trunk, Kept(ys), -1
+        self.is_freed = False
         trunk.output = weakref.ref(self)
 
+    def start(self) -> None:
+        """Start the rebuild, with the first of its tails that a backward comes to."""
+        task = _torch.graph_task_id()
+        if task < 0 or task != self.task:
+            self.trunk.start(self.kept)
+            self.trunk.levels.is_measured = not torch.is_grad_enabled()
+        self.task = task
+
     def __del__(self) -> None:
-        if self.trunk is not None:
+        if not self.is_freed:
             self.trunk.inherited = self.kept
 
 
 class Tail(torch.autograd.Function):
-    """``(trunk, wire, *ys) -> ys``: owns the output of a trunk, and starts its rebuild in every backward."""
+    """``(output, y) -> y``, for each tensor of an output: owns the output, and starts the rebuild in every backward."""
 
     @staticmethod
-    def forward(ctx: Any, trunk: Trunk, places: Sequence[int], rest: list[Any], *ys: Tensor) -> tuple[Tensor, ...]:
-        out = tuple([y.detach() for y in ys])
-        whole = list(rest)
-        for place, tensor in zip(places, out, strict=True):
-            whole[place] = tensor.detach()  # itself would refer to its node, and the node to it
-        ctx.output = Output(trunk, whole)
+    def forward(ctx: Any, output: Output, y: Tensor) -> Tensor:
+        ctx.output = output
         ctx.set_materialize_grads(False)
-        return out
+        return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor | None) -> tuple[None, Tensor | None]:
         _torch.run_backward(Tail.start, ctx)
-        return (None, None, None, *gys)
+        return None, gy
 
     @staticmethod
     def start(ctx: Any) -> None:
@@ -96,11 +101,9 @@ class Tail(torch.autograd.Function):
                 "Trying to backward through the graph a second time (or directly access saved tensors after they have "
                 "already been freed). Specify retain_graph=True"
             )
-        trunk = output.trunk
-        trunk.start(output.kept)
-        trunk.levels.is_measured = not torch.is_grad_enabled()
-        if not (_torch.keeps_graph() or trunk.is_spread(output.kept)):
-            output.trunk = ctx.output = None
+        output.start()
+        if not (_torch.keeps_graph() or output.trunk.is_spread(output.kept)):
+            ctx.output, output.is_freed = None, True
 
 
 def is_tail(node: Any) -> bool:
@@ -524,10 +527,10 @@ class Trunk:
         if not (places and (self.levels.has_saved() or self.donation() is not None)):
             return y
         self.spec = blank(y)
-        rest = [None if i in places else leaf for i, leaf in enumerate(flat)]
-        out = Tail.apply(self, places, rest, *[flat[i] for i in places])
-        for place, tensor in zip(places, out, strict=True):
-            flat[place] = tensor
+        # Not the outputs themselves: they would refer to their nodes, and the nodes to them.
+        output = Output(self, [leaf.detach() if i in places else leaf for i, leaf in enumerate(flat)])
+        for i in places:
+            flat[i] = Tail.apply(output, flat[i])
         return unflatten(y, flat)
 
     # ---- backward ----
