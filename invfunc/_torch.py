@@ -539,6 +539,17 @@ outside_modes: Callable[[], AbstractContextManager[Any]] = _private(
 )
 
 
+# How many dispatch modes are on, and which. Otherwise none is known.
+_count_dispatch_modes = _private("torch._C._len_torch_dispatch_stack", lambda: 0)
+_dispatch_mode_at = _private("torch._C._get_dispatch_stack_at", lambda place: None)
+
+
+def dispatch_modes() -> list[Any]:
+    """The dispatch modes of this thread, the innermost last; an autograd worker has those of the backward's caller."""
+    count = _count_dispatch_modes()
+    return [_dispatch_mode_at(place) for place in range(count)] if count else []
+
+
 def fake_mode() -> FakeTensorMode | None:
     """The mode under which tensors have shapes and no data, if there is one."""
     return _get_mode(_FAKE)
@@ -1031,10 +1042,15 @@ set_fp32_precision: Callable[[str, str, str], Any] = _private(
 _schema_of = _attribute("torch._ops.OpOverload._schema", torch.ops.aten.bernoulli.default, lambda operator: None)
 
 
-def arguments_of(operator: Any) -> list[str]:
-    """The names of an operator's arguments, as far as they are known."""
+def signature_of(operator: Any) -> list[tuple[str, str]]:
+    """The names and types of an operator's arguments, as far as they are known."""
     schema = _schema_of(operator)
-    return [] if schema is None else [argument.name for argument in schema.arguments]
+    return [] if schema is None else [(argument.name, str(argument.type)) for argument in schema.arguments]
+
+
+def arguments_of(operator: Any) -> list[str]:
+    """Their names alone."""
+    return [name for name, _ in signature_of(operator)]
 
 
 # Which backward is running; below zero where none is. Otherwise what could be asked once in it is asked each time.

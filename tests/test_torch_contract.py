@@ -765,6 +765,16 @@ def _() -> None:
         write("cuda", "matmul", before)
 
 
+@contract("torch._C._len_torch_dispatch_stack", "torch._C._get_dispatch_stack_at")
+def _() -> None:
+    class Mode(_torch.DispatchMode):
+        """Sees nothing."""
+
+    assert _torch.dispatch_modes() == []
+    with Mode() as outer, Mode() as inner:
+        assert _torch.dispatch_modes() == [outer, inner]
+
+
 @contract("torch._ops.OpOverload._schema")
 def _() -> None:
     attend = torch.ops.aten._scaled_dot_product_flash_attention.default

@@ -20,8 +20,8 @@ from .._torch import trees as pytree
 from ..core.combine import split
 from ..core.couple import additive, affine, couple
 from ..core.op import Invertible, Rearrangement, chain, pair
-from ..engine.conditions import RandomState
 from ..engine.devices import accelerators
+from ..engine.random_numbers import RandomState
 from ..errors import NotInvertibleError, OptionError, WireError
 from ..nn.module import Module, apart, is_called, undisturbed
 from ..wires import Wire, describe

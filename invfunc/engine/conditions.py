@@ -14,157 +14,28 @@ NOTE [Conditions] A function that runs again has to find what it found in forwar
     user's own are what they were. It is the context in which the pipeline was called, for each of its calls; autocast
     and the default device may be others at a call: a model's own loop sets them between blocks.
 4.  *Discrete decisions* are pinned by `pin`.
-5.  Generators belong to the process. So one replay at a time that needs them has its *turn*, and with it all that is
-    nested in that replay, on whatever thread: nested gradients on several devices do not wait for each other.
+5.  Generators belong to the process, and no lock is held while a function runs. A replay that draws sets them, for
+    itself and all that is nested in it, on whatever thread. One that comes meanwhile, or in a process that uses several
+    accelerators, has *generators of its own*: a mode hands them to each operator that draws. Two things there are but once, so that a replay which needs them waits
+    for its *turn*: Python's and NumPy's generators, if the call drew from them; and the places in modules, closures and
+    containers that it puts back.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, copy_context
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from .. import _torch
 from ..errors import ReplayError
-from . import host_random
-from .devices import accelerators, generator_of, is_captured
 from .flags import flags, under_flags
 
 T = TypeVar("T")
-
-# ---- random numbers --------------------------------------------------------------------------------------------------
-
-
-class RandomState:
-    """The states of the generators that a call may draw from.
-
-    Args:
-        devices: The accelerators in sight of the call.
-    """
-
-    __slots__ = ("cpu", "devices", "is_captured", "marks", "numpy", "python", "states")
-
-    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
-        self.cpu = _torch.cpu_random_state()
-        self.devices = devices
-        self.is_captured = any(map(is_captured, devices))
-        generators = () if self.is_captured else map(generator_of, devices)
-        self.states = [(generator, generator.get_state()) for generator in generators]
-        self.python = host_random.python_state()
-        self.numpy = host_random.numpy_state()
-        self.marks = host_random.python_mark(), host_random.numpy_mark()
-
-    @property
-    def nbytes(self) -> int:
-        """The memory of the states of torch's generators."""
-        return self.cpu.nbytes + sum(state.nbytes for _, state in self.states)
-
-    def has_moved(self) -> bool:
-        """Whether anything has been drawn since."""
-        return not (
-            _torch.is_same_state(self.cpu, _torch.cpu_random_state())
-            and self.marks == (host_random.python_mark(), host_random.numpy_mark())
-            and all([_torch.is_same_state(was, generator.get_state()) for generator, was in self.states])
-        )
-
-    def put(self) -> None:
-        """Set the generators to this state."""
-        torch.set_rng_state(self.cpu)
-        for generator, state in self.states:
-            generator.set_state(state)
-        host_random.put_python_state(self.python)
-        host_random.put_numpy_state(self.numpy)
-
-    def later(self) -> RandomState:
-        """The state of the same generators now."""
-        return RandomState(self.devices)
-
-    def watch(self, fn: Callable[..., T]) -> Callable[..., T]:
-        """``fn``; where a state could not be read, one that raises if it draws."""
-        return partial(_run_without_drawing, fn) if self.is_captured else fn
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Draw the same numbers inside, and leave the generators as they were before."""
-        with turn(), _NoDrawing() if self.is_captured else nullcontext():
-            now = self.later()
-            self.put()
-            try:
-                yield
-            finally:
-                now.put()
-
-
-class _NoDrawing(_torch.DispatchMode):
-    """Raises where an operator draws from the generator of a device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if _draws(func, args) and any([isinstance(t, Tensor) and not t.is_cpu for t in _torch.trees.tree_leaves(out)]):
-            raise ReplayError(
-                f"{func} draws random numbers while a graph is captured, when no generator can be read",
-                expected="a function that backward can run again with the same numbers",
-                cure="store that stage, as in invfunc.mark(stage, 'store'), or draw its numbers outside of the graph",
-            )
-        return out
-
-
-def _draws(operator: Any, args: Sequence[Any]) -> bool:
-    """Whether an operator draws; attention is of those that do, and does not without dropout."""
-    names = _torch.arguments_of(operator)
-    place = names.index("dropout_p") if "dropout_p" in names else -1
-    has_dropout = place < 0 or (place < len(args) and args[place] > 0)
-    return torch.Tag.nondeterministic_seeded in operator.tags and has_dropout
-
-
-def _run_without_drawing(fn: Callable[..., T], *args: Any) -> T:
-    with _NoDrawing():
-        return fn(*args)
-
-
-def random_state(given: Sequence[Tensor], snapshot: Any, last: RandomState | None) -> RandomState:
-    """The state before a call.
-
-    Args:
-        given: Its tensors.
-        snapshot: The modules that are called, with what else the call may read.
-        last: The state behind the call before it, if nothing has been drawn since.
-    """
-    if last is not None and all([t.is_cpu or t.device in last.devices for t in given]):
-        return last
-    return RandomState(accelerators([*given, *snapshot.tensors_in_sight()], snapshot.parts.devices))
-
-
-# ---- turns: rule 5 of NOTE [Conditions] -----------------------------------------------------------------------------
-
-
-_TURN = threading.Lock()
-_HOLDER: list[object] = []  # who has the turn
-_MINE: ContextVar[object] = ContextVar("mine", default=None)  # the turn that this context is nested in
-
-
-@contextmanager
-def turn() -> Iterator[None]:
-    """Wait until no other replay uses the process's generators or modules; what is nested in one goes on at once."""
-    if _HOLDER and _MINE.get() in _HOLDER:
-        yield
-        return
-    with _TURN:
-        holder = object()
-        _HOLDER.append(holder)
-        token = _MINE.set(holder)
-        try:
-            yield
-        finally:
-            _HOLDER.clear()
-            _MINE.reset(token)
-
 
 # ---- autocast, default device, threads, context variables -----------------------------------------------------------
 

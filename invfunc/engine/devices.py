@@ -172,7 +172,7 @@ def generator_of(device: torch.device) -> Any:
     return found[index] if index < len(found) else None
 
 
-def _with_index(device: torch.device) -> torch.device:
+def with_index(device: torch.device) -> torch.device:
     """A device that may be named by its type alone, which is then the current one."""
     index = torch.accelerator.current_device_index() if device.index is None else device.index
     return torch.device(device.type, index)
@@ -195,10 +195,10 @@ def accelerators(tensors: Iterable[Tensor], named: Iterable[torch.device] = ()) 
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return ()
-    devices = {t.device for t in tensors} | {_with_index(d) for d in named if d.type == accelerator.type}
+    devices = {t.device for t in tensors} | {with_index(d) for d in named if d.type == accelerator.type}
     default = _torch.default_device()
     if default is not None:
         devices.add(default)
     if all([d.type == "cpu" for d in devices]) and generator_of(torch.device(accelerator.type, 0)) is not None:
-        devices.add(_with_index(accelerator))
+        devices.add(with_index(accelerator))
     return sorted((d for d in devices if generator_of(d) is not None), key=str)

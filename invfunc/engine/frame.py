@@ -16,10 +16,11 @@ from ..core.op import Invertible, Residue, name_of
 from ..errors import ReplayError, place_error
 from ..wires import Wire, without_shape
 from .buffers import BufferCopy, copies_of, worth_keeping
-from .conditions import PINS, Conditions, RandomState, Recorder, random_state
+from .conditions import PINS, Conditions, Recorder
 from .interface import Options, Path, places_on
 from .keep import Around
 from .parts import Parts, is_lazy, version
+from .random_numbers import RandomState, random_state
 from .sharding import check_callees, checking_calls, is_any_sharded
 
 Kind: TypeAlias = tuple[torch.Size, torch.dtype]

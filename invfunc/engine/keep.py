@@ -26,8 +26,8 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 from .. import _torch
 from ..core.op import name_of
 from ..errors import OptionError, ReplayError
-from .conditions import RandomState
 from .devices import accelerators
+from .random_numbers import RandomState
 
 Policy: TypeAlias = Callable[..., Any]  # (context, operator, *args, **kwargs) -> CheckpointPolicy, or whether to keep
 Keep: TypeAlias = "Policy | Sequence[Any]"  # or operators, and names that `keep` gives

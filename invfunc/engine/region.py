@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..core.op import Invertible
 from ..wires import Wire, blank, detach, leaves
-from .conditions import Conditions, RandomState
+from .conditions import Conditions
 from .evaluation import evaluate_again, evaluate_quietly, in_backward
 from .frame import Frame, Kept, Record, like_of
 from .interface import Options, Path, which
 from .meter import CHECK, SAVES, Cause, Probe, probe, telling
+from .random_numbers import RandomState
 from .snapshot import Snapshot
 
 

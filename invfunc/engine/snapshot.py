@@ -16,7 +16,7 @@ NOTE [Snapshot] No gradient depends on what is found here: it only tells what ha
     module and the tensor.
 5.  *Tensors that the call leaves* on a module, in a container or in a closure when it runs again are taken away: those
     of forward stay.
-6.  A module that is shared with another thread is changed by one replay at a time; see `conditions.turn`.
+6.  A module that is shared with another thread is changed by one replay at a time: rule 5 of NOTE [Conditions].
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from .. import _torch
 from ..errors import ReplayError
 from .buffers import BufferCopy, may_write, may_write_into
-from .conditions import RandomState, turn
 from .devices import accelerators
 from .parts import ABSENT, Attribute, Contents, Parts, Place, Table, version
+from .random_numbers import RandomState
 from .sharding import is_any_sharded, is_sharded
+from .turns import turn
 
 _HOOKS = (
     "_forward_hooks",
@@ -210,7 +211,9 @@ class Snapshot:
         if self.is_same() and not copies:
             yield
             return
-        with turn():  # before we look: another thread's replay may have put copies of its own in these places
+        with turn(
+            self._things()
+        ):  # before we look: another thread's replay may have put copies of its own in these places
             changes, flags = self._changes(copies, functions)
             changes += [Place(c.module._buffers, c.name, c.copy.clone()) for c in copies]
             held = [(place, place.now()) for place in changes]
@@ -225,6 +228,13 @@ class Snapshot:
                     tensor.requires_grad_(not flag)
                 for place, value in reversed(held):
                     place.put(value)
+
+    def _things(self) -> set[Any]:
+        """Where something may have to be put back: modules, and what has changed elsewhere."""
+        parts = self.parts
+        places = {(id(place.table), place.name) for place in parts.places if place.now() is not place.value}
+        contents = [id(contents.table) for contents in parts.contents if not contents.is_same()]
+        return places.union(map(id, parts.modules), contents)
 
     def _changes(
         self, copies: Sequence[BufferCopy], functions: Iterable[Any]

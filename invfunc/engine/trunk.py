@@ -45,11 +45,12 @@ from ..core.precision import is_wider, narrow
 from ..errors import ReplayError
 from ..wires import Wire, blank, detach, is_differentiable, leaves, map_wire, unflatten
 from .cause import Visit, cause_of
-from .conditions import Conditions, RandomState
+from .conditions import Conditions
 from .evaluation import Evaluation, Stop, evaluate_again, in_backward
 from .frame import Frame, Kept, Like, Record, gone, lay_out, like_of, shown
 from .interface import Options, Path, Place, which
 from .meter import SAVES, Cause, Drift, Probe, probe, telling
+from .random_numbers import RandomState
 
 # ---- the output -----------------------------------------------------------------------------------------------------
 
@@ -88,9 +89,9 @@ class Tail(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor | None) -> tuple[None, Tensor | None]:
+    def backward(ctx: Any, *gys: Tensor | None) -> tuple[Tensor | None, ...]:
         _torch.run_backward(Tail.start, ctx)
-        return None, gy
+        return (None, *gys)
 
     @staticmethod
     def start(ctx: Any) -> None:

@@ -32,12 +32,14 @@ from ..core.op import VJP, name_of
 from ..core.precision import narrow
 from ..errors import ReplayError
 from ..wires import Wire, detach, is_differentiable, leaves, map_wire, spread, unflatten
-from .conditions import PINS, Conditions, Pinned, RandomState, Recorder, turn
+from .conditions import PINS, Conditions, Pinned, Recorder
 from .devices import accelerators
 from .frame import changed_input
 from .parts import Parts, version
+from .random_numbers import RandomState
 from .sharding import check_callee
 from .strands import fetch
+from .turns import turn
 
 T = TypeVar("T")
 
@@ -629,7 +631,7 @@ def _rebound(subject: str) -> ReplayError:
 
 @contextmanager
 def _swap(contents: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
-    with turn():
+    with turn({id(table) for table, _, _ in contents}):
         held = [(table, name, table[name]) for table, name, _ in contents]
         for table, name, tensor in contents:
             table[name] = tensor

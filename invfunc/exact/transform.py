@@ -43,10 +43,10 @@ from ..core.op import VJP, Again, Chain, Invertible, OneWay, Rearrangement, Resi
 from ..core.packing import pack_codes, unpack_codes
 from ..debug import checking
 from ..engine import compiled
-from ..engine.conditions import RandomState
 from ..engine.devices import Late, accelerators, send, when_here
 from ..engine.interface import Run, State
 from ..engine.lower import walk
+from ..engine.random_numbers import RandomState
 from ..errors import DomainError, NotInvertibleError, OptionError, ReplayError, WireError
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested, spread
 from .bits import bit_hash, corrected, difference

@@ -22,11 +22,11 @@ from ..checkpoint import Checkpointed, Wrapper, checkpoint, mark
 from ..core.context import Context, bind
 from ..core.copies import copy_object
 from ..core.op import Inverse, Invertible, Residue, pair
-from ..engine.conditions import RandomState
 from ..engine.devices import accelerators
 from ..engine.donation import saved_by_its_maker, why_not_donate
 from ..engine.interface import Run, State
 from ..engine.lower import call_unit, runs_plainly, store, walk
+from ..engine.random_numbers import RandomState
 from ..engine.sharding import is_sharded
 from ..engine.trunk import is_tail
 from ..errors import NotInvertibleError, OptionError, WireError

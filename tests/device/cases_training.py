@@ -309,6 +309,28 @@ def test_gradients_nested_across_two_devices_end() -> None:
     assert_close(done[0], done[1])
 
 
+def test_threads_whose_nested_replays_cross_the_devices_in_opposite_ways() -> None:
+    def far(x: Tensor, ones: Tensor) -> Tensor:
+        leaf = x.detach().to(ones.device).requires_grad_()
+        inner = inv.checkpoint(lambda v: v * ones * nn.functional.dropout(ones, 0.5))
+        with torch.enable_grad():
+            (mask,) = torch.autograd.grad(inner(leaf).sum(), leaf)
+        return nn.functional.dropout(x, 0.5) * mask.to(x.device)
+
+    def forward(here: str, there: str) -> tuple[Tensor, Tensor]:
+        x = torch.rand(64, device=here).requires_grad_()
+        return x, inv.checkpoint(partial(far, ones=torch.ones(64, device=there)))(x)
+
+    def backward(calls: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        return [(torch.autograd.grad(y.sum(), x)[0] * x.detach(), y.detach()) for x, y in calls]
+
+    devices = ["sim:0", "sim:1"]
+    calls = [[forward(*way) for _ in range(20)] for way in (devices, devices[::-1])]
+    for pairs in in_threads([partial(backward, each) for each in calls]):
+        for found, expected in pairs:
+            assert_close(found, expected, TOLERANCE)
+
+
 def test_two_threads_train_on_two_devices() -> None:
     plain, lowered, state = [], [], torch.sim.get_rng_state(0)  # type: ignore[attr-defined]
 

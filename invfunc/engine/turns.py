@@ -1,0 +1,50 @@
+"""Turns: who may change a thing of the process that others use; rule 5 of NOTE [Conditions]."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_ENDED = threading.Condition()
+_TURNS: dict[object, frozenset[Hashable]] = {}  # what each holder has to itself
+_MINE: ContextVar[tuple[object, ...]] = ContextVar("mine", default=())  # the turns that this context is nested in
+
+
+@contextmanager
+def turn(things: Iterable[Hashable], waits: bool = True) -> Iterator[bool]:
+    """Have things to oneself, and to what is nested inside; yields whether one has them.
+
+    Args:
+        things: What they are, as others name them.
+        waits: Whether to wait where another holder has one of them.
+    """
+    holder = _begin(frozenset(things), waits)
+    if holder is None:
+        yield False
+        return
+    token = _MINE.set((*_MINE.get(), holder))
+    try:
+        yield True
+    finally:
+        _MINE.reset(token)
+        with _ENDED:
+            del _TURNS[holder]
+            _ENDED.notify_all()
+
+
+def _begin(things: frozenset[Hashable], waits: bool) -> object | None:
+    with _ENDED:
+        if waits:
+            _ENDED.wait_for(lambda: not _are_taken(things))
+        elif _are_taken(things):
+            return None
+        holder = object()
+        _TURNS[holder] = things
+        return holder
+
+
+def _are_taken(things: frozenset[Hashable]) -> bool:
+    mine = _MINE.get()
+    return any([holder not in mine and not things.isdisjoint(held) for holder, held in _TURNS.items()])
