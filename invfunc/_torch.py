@@ -806,15 +806,13 @@ def is_view_of_leaf(tensor: Tensor, given: Sequence[Tensor] = ()) -> bool:
 
 
 # What runs when the gradient of a leaf is there. Otherwise every leaf is said to have some.
-_GRADIENT_HOOKS = (
-    _attribute("torch.Tensor._backward_hooks", Tensor, _always),
-    _attribute("torch.Tensor._post_accumulate_grad_hooks", Tensor, _always),
-)
+_on_gradient = _attribute("torch.Tensor._backward_hooks", Tensor, _always)
+_after_accumulation = _attribute("torch.Tensor._post_accumulate_grad_hooks", Tensor, _always)
 
 
 def has_gradient_hooks(tensor: Tensor) -> bool:
     """Whether hooks run when a tensor's gradient is there: they may write into the tensor."""
-    return any([hooks(tensor) for hooks in _GRADIENT_HOOKS])
+    return bool(_on_gradient(tensor) or _after_accumulation(tensor))
 
 
 _DONATION = "the donation of an input"

@@ -16,9 +16,9 @@ NOTE [Conditions] A function that runs again has to find what it found in forwar
 4.  *Discrete decisions* are pinned by `pin`.
 5.  Generators belong to the process, and no lock is held while a function runs. A replay that draws sets them, for
     itself and all that is nested in it, on whatever thread. One that comes meanwhile, or in a process that uses several
-    accelerators, has *generators of its own*: a mode hands them to each operator that draws. Two things there are but once, so that a replay which needs them waits
-    for its *turn*: Python's and NumPy's generators, if the call drew from them; and the places in modules, closures and
-    containers that it puts back.
+    accelerators, has *generators of its own*: a mode hands them to each operator that draws. Two things there are but
+    once, so that a replay which needs them waits for its *turn*: Python's and NumPy's generators, if the call drew from
+    them; and the places in modules, closures and containers that it puts back.
 """
 
 from __future__ import annotations

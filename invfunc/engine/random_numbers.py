@@ -56,10 +56,10 @@ class RandomState:
         own = _own_generators()
         cpu = _torch.cpu_random_state() if own is None else own.cpu.get_state()
         self.draws_on_host = self.marks != (host_random.python_mark(), host_random.numpy_mark())
-        return self.draws_on_host or not (
-            _torch.is_same_state(self.cpu, cpu)
-            and all(map(_torch.is_same_state, self.states, [_state_of(device, own) for device in self._read()]))
-        )
+        if self.draws_on_host or not _torch.is_same_state(self.cpu, cpu):
+            return True
+        found = [_state_of(device, own) for device in self._read()] if self.states else ()
+        return not all(map(_torch.is_same_state, self.states, found))
 
     def _read(self) -> Sequence[torch.device]:
         return () if self.is_captured else self.devices
@@ -222,7 +222,10 @@ _LENT = threading.Lock()
 
 def _own_generators() -> _OwnGenerators | None:
     """Those that operators of this thread draw from now, if they are not the process's."""
-    return next((mode for mode in _torch.dispatch_modes() if isinstance(mode, _OwnGenerators)), None)
+    for mode in _torch.dispatch_modes():
+        if isinstance(mode, _OwnGenerators):
+            return mode
+    return None
 
 
 def _device_of(args: Any, kwargs: Any) -> torch.device:

@@ -349,7 +349,7 @@ class Levels:
 
     def has_saved(self) -> bool:
         """Whether any level has saved anything."""
-        return any([level.has_saved() for level in self.items])
+        return any(level.has_saved() for level in self.items)
 
     def tensors_in_sight(self) -> Iterator[Tensor]:
         """The tensors that the calls have found in closures and modules."""
