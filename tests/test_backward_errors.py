@@ -59,6 +59,21 @@ def test_the_stored_input_of_a_segment_that_is_changed_in_place(around: Any) -> 
         assert said(y) == f"{path}: {text}, {CURE}"
 
 
+def test_the_input_of_a_stored_component_that_is_changed_in_place() -> None:
+    inputs: list[Tensor] = []
+
+    def double(x: Tensor) -> Tensor:
+        inputs.append(x)
+        return 2 * x
+
+    stored = inv.mark(inv.chain(inv.split(2), inv.couple(double), inv.concat(2)), "store")
+    op = inv.chain(inv.split(2), inv.couple(nn.Linear(4, 4)), inv.parallel(inv.chain(), stored), inv.concat(2))
+    y = inv.checkpoint(op)(leaf(3, 8))
+    inputs[0].detach().add_(1)
+    text = "an input of shape (3, 4) that backward needs has been modified by an inplace operation"
+    assert said(y) == f"chain stage 2 (parallel): parallel component 1 (mark): {text}, {CURE}"
+
+
 def written(net: nn.Module) -> None:
     with torch.no_grad():
         net.weight.add_(1)  # pyright: ignore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 from ..core.op import Invertible
@@ -80,14 +81,14 @@ class Hooked(Engine):
         return OnTrunk(state.trunk, y)
 
     def fork(self, op: Any, state: OnTrunk, step: Callable[[Invertible, OnTrunk], OnTrunk], run: Run) -> OnTrunk:
-        trunk = state.trunk
+        trunk, numbers = state.trunk, count()
 
         def run_component(part: Invertible, x: Wire) -> tuple[OnTrunk, Levels | Detour]:
-            begun = trunk.component()
+            begun, path = trunk.component(), (run.path, op, next(numbers))
             end = step(part, OnTrunk(begun, x))
             levels = end.trunk.levels
             has_left = end.trunk is not begun and begun.levels.is_wanted
-            return end, Detour(levels, part, x) if has_left else levels
+            return end, Detour(levels, part, path, x) if has_left else levels
 
         steps = op._each(run_component, state.wire)
         trunk.join([(end.trunk, component) for end, component in steps])

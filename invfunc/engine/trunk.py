@@ -42,13 +42,13 @@ from torch import Tensor
 from .. import _torch
 from ..core.op import Invertible, Residue
 from ..core.precision import is_wider, narrow
-from ..errors import ReplayError
+from ..errors import ReplayError, place_error
 from ..wires import Wire, blank, detach, is_differentiable, leaves, map_wire, unflatten
 from .cause import Visit, cause_of
 from .conditions import Conditions
 from .evaluation import Evaluation, Stop, evaluate_again, in_backward
 from .frame import Frame, Kept, Like, Record, gone, lay_out, like_of, shown
-from .interface import Options, Path, Place, which
+from .interface import Options, Path, Place, places_on, which
 from .meter import SAVES, Cause, Drift, Probe, probe, telling
 from .random_numbers import RandomState
 
@@ -295,13 +295,15 @@ class Detour:
     Args:
         levels: Of the trunk that it came back on.
         op: The component's op.
+        path: Where it is.
         x: What goes into it, which is kept: the levels below want it, and nothing above can give it.
     """
 
-    __slots__ = ("kept", "levels", "op", "spec")
+    __slots__ = ("kept", "levels", "op", "path", "spec")
 
-    def __init__(self, levels: Levels, op: Invertible, x: Wire) -> None:
-        self.levels, self.op, self.spec, self.kept = levels, op, blank(x), Kept(leaves(detach(x)))
+    def __init__(self, levels: Levels, op: Invertible, path: Path, x: Wire) -> None:
+        self.levels, self.op, self.path = levels, op, path
+        self.spec, self.kept = blank(x), Kept(leaves(detach(x)))
 
     def forth(self, x: Wire, visit: Visit) -> Wire:
         """As of a stage; what is inside is not visited."""
@@ -317,7 +319,12 @@ class Detour:
 
     def to_bottom(self, y: Wire) -> Wire:
         """What goes into it."""
-        return unflatten(self.spec, self.kept.tensors("an input"))
+        try:
+            return unflatten(self.spec, self.kept.tensors("an input"))
+        except ReplayError as error:
+            for place in reversed(places_on(self.path)):
+                place_error(error, place)
+            raise
 
     def has_saved(self) -> bool:
         """Whether what it came back on has saved anything."""
