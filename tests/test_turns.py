@@ -10,6 +10,7 @@ import torch
 from kit import assert_close, in_threads
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.testing._internal.two_tensor import TwoTensor
 
 import invfunc as inv
 
@@ -61,6 +62,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention": lambda x: (
         x * nn.functional.scaled_dot_product_attention(*[torch.eye(8)[None]] * 3, dropout_p=0.5).flatten()
     ),
+    "a subclass": lambda x: x * dropout(TwoTensor(ONES, ONES), 0.5).a,
     "nested": nested,
 }
 

@@ -190,6 +190,8 @@ class _OwnGenerators(_torch.DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if types:
+            return NotImplemented  # a subclass goes first, and calls operators of plain tensors
         if not _draws(func, args) or any([isinstance(arg, torch.Generator) for arg in (*args, *kwargs.values())]):
             return func(*args, **kwargs)
         device = _device_of(args, kwargs)
