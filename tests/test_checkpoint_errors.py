@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import invfunc as inv
-from invfunc.engine.conditions import _HOLDER, PINS
+from invfunc.engine.conditions import PINS
+from invfunc.engine.turns import _TURNS
 from invfunc.errors import ReplayError, WireError
 
 # ---- plain functions: nesting, recursion, errors ---------------------------------------------------------------------
@@ -49,7 +50,7 @@ def test_a_function_that_calls_itself() -> None:
 def state() -> tuple[Any, ...]:
     return (
         PINS.get(),
-        list(_HOLDER),
+        list(_TURNS),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
         torch.overrides._get_current_function_mode_stack(),
         torch.is_grad_enabled(),

@@ -341,9 +341,12 @@ def _compares(level: Any) -> bool:
 class Levels:
     """The levels of a trunk, and the state: how far they have been undone. Refers to neither trunk nor frames."""
 
-    __slots__ = ("is_measured", "is_wanted", "items", "probe", "probed", "restore", "state", "watch", "watched")
+    __slots__ = (
+        "is_measured", "is_wanted", "items", "last", "probe", "probed", "restore", "state", "watch", "watched",
+    )  # fmt: skip
 
     def __init__(self) -> None:
+        self.last = -1  # the level whose input nobody wants; known when a rebuild begins
         self.restore: Callable[[Wire], None] | None = None  # told what the trunk begins with, when it is rebuilt
         self.items: list[Any] = []
         self.state: Any = None  # (level, wire), or nothing
@@ -385,7 +388,7 @@ class Levels:
 
     def begin_at(self, y: Wire) -> None:
         """Begin above all levels, at a wire that has the values of what comes out of them."""
-        self.state = len(self.items), y
+        self.state, self.last = (len(self.items), y), self.find_last()
 
     def at(self) -> int:
         """How far the levels have been undone; below all of them where there is no state."""
@@ -399,8 +402,7 @@ class Levels:
         (_, wire), self.state = self.state, None  # it is the trunk around this one that has it from here
         return wire
 
-    @property
-    def last(self) -> int:
+    def find_last(self) -> int:
         """The level whose input nobody wants: the first that has saved anything, unless it is compared there."""
         first = next((at for at, level in enumerate(self.items) if level.has_saved()), -1)
         if first < 0 or (self.probed == first and self.watched is None) or _compares(self.items[first]):
@@ -577,7 +579,7 @@ class Trunk:
         """Whether the state has not come down to a frame, and somebody needs it to."""
         levels = self.levels
         has_to_come = levels.at() < 0 or levels.at() > frame.level
-        return has_to_come and frame.level >= levels.last and self._has_saved()
+        return has_to_come and frame.level >= levels.find_last() and self._has_saved()
 
     def _has_saved(self) -> bool:
         """Whether anything was saved on the whole way, so that there is an output to begin at."""
