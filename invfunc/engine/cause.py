@@ -143,7 +143,8 @@ def _fault(trips: Sequence[Trip], rounding: float, error: float) -> Cause | None
 
 
 def _saturated(trip: Trip) -> Cause:
-    return Cause(f"{trip.place} has lost values, by saturation or a mask", f"bound what it is given; {CHECK}")
+    cure = f"keep its input (inv.mark(op, 'store')), or bound what it is given; {CHECK}"
+    return Cause(f"{trip.place} has lost values, by saturation or a mask", cure)
 
 
 def _with_values(leaf: Any, values: Sequence[float]) -> Any:

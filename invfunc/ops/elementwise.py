@@ -4,9 +4,11 @@ Range and rounding: a function that saturates (`sigmoid`, `tanh`, `softplus`, `e
 when its input is large. Its inverse reads the end as a number that rounds to it: what comes back is finite, forward
 makes the end of it again, and the gradient there is 0, as that of a clamp. Near an end that is not 0 few digits are
 left. Lowered, an op with such an end (`sigmoid`, `tanh`) keeps its input, in either direction, so that everything
-before it gets plain autograd's gradient; so does in float16 what rounds to 0 early. Beyond the end there is no inverse:
-value and gradient are NaN, and under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity,
-the limit; so do the log-determinants. All three are computed in at least float32: half precision rounds the result.
+before it gets plain autograd's gradient; so does a `power`, and in float16 what rounds to 0 or overflows early. In the
+wider dtypes `exp`, `softplus` and `sinh` keep nothing: what is before an input beyond 87 gets its gradient from another
+one, and a `DriftWarning` says so; ``inv.mark(op, "store")`` keeps it. Beyond the end there is no inverse: value and
+gradient are NaN, and under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity, the limit;
+so do the log-determinants. All three are computed in at least float32: half precision rounds the result.
 """
 
 from __future__ import annotations
@@ -495,11 +497,17 @@ def _sinh(x: Tensor) -> Tensor:
 
 
 def _asinh(y: Tensor) -> Tensor:
-    return exactly(torch.asinh, y)
+    return exactly(_asinh_inside, y)
+
+
+def _asinh_inside(y: Tensor) -> Tensor:
+    is_far = y.abs() > 1e9  # where the derivative's y * y might overflow, and asinh(y) rounds to log(2 y)
+    far = y.sign() * (y.abs().masked_fill(~is_far, 1).log() + math.log(2))
+    return torch.where(is_far, far, y.masked_fill(is_far, 0).asinh())
 
 
 def _pull_sinh(y: Tensor, gy: Tensor) -> Any:
-    return y.asinh(), gy * y.hypot(y.new_ones(()))
+    return _asinh(y), gy * y.hypot(y.new_ones(()))
 
 
 def _sinh_log_det(x: Tensor, y: Tensor) -> Tensor:
@@ -519,7 +527,8 @@ def sinh() -> Invertible:
         All numbers, and so is the range; it overflows beyond \|x\| = 89 in float32 and 710 in float64.
 
     Cost:
-        Its inverse is one arsinh. Lowered, the gradient is read off the output and nothing is kept.
+        Its inverse is one arsinh. Lowered, the gradient is read off the output and nothing is kept, but in float16 the
+        input, since it overflows from 12 on.
 
     Example:
         >>> sinh()(torch.tensor([0.0, 1.0]))
@@ -528,7 +537,8 @@ def sinh() -> Invertible:
     Source:
         Jones and Pewsey, Sinh-arcsinh distributions (2009).
     """
-    return _elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det)
+    op = _elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det)
+    return saturating(op, _has_short_range)
 
 
 def asinh() -> Invertible:
@@ -544,7 +554,7 @@ def asinh() -> Invertible:
         All numbers, and so is the range.
 
     Cost:
-        Its inverse is one sinh. Lowered, nothing is kept.
+        Its inverse is one sinh. Lowered, nothing is kept, but in float16 its input.
 
     Example:
         >>> asinh()(torch.tensor([0.0, 1000.0]))
@@ -595,7 +605,10 @@ def _power_log_det(p: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
     x, uses_y = _nan_where(x < 0, x), _is_lost(x, y)
     if isinstance(p, Tensor):
         return sum_log_slopes(lambda x, y, p: (p - 1) * _log_of(x, y, p, uses_y) + p.abs().log(), x, y, p)
-    return sum_log_slopes(lambda x, y: (p - 1) * _log_of(x, y, p, uses_y) + math.log(math.fabs(p)), x, y)
+    constant = math.log(math.fabs(p))
+    if math.fabs(p) >= 1:  # x is never lost, and y may have overflown: its gradient, even 0, would become NaN
+        return sum_log_slopes(lambda x: (p - 1) * x.log() + constant, x)
+    return sum_log_slopes(lambda x, y: (p - 1) * _log_of(x, y, p, uses_y) + constant, x, y)
 
 
 def _is_lost(x: Tensor, y: Tensor) -> Tensor:
@@ -625,8 +638,7 @@ def power(p: float | Tensor) -> Invertible:
         inverse tells the sign. For a cube root with its sign, `cbrt`.
 
     Cost:
-        Its inverse is one power. Lowered, the gradient is read off the output and nothing is kept, but in float16 the
-        input: a power soon rounds to 0 there, or overflows.
+        Its inverse is one power. Lowered, its input is kept: a power soon rounds to 0, or overflows.
 
     Raises:
         OptionError: When p is the number 0, or no number.
@@ -649,7 +661,7 @@ def power(p: float | Tensor) -> Invertible:
         pullback=partial(_pull_power, p),
         log_det=partial(_power_log_det, p),
     )
-    return saturating(op, _has_short_range)
+    return saturating(op)
 
 
 def _sign_and_size(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -687,7 +699,7 @@ def cbrt() -> Invertible:
         number, so that no gradient is NaN, and the log-determinant is finite.
 
     Cost:
-        Its inverse is two products. Lowered, nothing is kept, but in float16 the input: a cube soon overflows there.
+        Its inverse is two products. Lowered, its input is kept: a cube soon rounds to 0, or overflows.
 
     Example:
         >>> cbrt()(torch.tensor([-8.0, 0.0, 27.0]))
@@ -696,8 +708,7 @@ def cbrt() -> Invertible:
     Source:
         A signed power, as zuko's ``SignedPowerTransform``.
     """
-    op = _elementwise(_cbrt, _cube, "cbrt()", log_det=_cbrt_log_det)
-    return saturating(op, _has_short_range)
+    return saturating(_elementwise(_cbrt, _cube, "cbrt()", log_det=_cbrt_log_det))
 
 
 # ---- rectified ---------------------------------------------------------------------------------------------------

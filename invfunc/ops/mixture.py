@@ -89,10 +89,10 @@ def bisected(fn: Callable[[Tensor], Tensor], target: Tensor, low: Tensor, high: 
         tensor(0.6931)
     """
     for _ in range(steps):
-        middle = (low + high) / 2
+        middle = low / 2 + high / 2  # their sum may overflow
         below = fn(middle) < target
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
+    return low / 2 + high / 2
 
 
 def _forward(
@@ -128,7 +128,8 @@ def _solution(
 
 def _root(tolerance: float, mixture: Logistics, y: Tensor) -> Tensor:
     """The quantile of the mixture lies between the least and the greatest of its components' quantiles."""
-    quantiles = mixture.means + mixture.log_scales.exp() * y.unsqueeze(-1)
+    largest = torch.finfo(y.dtype).max
+    quantiles = (mixture.means + mixture.log_scales.exp() * y.unsqueeze(-1)).clamp(-largest, largest)
     steps = math.ceil(-math.log2(tolerance))
     return bisected(partial(_log_odds, mixture), y, quantiles.amin(-1), quantiles.amax(-1), steps)
 
