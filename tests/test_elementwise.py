@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import math
 import re
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -127,9 +126,7 @@ def test_a_saturated_network_trains(make, x):
     x = torch.tensor([[x, 0.0, 1.0]])
     op = inv.chain(inv.affine(1 + w**2, w), make())
     (plain,) = torch.autograd.grad(op(x).sum(), w, retain_graph=True)
-    warned = pytest.warns(inv.errors.DriftWarning, match="has lost values, by saturation or a mask")
-    with warned if make in (ops.exp, ops.softplus) else nullcontext():  # what rounds to 0 can not be rebuilt
-        (lowered,) = torch.autograd.grad(inv.checkpoint(op)(x).sum(), w)
+    (lowered,) = torch.autograd.grad(inv.checkpoint(op)(x).sum(), w)
     assert plain.isfinite().all()
     assert_close(lowered, plain)
 

@@ -252,6 +252,33 @@ def test_a_parameter_before_an_op_that_saturates_gets_the_gradient_of_plain(name
     assert_close(gradients(inv.checkpoint), gradients(as_op), bound)
 
 
+# Compositions whose value is lost on the way, and where it is.
+LOST: dict[str, tuple[inv.Invertible, list[float]]] = {
+    "exp of sinh of sinh": (inv.chain(ops.sinh(), ops.sinh(), ops.exp()), [-3.0, -2.5, 1e-3]),
+    "exp of sinh": (inv.chain(ops.sinh(), ops.exp()), [-6.0, -3.0, 5.5]),
+    "log of softplus": (inv.chain(ops.softplus(), ops.log()), [-120.0, -5.0, 30.0]),
+    "actnorm before it": (
+        inv.chain(ops.actnorm(torch.ones(1), torch.ones(1)), ops.softplus(), ops.log()),
+        [-120.0, -5.0, 30.0],
+    ),
+    "cbrt of a power": (inv.chain(ops.power(3.0), ops.cbrt()), [1e-16, 1e-3, 20.0]),
+    "power of exp": (inv.chain(ops.exp(), ops.power(8.0)), [-14.0, 0.1, 11.5]),
+}
+
+
+@pytest.mark.filterwarnings("error::invfunc.errors.DriftWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_composition_loses_on_the_way_is_lost_lowered_as_plain(name: str, dtype: torch.dtype) -> None:
+    op, points = LOST[name]
+    found = []
+    for way in op, inv.checkpoint(op):
+        x = torch.tensor(points, dtype=dtype)[:, None].requires_grad_()
+        y, total = inv.log_det(way, x)
+        found.append([y, total, *(torch.autograd.grad(t.sum(), x, retain_graph=True)[0] for t in (y, total))])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_squashed_policy_trains_its_scale_lowered_as_plain() -> None:
     found = []
     for way in ops.tanh(), inv.checkpoint(ops.tanh()):

@@ -3,12 +3,10 @@
 Range and rounding: a function that saturates (`sigmoid`, `tanh`, `softplus`, `exp`) rounds to the end of its open range
 when its input is large. Its inverse reads the end as a number that rounds to it: what comes back is finite, forward
 makes the end of it again, and the gradient there is 0, as that of a clamp. Near an end that is not 0 few digits are
-left. Lowered, an op with such an end (`sigmoid`, `tanh`) keeps its input, in either direction, so that everything
-before it gets plain autograd's gradient; so does a `power`, and in float16 what rounds to 0 or overflows early. In the
-wider dtypes `exp`, `softplus` and `sinh` keep nothing: what is before an input beyond 87 gets its gradient from another
-one, and a `DriftWarning` says so; ``inv.mark(op, "store")`` keeps it. Beyond the end there is no inverse: value and
-gradient are NaN, and under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity, the limit;
-so do the log-determinants. All three are computed in at least float32: half precision rounds the result.
+left. Lowered, an op that rounds to an end of its range, or overflows, keeps its input, in either direction, so that
+everything before it gets plain autograd's gradient. Beyond the end there is no inverse: value and gradient are NaN, and
+under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity, the limit; so do the
+log-determinants. All three are computed in at least float32: half precision rounds the result.
 """
 
 from __future__ import annotations
@@ -125,11 +123,6 @@ def _exp_log_det(x: Tensor, y: Tensor) -> Tensor:
     return sum_log_slopes(torch.positive, x)
 
 
-def _has_short_range(x: Tensor) -> bool:
-    """Whether numbers that occur round to 0 when they are exponentiated."""
-    return x.is_floating_point() and torch.finfo(x.dtype).tiny > 1e-30
-
-
 def exp() -> Invertible:
     r"""The exponential function.
 
@@ -142,8 +135,8 @@ def exp() -> Invertible:
         All numbers; the range is y > 0. It overflows beyond x = 88 in float32 and 709 in float64.
 
     Cost:
-        Its inverse is one logarithm. Lowered, the gradient is read off the output and nothing is kept, but in float16
-        the input, since it rounds to 0 from -17 on.
+        Its inverse is one logarithm. Lowered, its input is kept: beyond 88 in float32, 17 in float16, nothing else of
+        it is left.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, by the inverse of a y that is not positive.
@@ -155,8 +148,7 @@ def exp() -> Invertible:
     Source:
         As a bijector: Dillon et al., TensorFlow Distributions (2017).
     """
-    op = _elementwise(_exp, _log, "exp()", pullback=_pull_exp, log_det=_exp_log_det)
-    return saturating(op, _has_short_range)
+    return saturating(_elementwise(_exp, _log, "exp()", pullback=_pull_exp, log_det=_exp_log_det))
 
 
 def log() -> Invertible:
@@ -172,7 +164,7 @@ def log() -> Invertible:
         gradient 0; of less, NaN.
 
     Cost:
-        Its inverse is one exponential. Lowered, nothing is kept, but in float16 its input.
+        Its inverse is one exponential. Lowered, its input is kept.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, when an x is not positive.
@@ -472,8 +464,7 @@ def softplus() -> Invertible:
         All numbers; the range is y > 0. The inverse of 0 is a number of which it rounds to 0; of less, NaN.
 
     Cost:
-        Its inverse is one exponential and one logarithm. Lowered, the gradient is read off the output and nothing is
-        kept, but in float16 the input, as that of `exp`.
+        Its inverse is one exponential and one logarithm. Lowered, its input is kept, as that of `exp`.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, by the inverse of a y that is not positive.
@@ -486,7 +477,7 @@ def softplus() -> Invertible:
         Dugas et al., Incorporating second-order functional knowledge for better option pricing (2001).
     """
     rules: dict[str, Any] = {"pullback": _pull_softplus, "log_det": _softplus_log_det}
-    return saturating(_elementwise(_softplus_forward, _softplus_inverse, "softplus()", **rules), _has_short_range)
+    return saturating(_elementwise(_softplus_forward, _softplus_inverse, "softplus()", **rules))
 
 
 # ---- sinh and asinh ----------------------------------------------------------------------------------------------
@@ -527,8 +518,7 @@ def sinh() -> Invertible:
         All numbers, and so is the range; it overflows beyond \|x\| = 89 in float32 and 710 in float64.
 
     Cost:
-        Its inverse is one arsinh. Lowered, the gradient is read off the output and nothing is kept, but in float16 the
-        input, since it overflows from 12 on.
+        Its inverse is one arsinh. Lowered, its input is kept, as that of `exp`.
 
     Example:
         >>> sinh()(torch.tensor([0.0, 1.0]))
@@ -537,8 +527,7 @@ def sinh() -> Invertible:
     Source:
         Jones and Pewsey, Sinh-arcsinh distributions (2009).
     """
-    op = _elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det)
-    return saturating(op, _has_short_range)
+    return saturating(_elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det))
 
 
 def asinh() -> Invertible:
@@ -554,7 +543,7 @@ def asinh() -> Invertible:
         All numbers, and so is the range.
 
     Cost:
-        Its inverse is one sinh. Lowered, nothing is kept, but in float16 its input.
+        Its inverse is one sinh. Lowered, its input is kept.
 
     Example:
         >>> asinh()(torch.tensor([0.0, 1000.0]))
