@@ -375,6 +375,14 @@ REFUSED = {
         lambda: ops.reversible_solver(riccati, [0, 1], coupling=0.0),
         "reversible_solver: coupling is 0.0, expected a number above 0, and at most 1",
     ),
+    "no coupling": (
+        lambda: ops.reversible_solver(riccati, [0, 1], coupling=None),  # pyright: ignore[reportArgumentType]
+        "reversible_solver: coupling is None, expected a number above 0, and at most 1",
+    ),
+    "no damping": (
+        lambda: ops.asynchronous_leapfrog(riccati, [0, 1], damping=None),  # pyright: ignore[reportArgumentType]
+        "asynchronous_leapfrog: damping is None, expected a number above 0.5, and at most 1",
+    ),
     "a damping": (
         lambda: ops.asynchronous_leapfrog(riccati, [0, 1], damping=0.5),
         "asynchronous_leapfrog: damping is 0.5, expected a number above 0.5, and at most 1",

@@ -26,7 +26,7 @@ from ..core.op import Chain, Invertible, invert, pair, saturating
 from ..core.packing import pack_bits, unpack_bits
 from ..core.precision import at_least, check_real, exactly
 from ..debug import require
-from ..errors import OptionError
+from ..errors import check_option
 from .shape import check_nonzero, check_tensor, no_log_det
 
 
@@ -52,8 +52,8 @@ class OfReal:
         return self.fn(x)
 
 
-def _elementwise(forward: Callable[..., Any], inverse: Callable[..., Any], name: str, **rules: Any) -> Invertible:
-    """A pair of functions of real numbers."""
+def elementwise(forward: Callable[..., Any], inverse: Callable[..., Any], name: str, **rules: Any) -> Invertible:
+    """A pair of functions of real numbers, which refuses others in its name."""
     fro = inverse if rules.get("residue") else OfReal(f"the inverse of {name}", inverse)
     return pair(OfReal(name, forward), fro, name=name, **rules)
 
@@ -148,7 +148,7 @@ def exp() -> Invertible:
     Source:
         As a bijector: Dillon et al., TensorFlow Distributions (2017).
     """
-    return saturating(_elementwise(_exp, _log, "exp()", pullback=_pull_exp, log_det=_exp_log_det))
+    return saturating(elementwise(_exp, _log, "exp()", pullback=_pull_exp, log_det=_exp_log_det))
 
 
 def log() -> Invertible:
@@ -233,7 +233,7 @@ def sigmoid() -> Invertible:
     Source:
         Its inverse, before a flow on pixels: Dinh et al., Real NVP (2017), section 4.1.
     """
-    return saturating(_elementwise(_sigmoid, _logit, "sigmoid()", pullback=_pull_sigmoid, log_det=_sigmoid_log_det))
+    return saturating(elementwise(_sigmoid, _logit, "sigmoid()", pullback=_pull_sigmoid, log_det=_sigmoid_log_det))
 
 
 def logit() -> Invertible:
@@ -315,7 +315,7 @@ def tanh() -> Invertible:
     Source:
         After a density on actions: Haarnoja et al., Soft Actor-Critic (2018), appendix C.
     """
-    return saturating(_elementwise(_tanh, _atanh, "tanh()", pullback=_pull_tanh, log_det=_tanh_log_det))
+    return saturating(elementwise(_tanh, _atanh, "tanh()", pullback=_pull_tanh, log_det=_tanh_log_det))
 
 
 def atanh() -> Invertible:
@@ -416,9 +416,8 @@ def leaky_tanh(cutoff: float = 3.0) -> Invertible:
     Source:
         Ward, flowjax's ``LeakyTanh`` (2022).
     """
-    if not 0 < cutoff < 8:
-        raise OptionError(f"leaky_tanh: cutoff is {cutoff}", expected="a number between 0 and 8")
-    op = _elementwise(
+    check_option("leaky_tanh: cutoff", cutoff, lambda cutoff: 0 < cutoff < 8, "a number between 0 and 8")
+    op = elementwise(
         partial(_leaky_tanh_forward, cutoff),
         partial(_leaky_tanh_inverse, cutoff),
         f"leaky_tanh({cutoff})",
@@ -477,7 +476,7 @@ def softplus() -> Invertible:
         Dugas et al., Incorporating second-order functional knowledge for better option pricing (2001).
     """
     rules: dict[str, Any] = {"pullback": _pull_softplus, "log_det": _softplus_log_det}
-    return saturating(_elementwise(_softplus_forward, _softplus_inverse, "softplus()", **rules))
+    return saturating(elementwise(_softplus_forward, _softplus_inverse, "softplus()", **rules))
 
 
 # ---- sinh and asinh ----------------------------------------------------------------------------------------------
@@ -527,7 +526,7 @@ def sinh() -> Invertible:
     Source:
         Jones and Pewsey, Sinh-arcsinh distributions (2009).
     """
-    return saturating(_elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det))
+    return saturating(elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det))
 
 
 def asinh() -> Invertible:
@@ -641,9 +640,10 @@ def power(p: float | Tensor) -> Invertible:
     Source:
         Box and Cox, An analysis of transformations (1964).
     """
-    if not isinstance(p, Tensor) and not 0 < math.fabs(p) < math.inf:
-        raise OptionError(f"power: p is {p}", expected="a number that is not 0", cure="x ** 0 is 1 for every x")
-    op = _elementwise(
+    if not isinstance(p, Tensor):
+        cure = "x ** 0 is 1 for every x"
+        check_option("power: p", p, lambda p: 0 < math.fabs(p) < math.inf, "a number that is not 0", cure)
+    op = elementwise(
         partial(_power, p),
         partial(_root, p),
         "power(p)" if isinstance(p, Tensor) else f"power({p})",
@@ -697,7 +697,7 @@ def cbrt() -> Invertible:
     Source:
         A signed power, as zuko's ``SignedPowerTransform``.
     """
-    return saturating(_elementwise(_cbrt, _cube, "cbrt()", log_det=_cbrt_log_det))
+    return saturating(elementwise(_cbrt, _cube, "cbrt()", log_det=_cbrt_log_det))
 
 
 # ---- rectified ---------------------------------------------------------------------------------------------------
@@ -744,9 +744,9 @@ def leaky_relu(slope: float = 0.01) -> Invertible:
     Source:
         Maas et al., Rectifier nonlinearities improve neural network acoustic models (2013).
     """
-    if not 0 < slope < math.inf:
-        raise OptionError(f"leaky_relu: slope is {slope}", expected="a positive number", cure="relu() keeps a residue")
-    return _elementwise(
+    cure = "relu() keeps a residue"
+    check_option("leaky_relu: slope", slope, lambda slope: 0 < slope < math.inf, "a positive number", cure)
+    return elementwise(
         partial(_leak, slope),
         partial(_leak, 1 / slope),
         f"leaky_relu({slope})",
@@ -795,7 +795,7 @@ def abs() -> Invertible:
     Source:
         With a random inverse in place of the residue: Nielsen et al., SurVAE Flows (2020).
     """
-    return _elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=no_log_det, residue=True)
+    return elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=no_log_det, residue=True)
 
 
 def _relu(x: Tensor) -> Any:
@@ -841,4 +841,4 @@ def relu() -> Invertible:
     Source:
         With a random inverse in place of the residue: Nielsen et al., SurVAE Flows (2020).
     """
-    return _elementwise(_relu, _add_negative_part, "relu()", pullback=_pull_relu, residue=True)
+    return elementwise(_relu, _add_negative_part, "relu()", pullback=_pull_relu, residue=True)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..core.couple import sum_log_slopes
-from ..core.op import Invertible, chain, named, pair
+from ..core.op import Invertible, chain, named
 from ..core.precision import exactly
 from ..debug import require
-from ..errors import OptionError, WireError
+from ..errors import WireError, check_option
 from ..wires import describe
-from .elementwise import log_sigmoid, sigmoid
+from .elementwise import elementwise, log_sigmoid, sigmoid
 from .splines import check_parameters
 
 _NAME = "mixture_logit"
@@ -189,12 +189,12 @@ def mixture_logit(
     Source:
         Ho et al., Flow++ (2019).
     """
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise OptionError(f"{_NAME}: tolerance is {tolerance}", expected="a number between 0 and 1")
+    if tolerance is not None:
+        check_option(f"{_NAME}: tolerance", tolerance, lambda part: 0 < part < 1, "a number between 0 and 1")
     static = tolerance, logits, means, log_scales
     given = "logits, means, log_scales" if means is not None else "parameters"
     forward, inverse = partial(_forward, *static), partial(_inverse, *static)
-    return pair(forward, inverse, log_det=partial(_log_det, *static), name=f"{_NAME}({given})")
+    return elementwise(forward, inverse, f"{_NAME}({given})", log_det=partial(_log_det, *static))
 
 
 def mixture_cdf(
