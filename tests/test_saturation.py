@@ -168,6 +168,19 @@ def test_a_mixture_is_undone_near_the_largest_number(dtype: torch.dtype) -> None
     assert_close(value_and_gradients(inv.checkpoint(op), x), value_and_gradients(op, x), 0, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_scale", [-20.0, -8.0, -3.0])
+def test_between_narrow_components_a_mixture_has_an_inverse_and_lowered_a_gradient(
+    log_scale: float, dtype: Any
+) -> None:
+    means = torch.tensor([-10.0, 0.0, 10.0], dtype=dtype)
+    op = ops.mixture_logit(torch.zeros(3, dtype=dtype), means, torch.full((3,), log_scale, dtype=dtype))
+    x = torch.tensor([-4.0, 1.0, 5.0, 9.0], dtype=dtype)
+    assert_close(op(op.inverse(op(x))), op(x), 1e-6)
+    for way in op, inv.checkpoint(op):
+        assert all(t.isfinite().all() for t in value_and_gradients(way, x))
+
+
 # ---- beyond it -----------------------------------------------------------------------------------------------------
 
 BEYOND: dict[str, tuple[inv.Invertible, list[float]]] = {

@@ -418,6 +418,15 @@ def test_a_field_or_a_method_that_returns_something_else_is_named() -> None:
         assert_refused(WireError, f"<lambda> {message}, expected (3, 4)", lambda: solver(x), anywhere=True)
 
 
+def test_noise_that_is_no_tensor_is_named() -> None:
+    def nothing(start: float, end: float) -> None:
+        return None
+
+    op = ops.reversible_heun(riccati, [0, 1], diffusion=riccati, noise=nothing)  # pyright: ignore[reportArgumentType]
+    x = torch.ones(2)
+    assert_refused(WireError, "the noise nothing returned None, expected a tensor", lambda: op(x, x), anywhere=True)
+
+
 def test_a_field_of_another_shape_is_named() -> None:
     def sum_of(t: Tensor, x: Tensor) -> Tensor:
         return x.sum(1)

@@ -124,8 +124,16 @@ class Kick(Part):
         moved = self.step * Field(self.fn)(self.time, x)
         if self.diffusion is None or self.noise is None:
             return moved
-        shaken = sum(self.noise(*step) for step in self.beside) / 2
+        shaken = sum(_drawn(self.noise, *step) for step in self.beside) / 2
         return moved + Field(self.diffusion)(self.time, x) * shaken
+
+
+def _drawn(noise: Callable[[float, float], Any], start: float, end: float) -> Tensor:
+    """The noise between two times."""
+    found = noise(start, end)
+    if not isinstance(found, Tensor):
+        raise WireError(f"the noise {name_of(noise)} returned {describe(found)}", expected="a tensor")
+    return found
 
 
 def _twice(x: Tensor) -> Tensor:
