@@ -6,6 +6,7 @@ to do about it. The path is added from the inside out, by every combinator that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -80,6 +81,22 @@ class OptionError(InvertibleError, ValueError):
 
 class TorchNameError(InvertibleError):
     """A feature needs a private name of torch that the installed version does not have."""
+
+
+def check_option(subject: str, value: Any, fits: Callable[[Any], Any], expected: str, cure: str = "") -> None:
+    """Raise unless an option fits; one that can not even be asked, as None where a number belongs, does not.
+
+    Example:
+        >>> check_option("dequantize: levels", None, lambda levels: levels >= 2, "2 or more")
+        Traceback (most recent call last):
+        invfunc.errors.OptionError: dequantize: levels is None, expected 2 or more
+    """
+    try:
+        is_fit = bool(fits(value))
+    except (TypeError, ValueError):
+        is_fit = False
+    if not is_fit:
+        raise OptionError(f"{subject} is {value!r}", expected=expected, cure=cure)
 
 
 def place_error(error: Exception, place: str) -> None:

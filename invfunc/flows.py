@@ -23,9 +23,10 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
+from .core.couple import sum_per_sample
 from .core.op import Invertible, check_op, name_of
 from .core.precision import at_least
-from .errors import OptionError, WireError
+from .errors import OptionError, WireError, check_option
 from .log_det import with_log_det, zeros_for
 from .ops.streams import Given
 from .wires import Wire, describe, is_differentiable, leaves, map_wire
@@ -78,7 +79,7 @@ class Flow:
     def _drawn(self, how: str, shape: Shape, context: Wire) -> tuple[Wire, Size, Base]:
         """Latents with a flat batch, and the batch."""
         base = _made(self.base, context)
-        z = _draw(base, how, Size([shape] if isinstance(shape, int) else shape), _contexts(context))
+        z = _draw(base, how, _size(shape), _contexts(context))
         dims = leaves(z)[0].dim() - len(_event(base)) if _event(base) else min(1, leaves(z)[0].dim())
         batch = leaves(z)[0].shape[:dims]
         if _with_contexts(batch, context) != batch:
@@ -258,6 +259,15 @@ def _base_log_prob(base: Base, z: Wire, batch: Size) -> Tensor:
         return torch.stack([_base_log_prob(*both, batch) for both in zip(base, z, strict=True)]).sum(0)
     if not isinstance(z, Tensor):
         raise WireError(f"the base got latents {describe(z)}", expected="one tensor", cure="pass a tuple of bases")
+    if _event(base) not in (Size(), z.shape[1:]):
+        raise WireError(
+            "the latents of a flow",
+            expected=f"(batch, {', '.join(map(str, _event(base)))}), what one sample of the base is",
+            got=describe(z),
+            cure="give the base the shape of one latent",
+        )
+    if not batch.numel():  # torch's Independent knows no empty batch
+        return sum_per_sample(z).view(batch)
     found = base.log_prob((z.to(at_least(z.dtype)) if _takes_any_dtype(base) else z).view(batch + z.shape[1:]))
     if found.shape[: len(batch)] != batch:
         raise WireError(
@@ -272,6 +282,14 @@ def _takes_any_dtype(base: Base) -> bool:
     """Whether a base is a formula; a flow or a transformed one may hold networks, which take their own dtype alone."""
     inner = base.base_dist if isinstance(base, Independent) else base
     return isinstance(inner, Distribution) and not isinstance(inner, TransformedDistribution)
+
+
+def _size(shape: Shape) -> Size:
+    """A shape of samples."""
+    sizes = (shape,) if isinstance(shape, int) else shape
+    expected = "a whole number or several, such as () or (5, 3)"
+    check_option("a flow's sample: the shape", shape, lambda _: all([size >= 0 for size in Size(sizes)]), expected)
+    return Size(sizes)
 
 
 def _draw(base: Base, how: str, shape: Size, contexts: Size) -> Wire:

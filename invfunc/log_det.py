@@ -35,7 +35,7 @@ from .core.op import (
     name_of,
     one_way,
 )
-from .core.precision import at_least, real_dtype
+from .core.precision import at_least, check_numbers, real_dtype
 from .errors import NotDifferentiableError, OptionError, WireError, place_error
 from .wires import Wire, describe, is_differentiable, leaves, map_wire, refuse_nested, spread
 
@@ -126,6 +126,7 @@ def _first_leaf(x: Wire) -> Tensor:
         raise WireError(
             f"log-determinants of {describe(x)}", expected="a batch: floating-point tensors whose dim 0 counts samples"
         )
+    check_numbers("log_det: the input", found)
     return found
 
 

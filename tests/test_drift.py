@@ -446,6 +446,14 @@ def test_the_cause_is_told_with_its_stage(name: str) -> None:
     assert str(caught[0].message).endswith(CHECK)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_stage_that_saturates_is_named_in_half_precision_too(dtype: torch.dtype) -> None:
+    op = inv.chain(inv.pair(torch.sinh, torch.asinh), inv.pair(torch.exp, ops.log().forward))
+    text = r"chain stage 1 \(pair\) has lost values, by saturation or a mask, .*; keep its input \(inv.mark\(op, 'store'\)\)"
+    with pytest.warns(inv.errors.DriftWarning, match=text):
+        step(op, torch.tensor([-6.0, -3.0, -2.5, -1.0, 0.5, 1e-3], dtype=dtype).requires_grad_())
+
+
 def test_a_function_that_is_another_one_in_backward_is_told_from_rounding() -> None:
     scales = chain([1.0], repeat(1.5))
     op = around(inv.couple(lambda x: next(scales) * TWO * x))

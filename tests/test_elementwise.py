@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import math
 import re
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -127,9 +126,7 @@ def test_a_saturated_network_trains(make, x):
     x = torch.tensor([[x, 0.0, 1.0]])
     op = inv.chain(inv.affine(1 + w**2, w), make())
     (plain,) = torch.autograd.grad(op(x).sum(), w, retain_graph=True)
-    warned = pytest.warns(inv.errors.DriftWarning, match="has lost values, by saturation or a mask")
-    with warned if make in (ops.exp, ops.softplus) else nullcontext():  # what rounds to 0 can not be rebuilt
-        (lowered,) = torch.autograd.grad(inv.checkpoint(op)(x).sum(), w)
+    (lowered,) = torch.autograd.grad(inv.checkpoint(op)(x).sum(), w)
     assert plain.isfinite().all()
     assert_close(lowered, plain)
 
@@ -332,6 +329,9 @@ def test_require_looks_at_every_tensor_of_a_wire():
         (lambda: ops.leaky_tanh(9), "leaky_tanh: cutoff is 9, expected a number between 0 and 8"),
         (lambda: ops.leaky_relu(math.nan), "leaky_relu: slope is nan, expected a positive number"),
         (lambda: ops.power(0), r"power: p is 0, expected a number that is not 0; x \*\* 0 is 1 for every x"),
+        (lambda: ops.power("2"), "power: p is '2', expected a number that is not 0"),
+        (lambda: ops.leaky_relu(None), "leaky_relu: slope is None, expected a positive number"),
+        (lambda: ops.leaky_tanh(None), "leaky_tanh: cutoff is None, expected a number between 0 and 8"),
         (lambda: ops.power(math.nan), "power: p is nan, expected a number that is not 0"),
         (lambda: ops.linear_spline(torch.zeros(4), interval=(1, 1)), r"linear_spline: interval is \(1, 1\), expected"),
         (lambda: ops.linear_spline(torch.zeros(4), tails="no"), "linear_spline: tails is 'no', expected 'linear' or N"),

@@ -573,8 +573,13 @@ def test_a_module_where_an_op_is_expected_is_told_that_it_has_one(use: Callable[
     assert_refused(NotInvertibleError, message, lambda: use(inv.nn.ActNorm(3)), anywhere=True)
 
 
-@pytest.mark.parametrize("op", [inv.ops.cbrt(), inv.ops.power(2.0), inv.ops.abs(), inv.ops.leaky_tanh()])
-@pytest.mark.parametrize("bad", [None, torch.arange(3), torch.ones(3, dtype=torch.complex64)])
+PLAIN = [inv.ops.cbrt(), inv.ops.power(2.0), inv.ops.abs(), inv.ops.leaky_tanh()]
+SPLINES = [inv.ops.linear_spline(torch.zeros(4)), inv.ops.rational_quadratic_spline(torch.zeros(8))]
+NO_REALS = [None, torch.arange(3), torch.ones(3, dtype=torch.complex64), torch.ones(3).to(torch.float8_e4m3fn)]
+
+
+@pytest.mark.parametrize("op", [*PLAIN, *SPLINES, inv.ops.mixture_logit(torch.zeros(3))])
+@pytest.mark.parametrize("bad", NO_REALS)
 @pytest.mark.parametrize("lower", [lambda op: op, inv.checkpoint])
 def test_what_is_no_real_number_is_refused_in_the_name_of_its_elementwise_op(
     op: inv.Invertible, bad: Any, lower: Any

@@ -256,6 +256,32 @@ def test_samples_that_are_no_tensor_are_named() -> None:
     assert_refused(WireError, message, lambda: density.log_prob(1.0))
 
 
+@pytest.mark.parametrize("shape", ["a", None, 2.5, -1, (-1,), (2, None)])
+def test_a_shape_of_samples_that_is_none_is_named(shape: Any) -> None:
+    density = inv.flow(ops.sinh(), Normal(torch.zeros(3), 1.0))
+    message = f"a flow's sample: the shape is {shape!r}, expected a whole number or several, such as () or (5, 3)"
+    for ask in density.sample, density.rsample, density.rsample_and_log_prob:
+        assert_refused(OptionError, message, lambda: ask(shape))  # noqa: B023
+
+
+@pytest.mark.parametrize("base", [Normal(torch.zeros(3), 1.0), Independent(Normal(torch.zeros(3), 1.0), 1)])
+@pytest.mark.parametrize("x", [torch.zeros(5, 4), torch.zeros(5, 1), torch.zeros(5)])
+def test_latents_that_are_no_sample_of_the_base_are_named_and_not_broadcast(base: Any, x: Tensor) -> None:
+    message = "the latents of a flow, expected (batch, 3), what one sample of the base is, got "
+    assert_refused(WireError, message, lambda: inv.flow(ops.sinh(), base).log_prob(x))
+
+
+@pytest.mark.parametrize("op", [ops.sinh(), inv.chain(ops.dequantize(8), ops.logit())])
+@pytest.mark.parametrize(
+    "base", [Normal(0.0, 1.0), Normal(torch.zeros(4), 1.0), Independent(Normal(torch.zeros(4), 1.0), 1)]
+)
+@pytest.mark.parametrize("wrap", [lambda op: op, inv.checkpoint])
+def test_an_empty_batch_has_no_densities(op: inv.Invertible, base: Any, wrap: Any) -> None:
+    density = inv.flow(wrap(op), base)
+    assert density.log_prob(torch.zeros(0, 4)).shape == (0,)
+    assert density.rsample_and_log_prob((0,))[1].shape == (0,)
+
+
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
@@ -455,10 +481,21 @@ def test_a_lowered_bound_draws_the_same_noise_again() -> None:
 def test_whole_numbers_of_too_narrow_a_dtype_are_named() -> None:
     message = "dequantize received (1, 3) of torch.float16, expected floating-point numbers that tell 256 levels and"
     assert_refused(WireError, message, lambda: ops.dequantize()(torch.ones(1, 3, dtype=torch.float16)), anywhere=True)
-    assert_refused(OptionError, "dequantize: levels is 1, expected 2 or more", lambda: ops.dequantize(1))
+    for levels in 1, None, 2.5:
+        message = f"dequantize: levels is {levels}, expected 2 or more, and whole"
+        assert_refused(OptionError, message, lambda: ops.dequantize(levels))  # noqa: B023
     with inv.debug(True):
         refused = lambda: ops.dequantize(4)(torch.tensor([[0.5]]))  # noqa: E731
         assert_refused(DomainError, "expected whole numbers from 0 to 3", refused, anywhere=True)
+
+
+@pytest.mark.parametrize("drawn", [None, "noise", torch.rand(2), torch.zeros(2, 3, dtype=torch.int64)])
+def test_noise_that_draws_something_else_is_named(drawn: Any) -> None:
+    noise = Fixed(0.0)
+    noise.rsample = lambda shape=(), context=None: drawn
+    message = "the noise's rsample(context=...), expected (2, 3), got "
+    assert_refused(WireError, message, lambda: ops.dequantize(8, noise)(torch.ones(2, 3)), anywhere=True)
+    assert_refused(OptionError, "expected a density that reads a context", lambda: ops.dequantize(8, torch.rand), True)
 
 
 def test_uniform_noise_alone_costs_the_logarithm_of_the_levels() -> None:

@@ -105,7 +105,10 @@ KEEPS = {
     "batch_norm, training": 1 / 64,
     "couple, batch norm": 1 / 64,
     "dequantize, variational": 1,
-    **dict.fromkeys(["sigmoid", "logit", "tanh", "atanh", "mixture_cdf"], 1),  # which saturate
+    **dict.fromkeys(["sigmoid", "logit", "tanh", "atanh", "mixture_cdf"], 1),  # which saturate, or overflow:
+    **dict.fromkeys(["exp", "log", "softplus", "softplus, inverse", "sinh", "asinh"], 1),
+    **dict.fromkeys(["power", "power, negative", "power, tensor", "cbrt", "cbrt, inverse"], 1),
+    "parallel": 1 / 2,  # of sinh
 }
 ONE_WAY = {"one_way", "checkpoint, one_way"}
 

@@ -115,11 +115,9 @@ FORMULAS: dict[str, tuple[inv.Invertible, Callable[[Tensor], Tensor], list[float
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_half_precision_rounds_the_result_and_not_what_leads_to_it(name: str, dtype: torch.dtype) -> None:
+def check_formula(op: Any, formula: Callable[[Tensor], Tensor], points: list[float], dtype: Any, bound: float) -> None:
     """Values, log-determinants and the gradients of both are those of the formula in float64, where they have digits."""
-    op, formula, points = FORMULAS[name]
+    rounding = bound * torch.finfo(dtype).eps
     x = torch.tensor(points, dtype=dtype)
     wide = x.double().requires_grad_()
     y = formula(wide)
@@ -133,9 +131,54 @@ def test_half_precision_rounds_the_result_and_not_what_leads_to_it(name: str, dt
         for found, expected in zip([*counted, *gradients], (y, total, slope, of_total), strict=True):
             has_digits = expected.to(dtype).isfinite() & (expected.abs() >= torch.finfo(dtype).tiny)
             near = torch.where(has_digits, found.double(), expected)
-            assert_close(
-                near, expected, 8 * torch.finfo(dtype).eps if found is counted[1] else 0, 8 * torch.finfo(dtype).eps
-            )
+            assert_close(near, expected, rounding if found is counted[1] else 0, rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_half_precision_rounds_the_result_and_not_what_leads_to_it(name: str, dtype: torch.dtype) -> None:
+    check_formula(*FORMULAS[name], dtype, 8)
+
+
+# An op, its formula, and points whose square, or the like, float32 does not have.
+FAR: dict[str, tuple[inv.Invertible, Callable[[Tensor], Tensor], list[float]]] = {
+    "asinh": (ops.asinh(), torch.asinh, [-3e38, -2e19, 1e9, 2e9, 2e19, 1e30]),
+    "power": (ops.power(8.0), lambda x: x**8, [1e-6, 1e-3, 1e5]),
+    "power, down": (ops.power(3.0), lambda x: x**3, [1e-30, 1e-16, 1e-10, 1e20]),
+    "power, below 0": (ops.power(-1.0), lambda x: 1 / x, [1e-30, 1e-20, 1e20]),
+    "power, inverse": (~ops.power(0.4), lambda y: y**2.5, [1e-30, 1e-20, 1e20]),
+    "power, tensor": (ops.power(torch.tensor(2.0)), lambda x: x**2, [1e-30, 1e20]),
+    "cbrt": (ops.cbrt(), lambda x: x.sign() * x.abs() ** (1 / 3), [-1e-16, 1e-30, 1e30]),
+    "cbrt, inverse": (~ops.cbrt(), lambda y: y**3, [-1e-16, 1e-16, 1e12]),
+}
+
+
+@pytest.mark.filterwarnings("error::invfunc.errors.DriftWarning")
+@pytest.mark.parametrize("name", FAR)
+def test_what_a_derivative_is_computed_from_does_not_overflow(name: str) -> None:
+    check_formula(*FAR[name], torch.float32, 64)  # that of asinh(1e30) grows log(1e30) times on the way back
+
+
+@pytest.mark.filterwarnings("error::invfunc.errors.DriftWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mixture_is_undone_near_the_largest_number(dtype: torch.dtype) -> None:
+    op = ops.mixture_logit(*(p.to(dtype) for p in PARAMETERS))
+    x = torch.tensor([-0.9, 1e-3, 0.9], dtype=dtype) * torch.finfo(dtype).max
+    assert_close(op.inverse(op(x)), x, 0, 1e-6)
+    assert_close(value_and_gradients(inv.checkpoint(op), x), value_and_gradients(op, x), 0, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_scale", [-20.0, -8.0, -3.0])
+def test_between_narrow_components_a_mixture_has_an_inverse_and_lowered_a_gradient(
+    log_scale: float, dtype: Any
+) -> None:
+    means = torch.tensor([-10.0, 0.0, 10.0], dtype=dtype)
+    op = ops.mixture_logit(torch.zeros(3, dtype=dtype), means, torch.full((3,), log_scale, dtype=dtype))
+    x = torch.tensor([-4.0, 1.0, 5.0, 9.0], dtype=dtype)
+    assert_close(op(op.inverse(op(x))), op(x), 1e-6)
+    for way in op, inv.checkpoint(op):
+        assert all(t.isfinite().all() for t in value_and_gradients(way, x))
 
 
 # ---- beyond it -----------------------------------------------------------------------------------------------------
@@ -182,6 +225,9 @@ SATURATED: dict[str, tuple[inv.Invertible, list[float]]] = {
     "mixture_cdf": (ops.mixture_cdf(*PARAMETERS), [12.0, 40.0, -60.0]),
     "leaky_tanh": (ops.leaky_tanh(5.0), [4.5, 10.0, 50.0, -50.0]),
     "power": (ops.power(3.0), [1e-2, 1e-3, 60.0]),
+    "power of 8": (ops.power(8.0), [1e-6, 1e-2, 60.0]),
+    "cbrt, inverse": (~ops.cbrt(), [1e-16, 1e-3, 60.0]),
+    "sinh": (ops.sinh(), [5.0, -8.0, 12.0]),
     "logit": (ops.logit(), [1 - 2**-8, 0.25]),
     "atanh": (ops.atanh(), [1 - 2**-8, -0.25]),
     "from_transform": (ops.from_transform(torch.distributions.transforms.TanhTransform()), [8.0, 12.0]),
@@ -217,6 +263,33 @@ def test_a_parameter_before_an_op_that_saturates_gets_the_gradient_of_plain(name
 
     bound = torch.finfo(dtype).eps * (1 if op.kept(x) is not None else 4)
     assert_close(gradients(inv.checkpoint), gradients(as_op), bound)
+
+
+# Compositions whose value is lost on the way, and where it is.
+LOST: dict[str, tuple[inv.Invertible, list[float]]] = {
+    "exp of sinh of sinh": (inv.chain(ops.sinh(), ops.sinh(), ops.exp()), [-3.0, -2.5, 1e-3]),
+    "exp of sinh": (inv.chain(ops.sinh(), ops.exp()), [-6.0, -3.0, 5.5]),
+    "log of softplus": (inv.chain(ops.softplus(), ops.log()), [-120.0, -5.0, 30.0]),
+    "actnorm before it": (
+        inv.chain(ops.actnorm(torch.ones(1), torch.ones(1)), ops.softplus(), ops.log()),
+        [-120.0, -5.0, 30.0],
+    ),
+    "cbrt of a power": (inv.chain(ops.power(3.0), ops.cbrt()), [1e-16, 1e-3, 20.0]),
+    "power of exp": (inv.chain(ops.exp(), ops.power(8.0)), [-14.0, 0.1, 11.5]),
+}
+
+
+@pytest.mark.filterwarnings("error::invfunc.errors.DriftWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_composition_loses_on_the_way_is_lost_lowered_as_plain(name: str, dtype: torch.dtype) -> None:
+    op, points = LOST[name]
+    found = []
+    for way in op, inv.checkpoint(op):
+        x = torch.tensor(points, dtype=dtype)[:, None].requires_grad_()
+        y, total = inv.log_det(way, x)
+        found.append([y, total, *(torch.autograd.grad(t.sum(), x, retain_graph=True)[0] for t in (y, total))])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_squashed_policy_trains_its_scale_lowered_as_plain() -> None:

@@ -375,6 +375,14 @@ REFUSED = {
         lambda: ops.reversible_solver(riccati, [0, 1], coupling=0.0),
         "reversible_solver: coupling is 0.0, expected a number above 0, and at most 1",
     ),
+    "no coupling": (
+        lambda: ops.reversible_solver(riccati, [0, 1], coupling=None),  # pyright: ignore[reportArgumentType]
+        "reversible_solver: coupling is None, expected a number above 0, and at most 1",
+    ),
+    "no damping": (
+        lambda: ops.asynchronous_leapfrog(riccati, [0, 1], damping=None),  # pyright: ignore[reportArgumentType]
+        "asynchronous_leapfrog: damping is None, expected a number above 0.5, and at most 1",
+    ),
     "a damping": (
         lambda: ops.asynchronous_leapfrog(riccati, [0, 1], damping=0.5),
         "asynchronous_leapfrog: damping is 0.5, expected a number above 0.5, and at most 1",
@@ -408,6 +416,15 @@ def test_a_field_or_a_method_that_returns_something_else_is_named() -> None:
         assert_refused(WireError, f"<lambda> {message}, expected (3, 4)", lambda: field(x), anywhere=True)
         solver = ops.reversible_solver(riccati, [0, 1], method=method)
         assert_refused(WireError, f"<lambda> {message}, expected (3, 4)", lambda: solver(x), anywhere=True)
+
+
+def test_noise_that_is_no_tensor_is_named() -> None:
+    def nothing(start: float, end: float) -> None:
+        return None
+
+    op = ops.reversible_heun(riccati, [0, 1], diffusion=riccati, noise=nothing)  # pyright: ignore[reportArgumentType]
+    x = torch.ones(2)
+    assert_refused(WireError, "the noise nothing returned None, expected a tensor", lambda: op(x, x), anywhere=True)
 
 
 def test_a_field_of_another_shape_is_named() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..debug import require
-from ..errors import OptionError, WireError
+from ..errors import OptionError, WireError, check_option
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 from .combine import check_components
 from .op import VJP, Again, Chain, Invertible, Pair, Residue, chain, invert, name_of, named, pair
@@ -284,8 +284,7 @@ def tanh_scale(net: Callable[..., Any], bound: float = 1.0, *, dim: int = 1) -> 
     Source:
         Ardizzone et al., soft clamping in conditional INNs (2019).
     """
-    if bound <= 0:
-        raise OptionError(f"tanh_scale: bound is {bound}", expected="a positive number")
+    check_option("tanh_scale: bound", bound, lambda bound: bound > 0, "a positive number")
     return Scaled(net, partial(_bounded_exp, bound), dim, f"tanh_scale({name_of(net)}, {bound})")
 
 

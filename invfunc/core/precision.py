@@ -60,6 +60,8 @@ def check_numbers(subject: str, x: Any) -> None:
     if not is_differentiable(x):
         got, cure = (str(x.dtype), "x.float()") if isinstance(x, Tensor) else (describe(x), "")
         raise WireError(subject, expected="a floating-point tensor", got=got, cure=cure)
+    if x.element_size() == 1:
+        raise WireError(subject, expected="numbers that torch computes with", got=str(x.dtype), cure="x.float()")
 
 
 def check_real(subject: str, x: Any) -> None:

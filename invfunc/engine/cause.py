@@ -132,7 +132,7 @@ def _fault(trips: Sequence[Trip], rounding: float, error: float) -> Cause | None
             f"the inverse of {worst.place} gives values that are not finite for what it gave",
             f"mend the inverse or, where the function saturates, bound what it is given; {CHECK}",
         )
-    if worst.error > max(1000 * rounding * max(worst.growth, 1), 1e-3 * error):
+    if worst.error > max(min(1000 * rounding, 0.1) * max(worst.growth, 1), 1e-3 * error):
         if worst.miss <= 100 * rounding:  # it has one value for both
             return _saturated(worst)
         return Cause(
@@ -143,7 +143,8 @@ def _fault(trips: Sequence[Trip], rounding: float, error: float) -> Cause | None
 
 
 def _saturated(trip: Trip) -> Cause:
-    return Cause(f"{trip.place} has lost values, by saturation or a mask", f"bound what it is given; {CHECK}")
+    cure = f"keep its input (inv.mark(op, 'store')), or bound what it is given; {CHECK}"
+    return Cause(f"{trip.place} has lost values, by saturation or a mask", cure)
 
 
 def _with_values(leaf: Any, values: Sequence[float]) -> Any:

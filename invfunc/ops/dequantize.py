@@ -15,10 +15,10 @@ from torch import Tensor
 from ..checkpoint import mark
 from ..core.couple import sum_per_sample
 from ..core.op import Invertible, named, pair
-from ..core.precision import at_least, exactly
+from ..core.precision import at_least, check_real, exactly
 from ..debug import require
-from ..errors import OptionError, WireError
-from ..wires import describe
+from ..errors import WireError, check_option
+from ..wires import describe, is_differentiable
 from .shape import check_tensor
 
 
@@ -55,20 +55,27 @@ def _levels_of(levels: int, x: Tensor) -> Tensor:
 def _add_noise(levels: int, noise: Noise | None, x: Tensor) -> Tensor:
     margin = _margin(levels, x)
     require("dequantize", x, _is_level, f"whole numbers from 0 to {levels - 1}", "round them, or divide", levels)
-    drawn = torch.rand_like(x) if noise is None else noise.rsample(context=x / levels)
+    drawn = torch.rand_like(x) if noise is None else _drawn(noise.rsample(context=x / levels), x)
     known = _levels_of(levels, x)
     return exactly(lambda x, drawn: (x + margin + (1 - 2 * margin) * drawn) / levels, known, drawn)
 
 
+def _drawn(found: Any, x: Tensor) -> Tensor:
+    """What the noise has drawn."""
+    if isinstance(found, Tensor) and found.shape == x.shape and is_differentiable(found):
+        return found
+    raise WireError("dequantize: the noise's rsample(context=...)", expected=describe(x), got=describe(found))
+
+
 def _round_down(levels: int, y: Tensor) -> Tensor:
-    check_tensor("the inverse of dequantize", y)
+    check_real("the inverse of dequantize: the input", y)
     return (levels * y).floor().clamp(0, levels - 1) + 0 * y.detach()  # NaN of infinity
 
 
 def _bound(levels: int, noise: Noise | None, x: Tensor, y: Tensor) -> Tensor:
     """``-log q(u | x)`` of the noise in y, and the scale."""
     margin = _margin(levels, x)
-    scale = x[0].numel() * (math.log(1 - 2 * margin) - math.log(levels))
+    scale = x.shape[1:].numel() * (math.log(1 - 2 * margin) - math.log(levels))
     if noise is None:
         return sum_per_sample(0 * _levels_of(levels, x.detach())) + scale
     edge = torch.finfo(x.dtype).eps
@@ -103,8 +110,9 @@ def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
         estimate, the exponential of which has that probability as its mean, but for the margin below.
 
     Raises:
-        OptionError: When there are fewer than two levels.
-        WireError: When the dtype can not tell levels and noise apart, as half precision.
+        OptionError: When there are fewer than two levels, or the noise is no density.
+        WireError: When the dtype can not tell levels and noise apart, as half precision, or the noise draws no tensor
+            of the shape of x.
         DomainError: Under ``inv.debug(True)``, when x has other numbers.
 
     Limits:
@@ -126,8 +134,12 @@ def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
         Theis et al., A note on the evaluation of generative models (2016), uniform; Ho et al., Flow++ (2019),
         variational.
     """
-    if levels < 2:
-        raise OptionError(f"dequantize: levels is {levels}", expected="2 or more")
+    check_option(
+        "dequantize: levels", levels, lambda levels: levels >= 2 and levels == int(levels), "2 or more, and whole"
+    )
+    if noise is not None:
+        has_density = hasattr(noise, "rsample") and hasattr(noise, "log_prob")
+        check_option("dequantize: noise", noise, lambda noise: has_density, "a density that reads a context: a flow")
     to, fro = partial(_add_noise, levels, noise), partial(_round_down, levels)
     label = f"dequantize({levels}{'' if noise is None else f', {noise!r}'})"
     return named(mark(pair(to, fro, log_det=partial(_bound, levels, noise), name=label), "recompute"), label)

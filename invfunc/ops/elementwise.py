@@ -3,10 +3,10 @@
 Range and rounding: a function that saturates (`sigmoid`, `tanh`, `softplus`, `exp`) rounds to the end of its open range
 when its input is large. Its inverse reads the end as a number that rounds to it: what comes back is finite, forward
 makes the end of it again, and the gradient there is 0, as that of a clamp. Near an end that is not 0 few digits are
-left. Lowered, an op with such an end (`sigmoid`, `tanh`) keeps its input, in either direction, so that everything
-before it gets plain autograd's gradient; so does in float16 what rounds to 0 early. Beyond the end there is no inverse:
-value and gradient are NaN, and under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity,
-the limit; so do the log-determinants. All three are computed in at least float32: half precision rounds the result.
+left. Lowered, an op that rounds to an end of its range, or overflows, keeps its input, in either direction, so that
+everything before it gets plain autograd's gradient. Beyond the end there is no inverse: value and gradient are NaN, and
+under ``inv.debug(True)`` a `DomainError`. Of NaN, every op makes NaN; of an infinity, the limit; so do the
+log-determinants. All three are computed in at least float32: half precision rounds the result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..core.op import Chain, Invertible, invert, pair, saturating
 from ..core.packing import pack_bits, unpack_bits
 from ..core.precision import at_least, check_real, exactly
 from ..debug import require
-from ..errors import OptionError
+from ..errors import check_option
 from .shape import check_nonzero, check_tensor, no_log_det
 
 
@@ -52,8 +52,8 @@ class OfReal:
         return self.fn(x)
 
 
-def _elementwise(forward: Callable[..., Any], inverse: Callable[..., Any], name: str, **rules: Any) -> Invertible:
-    """A pair of functions of real numbers."""
+def elementwise(forward: Callable[..., Any], inverse: Callable[..., Any], name: str, **rules: Any) -> Invertible:
+    """A pair of functions of real numbers, which refuses others in its name."""
     fro = inverse if rules.get("residue") else OfReal(f"the inverse of {name}", inverse)
     return pair(OfReal(name, forward), fro, name=name, **rules)
 
@@ -123,11 +123,6 @@ def _exp_log_det(x: Tensor, y: Tensor) -> Tensor:
     return sum_log_slopes(torch.positive, x)
 
 
-def _has_short_range(x: Tensor) -> bool:
-    """Whether numbers that occur round to 0 when they are exponentiated."""
-    return x.is_floating_point() and torch.finfo(x.dtype).tiny > 1e-30
-
-
 def exp() -> Invertible:
     r"""The exponential function.
 
@@ -140,8 +135,8 @@ def exp() -> Invertible:
         All numbers; the range is y > 0. It overflows beyond x = 88 in float32 and 709 in float64.
 
     Cost:
-        Its inverse is one logarithm. Lowered, the gradient is read off the output and nothing is kept, but in float16
-        the input, since it rounds to 0 from -17 on.
+        Its inverse is one logarithm. Lowered, its input is kept: beyond 88 in float32, 17 in float16, nothing else of
+        it is left.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, by the inverse of a y that is not positive.
@@ -153,8 +148,7 @@ def exp() -> Invertible:
     Source:
         As a bijector: Dillon et al., TensorFlow Distributions (2017).
     """
-    op = _elementwise(_exp, _log, "exp()", pullback=_pull_exp, log_det=_exp_log_det)
-    return saturating(op, _has_short_range)
+    return saturating(elementwise(_exp, _log, "exp()", pullback=_pull_exp, log_det=_exp_log_det))
 
 
 def log() -> Invertible:
@@ -170,7 +164,7 @@ def log() -> Invertible:
         gradient 0; of less, NaN.
 
     Cost:
-        Its inverse is one exponential. Lowered, nothing is kept, but in float16 its input.
+        Its inverse is one exponential. Lowered, its input is kept.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, when an x is not positive.
@@ -239,7 +233,7 @@ def sigmoid() -> Invertible:
     Source:
         Its inverse, before a flow on pixels: Dinh et al., Real NVP (2017), section 4.1.
     """
-    return saturating(_elementwise(_sigmoid, _logit, "sigmoid()", pullback=_pull_sigmoid, log_det=_sigmoid_log_det))
+    return saturating(elementwise(_sigmoid, _logit, "sigmoid()", pullback=_pull_sigmoid, log_det=_sigmoid_log_det))
 
 
 def logit() -> Invertible:
@@ -321,7 +315,7 @@ def tanh() -> Invertible:
     Source:
         After a density on actions: Haarnoja et al., Soft Actor-Critic (2018), appendix C.
     """
-    return saturating(_elementwise(_tanh, _atanh, "tanh()", pullback=_pull_tanh, log_det=_tanh_log_det))
+    return saturating(elementwise(_tanh, _atanh, "tanh()", pullback=_pull_tanh, log_det=_tanh_log_det))
 
 
 def atanh() -> Invertible:
@@ -422,9 +416,8 @@ def leaky_tanh(cutoff: float = 3.0) -> Invertible:
     Source:
         Ward, flowjax's ``LeakyTanh`` (2022).
     """
-    if not 0 < cutoff < 8:
-        raise OptionError(f"leaky_tanh: cutoff is {cutoff}", expected="a number between 0 and 8")
-    op = _elementwise(
+    check_option("leaky_tanh: cutoff", cutoff, lambda cutoff: 0 < cutoff < 8, "a number between 0 and 8")
+    op = elementwise(
         partial(_leaky_tanh_forward, cutoff),
         partial(_leaky_tanh_inverse, cutoff),
         f"leaky_tanh({cutoff})",
@@ -470,8 +463,7 @@ def softplus() -> Invertible:
         All numbers; the range is y > 0. The inverse of 0 is a number of which it rounds to 0; of less, NaN.
 
     Cost:
-        Its inverse is one exponential and one logarithm. Lowered, the gradient is read off the output and nothing is
-        kept, but in float16 the input, as that of `exp`.
+        Its inverse is one exponential and one logarithm. Lowered, its input is kept, as that of `exp`.
 
     Raises:
         DomainError: Under ``inv.debug(True)``, by the inverse of a y that is not positive.
@@ -484,7 +476,7 @@ def softplus() -> Invertible:
         Dugas et al., Incorporating second-order functional knowledge for better option pricing (2001).
     """
     rules: dict[str, Any] = {"pullback": _pull_softplus, "log_det": _softplus_log_det}
-    return saturating(_elementwise(_softplus_forward, _softplus_inverse, "softplus()", **rules), _has_short_range)
+    return saturating(elementwise(_softplus_forward, _softplus_inverse, "softplus()", **rules))
 
 
 # ---- sinh and asinh ----------------------------------------------------------------------------------------------
@@ -495,11 +487,17 @@ def _sinh(x: Tensor) -> Tensor:
 
 
 def _asinh(y: Tensor) -> Tensor:
-    return exactly(torch.asinh, y)
+    return exactly(_asinh_inside, y)
+
+
+def _asinh_inside(y: Tensor) -> Tensor:
+    is_far = y.abs() > 1e9  # where the derivative's y * y might overflow, and asinh(y) rounds to log(2 y)
+    far = y.sign() * (y.abs().masked_fill(~is_far, 1).log() + math.log(2))
+    return torch.where(is_far, far, y.masked_fill(is_far, 0).asinh())
 
 
 def _pull_sinh(y: Tensor, gy: Tensor) -> Any:
-    return y.asinh(), gy * y.hypot(y.new_ones(()))
+    return _asinh(y), gy * y.hypot(y.new_ones(()))
 
 
 def _sinh_log_det(x: Tensor, y: Tensor) -> Tensor:
@@ -519,7 +517,7 @@ def sinh() -> Invertible:
         All numbers, and so is the range; it overflows beyond \|x\| = 89 in float32 and 710 in float64.
 
     Cost:
-        Its inverse is one arsinh. Lowered, the gradient is read off the output and nothing is kept.
+        Its inverse is one arsinh. Lowered, its input is kept, as that of `exp`.
 
     Example:
         >>> sinh()(torch.tensor([0.0, 1.0]))
@@ -528,7 +526,7 @@ def sinh() -> Invertible:
     Source:
         Jones and Pewsey, Sinh-arcsinh distributions (2009).
     """
-    return _elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det)
+    return saturating(elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det))
 
 
 def asinh() -> Invertible:
@@ -544,7 +542,7 @@ def asinh() -> Invertible:
         All numbers, and so is the range.
 
     Cost:
-        Its inverse is one sinh. Lowered, nothing is kept.
+        Its inverse is one sinh. Lowered, its input is kept.
 
     Example:
         >>> asinh()(torch.tensor([0.0, 1000.0]))
@@ -595,7 +593,10 @@ def _power_log_det(p: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
     x, uses_y = _nan_where(x < 0, x), _is_lost(x, y)
     if isinstance(p, Tensor):
         return sum_log_slopes(lambda x, y, p: (p - 1) * _log_of(x, y, p, uses_y) + p.abs().log(), x, y, p)
-    return sum_log_slopes(lambda x, y: (p - 1) * _log_of(x, y, p, uses_y) + math.log(math.fabs(p)), x, y)
+    constant = math.log(math.fabs(p))
+    if math.fabs(p) >= 1:  # x is never lost, and y may have overflown: its gradient, even 0, would become NaN
+        return sum_log_slopes(lambda x: (p - 1) * x.log() + constant, x)
+    return sum_log_slopes(lambda x, y: (p - 1) * _log_of(x, y, p, uses_y) + constant, x, y)
 
 
 def _is_lost(x: Tensor, y: Tensor) -> Tensor:
@@ -625,8 +626,7 @@ def power(p: float | Tensor) -> Invertible:
         inverse tells the sign. For a cube root with its sign, `cbrt`.
 
     Cost:
-        Its inverse is one power. Lowered, the gradient is read off the output and nothing is kept, but in float16 the
-        input: a power soon rounds to 0 there, or overflows.
+        Its inverse is one power. Lowered, its input is kept: a power soon rounds to 0, or overflows.
 
     Raises:
         OptionError: When p is the number 0, or no number.
@@ -640,16 +640,17 @@ def power(p: float | Tensor) -> Invertible:
     Source:
         Box and Cox, An analysis of transformations (1964).
     """
-    if not isinstance(p, Tensor) and not 0 < math.fabs(p) < math.inf:
-        raise OptionError(f"power: p is {p}", expected="a number that is not 0", cure="x ** 0 is 1 for every x")
-    op = _elementwise(
+    if not isinstance(p, Tensor):
+        cure = "x ** 0 is 1 for every x"
+        check_option("power: p", p, lambda p: 0 < math.fabs(p) < math.inf, "a number that is not 0", cure)
+    op = elementwise(
         partial(_power, p),
         partial(_root, p),
         "power(p)" if isinstance(p, Tensor) else f"power({p})",
         pullback=partial(_pull_power, p),
         log_det=partial(_power_log_det, p),
     )
-    return saturating(op, _has_short_range)
+    return saturating(op)
 
 
 def _sign_and_size(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -687,7 +688,7 @@ def cbrt() -> Invertible:
         number, so that no gradient is NaN, and the log-determinant is finite.
 
     Cost:
-        Its inverse is two products. Lowered, nothing is kept, but in float16 the input: a cube soon overflows there.
+        Its inverse is two products. Lowered, its input is kept: a cube soon rounds to 0, or overflows.
 
     Example:
         >>> cbrt()(torch.tensor([-8.0, 0.0, 27.0]))
@@ -696,8 +697,7 @@ def cbrt() -> Invertible:
     Source:
         A signed power, as zuko's ``SignedPowerTransform``.
     """
-    op = _elementwise(_cbrt, _cube, "cbrt()", log_det=_cbrt_log_det)
-    return saturating(op, _has_short_range)
+    return saturating(elementwise(_cbrt, _cube, "cbrt()", log_det=_cbrt_log_det))
 
 
 # ---- rectified ---------------------------------------------------------------------------------------------------
@@ -744,9 +744,9 @@ def leaky_relu(slope: float = 0.01) -> Invertible:
     Source:
         Maas et al., Rectifier nonlinearities improve neural network acoustic models (2013).
     """
-    if not 0 < slope < math.inf:
-        raise OptionError(f"leaky_relu: slope is {slope}", expected="a positive number", cure="relu() keeps a residue")
-    return _elementwise(
+    cure = "relu() keeps a residue"
+    check_option("leaky_relu: slope", slope, lambda slope: 0 < slope < math.inf, "a positive number", cure)
+    return elementwise(
         partial(_leak, slope),
         partial(_leak, 1 / slope),
         f"leaky_relu({slope})",
@@ -795,7 +795,7 @@ def abs() -> Invertible:
     Source:
         With a random inverse in place of the residue: Nielsen et al., SurVAE Flows (2020).
     """
-    return _elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=no_log_det, residue=True)
+    return elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=no_log_det, residue=True)
 
 
 def _relu(x: Tensor) -> Any:
@@ -841,4 +841,4 @@ def relu() -> Invertible:
     Source:
         With a random inverse in place of the residue: Nielsen et al., SurVAE Flows (2020).
     """
-    return _elementwise(_relu, _add_negative_part, "relu()", pullback=_pull_relu, residue=True)
+    return elementwise(_relu, _add_negative_part, "relu()", pullback=_pull_relu, residue=True)

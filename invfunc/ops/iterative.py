@@ -43,7 +43,7 @@ from ..engine.buffers import leave_buffers
 from ..engine.devices import Answers, Late, when_here
 from ..engine.interface import Options, Run
 from ..engine.lower import engine_for, runs_plainly
-from ..errors import DomainError, OptionError, WireError
+from ..errors import DomainError, OptionError, WireError, check_option
 from ..log_det import log_abs_det, log_det
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 
@@ -519,10 +519,9 @@ def residual_flow(
     """
     if not callable(fn):
         raise OptionError(f"residual_flow: got {describe(fn)}", expected="a function or a module")
-    if max_iterations < 1 or not (tolerance is None or tolerance > 0):
-        raise OptionError(
-            f"residual_flow: tolerance is {tolerance} and max_iterations {max_iterations}", expected="positive numbers"
-        )
+    check_option("residual_flow: max_iterations", max_iterations, lambda most: most >= 1, "a positive number")
+    if tolerance is not None:
+        check_option("residual_flow: tolerance", tolerance, lambda tolerance: tolerance > 0, "a positive number")
     limits = Limits(f"residual_flow({name_of(fn)})", tolerance, max_iterations)
     return residual(fn, limits, log_det or exact_log_det())
 
@@ -681,14 +680,13 @@ def roulette_log_det(terms: int = 2, keep: float = 0.5, probes: int = 1) -> Call
         Chen et al., Residual Flows for Invertible Generative Modeling (2019).
     """
     _check_series("roulette_log_det", terms, probes)
-    if not 0 < keep < 1:
-        raise OptionError(f"roulette_log_det: keep is {keep}", expected="a probability between 0 and 1")
+    check_option("roulette_log_det: keep", keep, lambda keep: 0 < keep < 1, "a probability between 0 and 1")
     return SeriesLogDet(terms, keep, probes)
 
 
 def _check_series(subject: str, terms: int, probes: int) -> None:
-    if terms < 1 or probes < 1:
-        raise OptionError(f"{subject}: {terms} terms and {probes} probes", expected="at least one of each")
+    for name, count in ("terms", terms), ("probes", probes):
+        check_option(f"{subject}: {name}", count, lambda count: count >= 1, "at least one")
 
 
 # ---- autoregressive flows --------------------------------------------------------------------------------------------

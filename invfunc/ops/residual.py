@@ -15,7 +15,7 @@ from ..core.combine import swap
 from ..core.couple import Half, additive, couple, match, sum_per_sample
 from ..core.op import Invertible, chain, name_of, named, one_way, pair
 from ..core.precision import at_least
-from ..errors import OptionError, WireError
+from ..errors import OptionError, WireError, check_option
 from ..wires import describe
 from .embedding import embedding
 from .shape import check_nonzero, check_size, no_log_det
@@ -144,8 +144,8 @@ def momentum(fn: Callable[..., Any], gamma: float | Tensor = 0.9) -> Invertible:
     Source:
         Sander et al., Momentum Residual Neural Networks (2021).
     """
-    if not isinstance(gamma, Tensor) and not 0 <= gamma <= 1:
-        raise OptionError(f"momentum: gamma is {gamma}", expected="a number between 0 and 1")
+    if not isinstance(gamma, Tensor):
+        check_option("momentum: gamma", gamma, lambda gamma: 0 <= gamma <= 1, "a number between 0 and 1")
     forgets = not isinstance(gamma, Tensor) and gamma == 0
     law = overwrite if forgets else partial(blend, gamma)
     kick, drift = Half(fn, law, 1, "f"), Half(_same, additive, 0, "velocity")

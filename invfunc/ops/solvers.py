@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.couple import Half, additive, affine
 from ..core.op import Invertible, chain, name_of, named
 from ..core.precision import at_least, check_numbers, real_dtype
-from ..errors import OptionError, WireError
+from ..errors import OptionError, WireError, check_option
 from ..wires import describe
 from .residual import blend, reflect
 
@@ -124,8 +124,16 @@ class Kick(Part):
         moved = self.step * Field(self.fn)(self.time, x)
         if self.diffusion is None or self.noise is None:
             return moved
-        shaken = sum(self.noise(*step) for step in self.beside) / 2
+        shaken = sum(_drawn(self.noise, *step) for step in self.beside) / 2
         return moved + Field(self.diffusion)(self.time, x) * shaken
+
+
+def _drawn(noise: Callable[[float, float], Any], start: float, end: float) -> Tensor:
+    """The noise between two times."""
+    found = noise(start, end)
+    if not isinstance(found, Tensor):
+        raise WireError(f"the noise {name_of(noise)} returned {describe(found)}", expected="a tensor")
+    return found
 
 
 def _twice(x: Tensor) -> Tensor:
@@ -275,8 +283,8 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
         integrator for Neural ODEs (2021).
     """
     grid = _grid("asynchronous_leapfrog", fn, times)
-    if not 0.5 < damping <= 1:
-        raise OptionError(f"asynchronous_leapfrog: damping is {damping}", expected="a number above 0.5, and at most 1")
+    name = "asynchronous_leapfrog: damping"
+    check_option(name, damping, lambda damping: 0.5 < damping <= 1, "a number above 0.5, and at most 1")
 
     def move(i: int) -> Invertible:
         half = sum(end - start for start, end in _half_steps(grid, i)) / 2
@@ -391,8 +399,8 @@ def reversible_solver(
     if not callable(method) and method not in list(_METHODS):  # it may be a list, which has no hash
         expected = f"one of {', '.join(map(repr, _METHODS))}, or a function (field, t, x, h) -> increment"
         raise OptionError(f"reversible_solver: method is {method!r}", expected=expected)
-    if not 0 < coupling <= 1:
-        raise OptionError(f"reversible_solver: coupling is {coupling}", expected="a number above 0, and at most 1")
+    name = "reversible_solver: coupling"
+    check_option(name, coupling, lambda coupling: 0 < coupling <= 1, "a number above 0, and at most 1")
     step = _METHODS[method] if isinstance(method, str) else method
     parts: list[Invertible] = []
     for start, end in pairwise(grid):

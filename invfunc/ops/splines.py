@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.couple import broadcasts, sum_log_slopes
-from ..core.op import Invertible, pair
+from ..core.op import Invertible
 from ..core.precision import exactly
 from ..debug import require
-from ..errors import OptionError, WireError
+from ..errors import OptionError, WireError, check_option
 from ..wires import describe
+from .elementwise import elementwise
 from .shape import check_tensor
 
 
@@ -36,14 +37,12 @@ class Shape:
     boundary: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise OptionError(f"{self.name}: interval is ({self.low}, {self.high})", expected="(low, high), low < high")
-        if self.tails not in ("linear", None):
-            raise OptionError(f"{self.name}: tails is {self.tails!r}", expected="'linear' or None")
-        if not 0 <= self.minimum < 1:
-            raise OptionError(f"{self.name}: minimum is {self.minimum}", expected="a number from 0 to 1")
-        if min(self.boundary) <= 0:
-            raise OptionError(f"{self.name}: boundary_slopes is {self.boundary}", expected="two positive numbers")
+        ends = self.low, self.high
+        check_option(f"{self.name}: interval", ends, lambda ends: ends[0] < ends[1], "(low, high), low < high")
+        check_option(f"{self.name}: tails", self.tails, lambda tails: tails in ("linear", None), "'linear' or None")
+        check_option(f"{self.name}: minimum", self.minimum, lambda least: 0 <= least < 1, "a number from 0 to 1")
+        slopes = self.boundary
+        check_option(f"{self.name}: boundary_slopes", slopes, lambda slopes: min(slopes) > 0, "two positive numbers")
 
     def check(self, x: Tensor, tables: tuple[Tensor, ...]) -> None:
         """The parameters fit x, and x lies where the spline is defined."""
@@ -266,11 +265,11 @@ def rational_quadratic_spline(
     shape = Shape("rational_quadratic_spline", *interval, tails, minimum, boundary_slopes)
     static = shape, widths, heights, derivatives
     given = "widths, heights, derivatives" if heights is not None else "parameters"
-    return pair(
+    return elementwise(
         partial(_rq_forward, *static),
         partial(_rq_inverse, *static),
+        f"rational_quadratic_spline({given})",
         log_det=partial(_rq_log_det, *static),
-        name=f"rational_quadratic_spline({given})",
     )
 
 
@@ -371,9 +370,9 @@ def linear_spline(
         Mueller et al., Neural importance sampling (2019).
     """
     static = Shape("linear_spline", *interval, tails, minimum), heights, widths
-    return pair(
+    return elementwise(
         partial(_linear_forward, *static),
         partial(_linear_inverse, *static),
+        "linear_spline(heights)" if widths is None else "linear_spline(heights, widths)",
         log_det=partial(_linear_log_det, *static),
-        name="linear_spline(heights)" if widths is None else "linear_spline(heights, widths)",
     )

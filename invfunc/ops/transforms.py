@@ -169,7 +169,12 @@ def from_transform(transform: Any) -> Invertible:
 
     Cost:
         That of the transform. A log-determinant is taken from the call that makes the value, where there is one such:
-        ``call_and_ladj`` of zuko, ``forward`` and ``inverse`` of nflows, normflows and FrEIA.
+        ``call_and_ladj`` of zuko, ``forward`` and ``inverse`` of nflows, normflows and FrEIA. Lowered, a transform of
+        ``torch.distributions`` between numbers that end elsewhere than at 0, as of a tanh, keeps its input.
+
+    Limits:
+        A transform whose numbers end at 0 keeps nothing. Where it rounds to 0 or overflows, what is before it gets
+        another gradient, and a `DriftWarning`: `exp`, `softplus` and `power` keep their input.
 
     Raises:
         NotInvertibleError: When it is not bijective.
