@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc import ops
+from invfunc.compat import memcnn
 from invfunc.core.compare import relative_error_of_numbers
 from invfunc.engine import meter as drift
 from invfunc.errors import DriftError, NotInvertibleError, OptionError
@@ -466,9 +467,31 @@ def test_rounding_names_the_stage_where_it_grows_most() -> None:
     steep = inv.couple(lambda x: (1e-3 * TWO * torch.ones_like(x), x), law=inv.affine)
     sound = [inv.couple(torch.sin, torch.cos)] * 3
     op = inv.chain(inv.split(2), *sound, steep, *sound, inv.concat(2))
-    text = r": rounding, which grows most, about \de\+\d\d times, at chain stage 4 \(couple\)"
+    text = r": rounding, which grows about \de\+\d\d times on the way, most at chain stage 4 \(couple\), [\d.e+]+ times"
     with pytest.warns(inv.errors.DriftWarning, match=text):
         step(op, leaf(3, 8), drift=1e-15)
+
+
+def linear(width: int) -> nn.Module:
+    return nn.Linear(width, width, dtype=torch.float32)
+
+
+def test_rounding_that_has_grown_above_the_size_of_what_was_is_still_told_to_be_rounding() -> None:
+    torch.manual_seed(0)
+    op = inv.chain(inv.split(2), *[inv.couple(linear(64), linear(64)) for _ in range(64)], inv.concat(2))
+    with pytest.warns(inv.errors.DriftWarning, match=r"off by about \de\+0[1-9] of its size: rounding, which grows"):
+        step(op, torch.randn(64, 128, dtype=torch.float32, requires_grad=True))
+
+
+def test_of_blocks_that_free_their_input_the_drift_is_told_to_come_from_those_behind() -> None:
+    torch.manual_seed(0)
+    blocks = [memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(linear(64), linear(64))) for _ in range(64)]
+    x = torch.randn(64, 128, dtype=torch.float32, requires_grad=True)
+    with pytest.warns(inv.errors.DriftWarning) as caught:
+        nn.Sequential(*blocks)(x * 1).sum().backward()
+    behind = r"its output came back off by about \de[+-]\d\d from the blocks behind, which free their input: rounding adds up"
+    assert len(caught) > 3
+    assert all([re.search(behind, str(warning.message)) for warning in caught])
 
 
 def test_the_cause_is_looked_for_once() -> None:

@@ -6,11 +6,13 @@ again from there, each twice forward and twice back, and nothing of the size of 
 1.  A stage that gives two values for one input is *not the same twice*.
 2.  A stage whose inverse does not give its input back is *wrong*, unless rounding explains it: as far as the inverse
     moves when the last bit of the output does. If it has one output for both, it has *lost* what it was given.
-3.  Where the whole way, forward and back, gives the input back far better than backward did, and moves far less when
-    the last bits of the output do, *a function was another one in forward*, or what it lost is gone.
-4.  Else it is *rounding*, and the stage is named where the error of the output grows most.
-5.  Where what was rebuilt is not finite, or explains nothing (an inverse gives for what is lost a value that it keeps),
-    the stages run from values that were there in forward.
+3.  Where the whole way, forward and back, gives the input back as badly as backward did, or moves as far when the last
+    bits of the output do, it is *rounding*, and the stage is named where the error of the output grows most.
+4.  Where what was rebuilt is not finite, or explains nothing, the stages run from values that were there in forward.
+    An inverse gives for what is lost a value that it keeps; and what has drifted by more than its size comes back well
+    from where it has drifted to.
+5.  Where an output that a block behind has rebuilt came back with an error that would grow to this one, it is *theirs*.
+6.  Else *a function was another one in forward*, or what it lost is gone.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ Visit = Callable[[Record, Wire], Wire]
 
 class Levels(Protocol):
     """The levels of a trunk, as they are run through here."""
+
+    behind: float
 
     def forth(self, x: Wire, visit: Visit, first: int = 0) -> Wire:
         """``x -> y`` from a level on; every call of an op is visited."""
@@ -93,28 +97,50 @@ class Trips:
 
 def cause_of(levels: Levels, first: int, x: Wire, error: float, was: Sequence[float]) -> Cause:
     """Why backward has rebuilt the input of a level with an error: it is x, and values of it were ``was``."""
-    there, rounding = unflatten(x, [_with_values(leaf, was) for leaf in leaves(x)]), _rounding(x)
-    if not error < math.inf:
-        x, error = there, 1.0
-    trips = Trips()
-    y = levels.forth(x, trips.forth, first)
-    fault = _fault(trips.trips, rounding, error)
-    if fault is not None:
-        return fault
-    back, moved = (trips.all_back(levels, first, out) for out in (y, _nudge_wire(y)))
-    if max(relative_error(back, x), relative_error(moved, back)) < error / 30:
+    there = unflatten(x, [_with_values(leaf, was) for leaf in leaves(x)])
+    starts, error = ((x, there), error) if error < math.inf else ((there,), 1.0)
+    moved = 0.0
+    for start in starts:
         trips = Trips()
-        levels.forth(there, trips.forth, first)
-        return _fault(trips.trips, rounding, error) or Cause(
-            "the inverses undo what the functions do now: the output came back changed, from blocks behind that free "
-            "their input, or a function did something else in forward, or lost values by saturation",
-            "do not change what a function reads before backward, decide what is discrete once (inv.pin), and bound "
-            f"what saturates; {CHECK}",
-        )
-    widest = max(trips.trips, key=lambda trip: trip.growth)
+        y = levels.forth(start, trips.forth, first)
+        fault = _fault(trips.trips, _rounding(x), error)
+        if fault is not None:
+            return fault
+        back, nudged = (trips.all_back(levels, first, out) for out in (y, _nudge_wire(y)))
+        moved = relative_error(nudged, back)
+        if max(relative_error(back, start), moved) >= error / 30:
+            return _grown(trips.trips, moved / _rounding(x))
+    return _from_behind(levels.behind, moved / _rounding(x), error) or _ANOTHER
+
+
+def _grown(trips: Sequence[Trip], growth: float) -> Cause:
+    """Rounding, rule 3."""
+    widest = max(trips, key=lambda trip: trip.growth)
     if not math.isfinite(widest.growth):  # the next number has no inverse
         return _saturated(widest)
-    return Cause(f"rounding, which grows most, about {widest.growth:.0e} times, at {widest.place}", f"{CURE}; {CHECK}")
+    return Cause(
+        f"rounding, which grows about {growth:.0e} times on the way, most at {widest.place}, {widest.growth:.2g} times",
+        f"{CURE}; {CHECK}",
+    )
+
+
+def _from_behind(off: float, growth: float, error: float) -> Cause | None:
+    """What is off since the output was, rule 5."""
+    if off * max(growth, 1) < error / 30:
+        return None
+    return Cause(
+        f"its output came back off by about {off:.0e} from the blocks behind, which free their input: rounding adds up "
+        "from block to block, unless one of them has warned of another cause",
+        f"let some blocks keep their input, {CURE}; {CHECK}",
+    )
+
+
+_ANOTHER = Cause(
+    "the inverses undo what the functions do now: the output came back changed, or a function did something else in "
+    "forward, or lost values by saturation",
+    "do not change what a function reads before backward, decide what is discrete once (inv.pin), and bound what "
+    f"saturates; {CHECK}",
+)
 
 
 def _fault(trips: Sequence[Trip], rounding: float, error: float) -> Cause | None:

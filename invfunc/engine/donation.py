@@ -26,7 +26,7 @@ from .. import _torch
 from ..core.packing import pack_bits, unpack_bits
 from ..errors import DonatedError
 from ..wires import Wire, is_differentiable, leaves, map_wire
-from .trunk import is_tail, kept_by_tail
+from .trunk import is_tail, kept_by_tail, tell_tail
 
 
 class Donated(Tensor):
@@ -150,7 +150,7 @@ class Donation:
         """Fill the same storages with the rebuilt values, at the version that others have seen."""
         if not self.empty:
             return
-        rebuilt = leaves(x)
+        rebuilt, trunk = leaves(x), self.trunk()
         values = [rebuilt[place] for place in self.places]
         for (tensor, hidden, size, empty), value, signs in zip(self.empty, values, self.signs, strict=True):
             hidden.untyped_storage().resize_(size)
@@ -159,6 +159,8 @@ class Donation:
             _torch.swap_insides(tensor, hidden)
             tensor.__class__, hidden.__class__ = Tensor, Donated  # pyright: ignore[reportAttributeAccessIssue]
             empty[0] = False
+            if trunk is not None and trunk.levels.probe is not None:
+                tell_tail(tensor.grad_fn, trunk.levels.probe.error)
         for items in self.given, self.places, self.signs, self.empty, self.waiting:
             items.clear()
         self.x, self.trunk = None, lambda: None  # blocks below this one run while its nodes are alive

@@ -164,6 +164,7 @@ class Probe:
     drift: Drift
     places: Places
     samples: list[Sample]
+    error: float = 0.0  # of the latest comparison, as far as it has come
 
     def compare(self, rebuilt: Sequence[Tensor | None], functions: Iterable[Any], why: Why) -> bool:
         """Compare what was rebuilt with the samples, and speak; later, where reading it would wait for the device.
@@ -191,7 +192,7 @@ class Probe:
     def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause], why: Why) -> bool:
         """Warn or raise if samples are further apart than they may be."""
         values = _numbers(was)
-        error = relative_error_of_numbers(_numbers(now), values)
+        self.error = error = relative_error_of_numbers(_numbers(now), values)
         if error <= self.places.tolerance:
             return False
         # One digit: no more is known, and Python shows a warning of the same text once.

@@ -118,6 +118,13 @@ def kept_by_tail(node: Any) -> list[Tensor]:
     return [] if output is None else [t for t in output.kept.tensors() if isinstance(t, Tensor)]
 
 
+def tell_tail(node: Any, error: float) -> None:
+    """Tell the trunk that a tail closes how far off its output is, which another trunk has rebuilt."""
+    output = getattr(node, "output", None) if is_tail(node) else None
+    if output is not None:
+        output.trunk.levels.behind = error
+
+
 # ---- levels ---------------------------------------------------------------------------------------------------------
 
 
@@ -342,7 +349,7 @@ class Levels:
     """The levels of a trunk, and the state: how far they have been undone. Refers to neither trunk nor frames."""
 
     __slots__ = (
-        "is_measured", "is_wanted", "items", "last", "probe", "probed", "restore", "state", "watch", "watched",
+        "behind", "is_measured", "is_wanted", "items", "last", "probe", "probed", "restore", "state", "watch", "watched",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -355,6 +362,7 @@ class Levels:
         self.watched: int | None = None  # or its output, and this of what its function has saved; -1 for nothing
         self.watch: Probe | None = None  # of that
         self.is_wanted = False  # whether anybody wants the input again
+        self.behind = 0.0  # how far off the output came back, where a trunk behind has rebuilt it, if that is known
         self.is_measured = True  # not in a gradient that is differentiated again
 
     def has_saved(self) -> bool:
