@@ -12,7 +12,7 @@ import torch
 
 from . import _torch
 from .core.context import Context, bind
-from .core.op import VJP, Again, Invertible, OneWay, Pair, Residue, name_of, pair
+from .core.op import VJP, Again, Invertible, OneWay, Pair, Residue, check_op, name_of, pair
 from .engine import compiled
 from .engine.interface import Options, Run, State
 from .engine.keep import check_keep
@@ -226,9 +226,12 @@ def compile_stages(op: Invertible, **options: Any) -> Invertible:
         depth 64 as at depth 4; a graph of the whole model (``torch.compile(model)``) takes time for every stage, and
         fuses across them. What is kept is as without it; the stages are called from Python.
 
+    Raises:
+        NotInvertibleError: When it is no op; a module has one, ``module.op``.
+
     Limits:
         Random numbers other than dropout's, and global tensors that require grad, raise (as they do in
-        ``torch.compile``). Below a `torch.func` transform and in double backward nothing is compiled; inside of an
+        ``torch.compile``), and so do exact ops that are inverted. Below a `torch.func` transform and in double backward nothing is compiled; inside of an
         outer ``torch.compile`` the stages become part of its graph.
 
     Example:
@@ -239,7 +242,7 @@ def compile_stages(op: Invertible, **options: Any) -> Invertible:
     """
     if isinstance(op, Checkpointed):
         return op.mapped(partial(compile_stages, **options))
-    return CompiledStages(op, compiled.Steps(options))
+    return CompiledStages(check_op("compile_stages", op), compiled.Steps(options))
 
 
 # ---- the transformer ------------------------------------------------------------------------------------------------

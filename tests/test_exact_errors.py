@@ -221,3 +221,25 @@ def test_the_exact_inverse_needs_its_codes():
     op = inv.exact(inv.pair(torch.exp, torch.log), "codes")
     with pytest.raises(NotInvertibleError, match=r"^exact\(pair\(exp, log\)\) needs its codes for the inverse; op.inv"):
         op.inverse_with_residue(None, torch.ones(2))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "part", [inv.exact, lambda op: inv.exact(op, "codes"), lambda op: inv.chain(op, inv.exact(op))]
+)
+def test_compiled_stages_refuse_an_exact_op_by_name_where_it_is_inverted(part):
+    op = inv.chain(inv.split(2), part(inv.couple(torch.sin)), inv.concat(2))
+    fast = inv.compile_stages(inv.checkpoint(op), backend="aot_eager")
+    with pytest.raises(
+        ReplayError, match=r"stage [12] \(exact\): an exact op is being compiled, .* compile the functions"
+    ):
+        fast(torch.ones(2, 4, requires_grad=True))
+    stored, x = inv.compile_stages(inv.checkpoint(op, mode="store"), backend="aot_eager"), torch.rand(2, 4)
+    torch.testing.assert_close(stored(x.requires_grad_()), op(x))
+
+
+def test_compile_stages_takes_ops_alone():
+    with pytest.raises(NotInvertibleError, match=r"compile_stages: Lowered is Lowered, .* pass its op: module.op"):
+        inv.compile_stages(inv.nn.Lowered(inv.split(2)))
+    with pytest.raises(NotInvertibleError, match="compile_stages: sin is .*, expected an invertible op"):
+        inv.compile_stages(torch.sin)

@@ -89,14 +89,19 @@ def _refuse_graph() -> None:
     raise ReplayError(
         "an exact op is being compiled",
         expected="that it runs as it is written: a graph rounds otherwise than the functions that backward runs again",
-        cure="leave it out of torch.compile, and compile the functions inside: couple(torch.compile(f))",
+        cure="leave it out of torch.compile and compile_stages, and compile the functions inside: couple(torch.compile(f))",
     )
+
+
+def _check_engine(run: Run) -> None:
+    """Raise in a graph, and where `invfunc.compile_stages` would make one of an op and another of its inverse."""
+    if compiled.is_active() or (isinstance(run.engine, compiled.Traced) and run.options.mode == "invert"):
+        _refuse_graph()
 
 
 @walk.register
 def _(op: Exact, state: State, run: Run) -> State:
-    if compiled.is_active():
-        _refuse_graph()
+    _check_engine(run)
     if isinstance(op, Moved):
         return run.engine.move(op, state, run)
     part = op.witnessed if run.engine.opens(state) or checking() else op
@@ -601,8 +606,7 @@ class Gridded(Wrapper):
 
 @walk.register
 def _(op: Gridded, state: State, run: Run) -> State:
-    if compiled.is_active():
-        _refuse_graph()
+    _check_engine(run)
     engine, place, run = run.engine, partial(repr, op), run.under(replace(run.options, keep=None))
 
     def lowered(op: Invertible, x: Wire) -> Wire:
