@@ -296,3 +296,47 @@ def test_a_graph_outlives_its_op() -> None:
     out = inv.checkpoint(copy.deepcopy(net.op))(x)
     del net
     assert_close(torch.autograd.grad(loss(out), x), expected)
+
+
+# ---- a module that holds what closes over it --------------------------------------------------------------------------
+
+
+class OfItself(nn.Module):
+    """Its lowered pipeline calls its own submodules by closures of it, or by a method."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.a, self.b = layer(), layer()
+        f = inv.couple(lambda t: self.a(t), self.second)
+        self.net = wrap(inv.nn.Lowered(inv.chain(inv.split(2), f, inv.concat(2))))
+
+    def second(self, x: Tensor) -> Tensor:
+        return self.b(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.Sequential], ids=["held", "held deeper"])
+@pytest.mark.parametrize(
+    "walk",
+    [repr, nn.Module.state_dict, lambda m: m.eval().train(), lambda m: m.apply(type), lambda m: m.double(),
+     lambda m: m.load_state_dict(m.state_dict()), lambda m: list(m.parameters())],
+    ids=["repr", "state_dict", "train", "apply", "double", "load_state_dict", "parameters"],
+)  # fmt: skip
+def test_a_module_that_holds_a_lowered_closure_of_itself_is_walked_as_any(
+    walk: Callable[..., Any], wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    model, x = OfItself(wrap), leaf(3, 2 * WIDTH)
+    walk(model)
+    names = [f"{part}.{name}" for part in "ab" for name in model.a.state_dict()]
+    assert list(model.state_dict()) == [name for name, _ in model.named_parameters()] == names
+    expected = inv.couple(model.a, model.b)(*x.chunk(2, 1))
+    assert_close(model(x), torch.cat(expected, 1))
+    loss(model(x)).backward()
+    assert all([p.grad is not None for p in model.parameters()])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.a[0].weight.zero_()
+    assert_close(other(x), torch.cat(inv.couple(other.a, other.b)(*x.chunk(2, 1)), 1))
+    assert_close(model(x), torch.cat(expected, 1))

@@ -142,7 +142,8 @@ class Lowered(Layer):
     Limits:
         What a plain Python function finds in its closure, or among its globals, is owned too, but such a module can not
         be pickled, and what is found among globals can not be copied: pass the module itself, a bound method or a
-        `functools.partial` instead.
+        `functools.partial` instead. A module that holds this one, and which a function finds (``self``, most often),
+        is not owned: its parameters are its own.
 
     Example:
         >>> import torch, invfunc as inv
@@ -215,6 +216,31 @@ class Lowered(Layer):
             return
         self._used.setdefault(path[:-1], {})[name] = owner
 
+    def _let_go_of_holders(self) -> None:
+        """Forget modules that hold this one: they own what the functions find in them, and torch walks no circles."""
+        for path, used in self._used.items():
+            children = _torch.children_of(self._home(path))
+            for name in [name for name in used if name in children and _holds(children[name], self)]:
+                del children[name], used[name]
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; a module that holds this one is not below it."""
+        self._let_go_of_holders()
+        return super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Likewise."""
+        self._let_go_of_holders()
+        return super().named_children()
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._let_go_of_holders()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._let_go_of_holders()
+        super()._load_from_state_dict(*args)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         self._op = rebuilt(self._op, self._now)
@@ -234,6 +260,7 @@ class Lowered(Layer):
 
     def extra_repr(self) -> str:
         """The op, and the flags that are not the default."""
+        self._let_go_of_holders()
         given = [f"{name}={value!r}" for name, value in self._options.items()]
         return ", ".join(filter(None, [repr(self._op), *given, super().extra_repr()]))
 
@@ -244,6 +271,17 @@ def _follow_modules(module: Lowered) -> None:
     held = [now for *_, now in module._held() if isinstance(now, nn.Module)]
     if len(held) != len(module._latest_of) or any([a is not b for a, b in zip(held, module._latest_of, strict=True)]):
         module._latest, module._latest_of = rebuilt(module._op, module._module_now), held
+
+
+def _holds(module: nn.Module, wanted: nn.Module) -> bool:
+    """Whether a module is among those below another."""
+    seen: set[int] = set()
+    left = [module]
+    while left:
+        children = [child for child in _torch.children_of(left.pop()).values() if child is not None]
+        left += [child for child in children if id(child) not in seen]
+        seen |= set(map(id, children))
+    return id(wanted) in seen
 
 
 def _held_as(home: nn.Module, name: str) -> Any:
