@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import ChainMap, UserDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,6 +54,8 @@ class Net(nn.Module):
         self.base, self.adapter, self.norm = nn.Linear(WIDTH, WIDTH), Adapter(), nn.BatchNorm1d(WIDTH)
         self.act, self.dropout = nn.Tanh(), nn.Dropout(0.5)
         self.scale, self.kind, self.config, self.slotted = 1.5, "tanh", Config(), Slotted()
+        self.mappings = [UserDict(k=1.0), ChainMap({"k": 1.0}), defaultdict(float, k=1.0)]
+        self.objects = SimpleNamespace(a=SimpleNamespace(b=SimpleNamespace(c=SimpleNamespace(scale=1.0))))
         self.scales, self.nested, self.flags, self.queue = [1.0, 2.0], {"a": {"b": [1.0]}}, {1}, deque([1.0])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,6 +64,9 @@ class Net(nn.Module):
             y = y + self.adapter.b(self.adapter.a(x))
         y = self.act(y) * self.scale * self.config.scale * self.config.table["k"] * self.slotted.scale
         y = y * self.scales[1] * self.nested["a"]["b"][0] * self.queue[0]
+        y = y * self.objects.a.b.c.scale
+        for mapping in self.mappings:
+            y = y * mapping["k"]
         y = y.sin() if self.kind == "sin" else y
         y = y.exp() if 2 in self.flags else y
         return self.dropout(self.norm(y))
@@ -103,6 +108,10 @@ RESTORED: dict[str, Callable[[Net], Any]] = {
     "another object": lambda net: setattr(net, "config", Config(3.0)),
     "an item of a list": lambda net: net.scales.__setitem__(1, 9.0),
     "an item far inside": lambda net: net.nested["a"]["b"].__setitem__(0, 9.0),
+    "an object far inside of others": lambda net: setattr(net.objects.a.b.c, "scale", 9.0),
+    "an item of a UserDict": lambda net: net.mappings[0].update(k=9.0),
+    "an item of a ChainMap": lambda net: net.mappings[1].update(k=9.0),
+    "an item of a defaultdict": lambda net: net.mappings[2].update(k=9.0),
     "another branch": lambda net: setattr(net, "kind", "sin"),
     "an item of a queue": lambda net: net.queue.__setitem__(0, 9.0),
     "an item of a set": lambda net: net.flags.add(2),

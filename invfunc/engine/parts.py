@@ -199,7 +199,7 @@ class Parts:
                 for part in item.values() if isinstance(item, dict) else item:
                     self._add_values(part, depth + 1)
         elif _has_values(item) and not isinstance(item, (nn.Module, Tensor)):
-            self._add_values(getattr(item, "__dict__", None), depth + 1)
+            self._add_values(getattr(item, "__dict__", None), depth)
             self.places += _slots_of(item)
 
     def _note_contents(self, table: list[Any] | dict[Any, Any] | set[Any] | deque[Any]) -> bool:
@@ -287,7 +287,7 @@ _PLAIN = frozenset((
     int, float, str, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device, torch.Generator,
 ))  # fmt: skip
 _INTERESTING = (nn.Module, Tensor, FunctionType, MethodType, partial)
-_CLOSED = sys.stdlib_module_names - {"types", "argparse", "builtins"}  # whose objects are no values: loggers, locks
+_CLOSED = sys.stdlib_module_names - {"types", "argparse", "builtins", "collections"}  # whose objects are no values: loggers, locks
 _MANY = 256  # items
 
 
