@@ -14,7 +14,7 @@ import pytest
 import torch
 from kit import assert_close, loss
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import invfunc as inv
 from invfunc.errors import DriftWarning, ReplayError
@@ -52,6 +52,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.base, self.adapter, self.norm = nn.Linear(WIDTH, WIDTH), Adapter(), nn.BatchNorm1d(WIDTH)
+        parametrizations.weight_norm(self.adapter.a)
         self.act, self.dropout = nn.Tanh(), nn.Dropout(0.5)
         self.scale, self.kind, self.config, self.slotted = 1.5, "tanh", Config(), Slotted()
         self.mappings = [UserDict(k=1.0), ChainMap({"k": 1.0}), defaultdict(float, k=1.0)]
@@ -127,6 +128,7 @@ RESTORED: dict[str, Callable[[Net], Any]] = {
     "another rate of dropout": lambda net: setattr(net.dropout, "p", 0.9),
     "another parameter": lambda net: setattr(net.base, "weight", nn.Parameter(torch.ones(WIDTH, WIDTH))),
     "a parametrization": lambda net: parametrizations.weight_norm(net.base),
+    "a parametrization that is removed": lambda net: parametrize.remove_parametrizations(net.adapter.a, "weight"),
     "assigned state": lambda net: net.load_state_dict(doubled(net), assign=True),
     "statistics that are reset": lambda net: net.norm.reset_running_stats(),
     "another call": lambda net: net(torch.randn(3, WIDTH)),
@@ -136,6 +138,10 @@ RESTORED: dict[str, Callable[[Net], Any]] = {
 REFUSED: dict[str, tuple[Callable[[Net], Any], str]] = {
     "an adapter merged in place": (lambda net: merge(net, False), r"\['weight'\].* modified by an inplace operation"),
     "an adapter merged by other data": (lambda net: merge(net, True), r"\['weight'\].* given other data \(in Linear"),
+    "a parametrization that writes": (
+        lambda net: parametrizations.orthogonal(net.base),
+        r"\['weight'\] of a module changed between .* modified by an inplace operation",
+    ),
     "an optimizer's step": (write, "modified by an inplace operation"),
     "other data": (give_other_data, "given other data"),
     "loaded state": (lambda net: net.load_state_dict(doubled(net)), "modified by an inplace operation"),

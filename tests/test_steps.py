@@ -264,10 +264,19 @@ def test_what_a_call_writes_moves_once_a_step(branch: Callable[[], nn.Module]) -
     assert_close(net.branches.state_dict(), twin.branches.state_dict())
 
 
-def test_a_traced_module() -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: torch.jit.trace(m, torch.randn(2, WIDTH)),
+        torch.jit.script,
+        lambda m: nn.Sequential(torch.jit.script(m)),
+    ],
+    ids=["traced", "scripted", "scripted inside"],
+)
+def test_a_module_of_torchscript(make: Callable[[nn.Module], nn.Module]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        traced = torch.jit.trace(nn.Linear(WIDTH, WIDTH), torch.randn(2, WIDTH))
+        traced = make(nn.Linear(WIDTH, WIDTH))
     op, x = inv.couple(traced, torch.tanh), [leaf(3, WIDTH), leaf(3, WIDTH)]
     for lower in inv.checkpoint, inv.checkpoint, lambda op: inv.couple(inv.checkpoint(traced), torch.tanh):
         found, expected = (torch.autograd.grad(total(fn(*x)), [*x, *traced.parameters()]) for fn in (lower(op), op))

@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 class Attribute(NamedTuple):
-    """A slot of an object, or the class of a module."""
+    """A slot of an object, the class of a module, or a property of such a class."""
 
     table: Any
     name: str
@@ -63,10 +63,11 @@ class Attribute(NamedTuple):
 
     def put(self, value: Any) -> None:
         """Put something there, though the object be frozen."""
+        kind = type if isinstance(self.table, type) else object
         if value is ABSENT:
-            object.__delattr__(self.table, self.name)
+            kind.__delattr__(self.table, self.name)
         else:
-            object.__setattr__(self.table, self.name, value)
+            kind.__setattr__(self.table, self.name, value)
 
 
 class Contents(NamedTuple):
@@ -172,9 +173,11 @@ class Parts:
             return
         self.seen.add(id(module))
         attributes = module.__dict__
-        if "_parameters" not in attributes:  # TorchScript keeps them elsewhere
+        if not isinstance(attributes.get("_parameters"), dict):  # TorchScript keeps them elsewhere
             return
         self.modules.append(module)
+        if "parametrizations" in attributes["_modules"]:  # its class is its own, and loses a property with each of them
+            self.places += _properties_of(type(module))
         for child in attributes["_modules"].values():
             if child is not None:
                 self._add_module(child)
@@ -287,7 +290,12 @@ _PLAIN = frozenset((
     int, float, str, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device, torch.Generator,
 ))  # fmt: skip
 _INTERESTING = (nn.Module, Tensor, FunctionType, MethodType, partial)
-_CLOSED = sys.stdlib_module_names - {"types", "argparse", "builtins", "collections"}  # whose objects are no values: loggers, locks
+_CLOSED = sys.stdlib_module_names - {
+    "types",
+    "argparse",
+    "builtins",
+    "collections",
+}  # whose objects are no values: loggers, locks
 _MANY = 256  # items
 
 
@@ -296,6 +304,10 @@ def _has_values(item: Any) -> bool:
     kind = type(item)
     is_open = kind.__module__.partition(".")[0] not in _CLOSED
     return is_open and (hasattr(item, "__dict__") or hasattr(kind, "__slots__"))
+
+
+def _properties_of(kind: type) -> list[Attribute]:
+    return [Attribute(kind, name, value) for name, value in vars(kind).items() if isinstance(value, property)]
 
 
 def _slots_of(item: Any) -> list[Attribute]:

@@ -308,8 +308,10 @@ class Snapshot:
         return "" if address == self.addresses[i] else "given other data"
 
     def _written(self, tensor: Tensor, how: str) -> ReplayError:
-        names = [n for table in self.tables for n, value in table.items() if value is tensor]
-        owners = [m for m in self.parts.modules if any(t is tensor for t in m._parameters.values())]
+        names = [n for n, value in zip(self.names[1], self.slots, strict=True) if value is tensor]
+        parameters = _by_table(self.names[1], self.sizes[1], self.slots)[::3]  # the first of `_tables_of`
+        pairs = zip(self.parts.modules, parameters, strict=True)
+        owners = [module for module, table in pairs if any(t is tensor for t in table.values())]
         subject = f"{names} of a module" if names else f"a tensor of shape {tuple(tensor.shape)} of its closure"
         error = ReplayError(
             f"{subject} changed between forward and backward",

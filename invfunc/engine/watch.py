@@ -55,7 +55,9 @@ def slots(module: nn.Module, seen: set[int]) -> list[tuple[nn.Module, dict[str, 
             continue
         seen.add(id(owner))
         attributes = owner.__dict__
-        if "_parameters" not in attributes:  # of TorchScript, which shows copies: they are read, and not replaced
+        if not isinstance(
+            attributes.get("_parameters"), dict
+        ):  # of TorchScript, which shows copies: they are read, and not replaced
             attributes = {kind: dict(getattr(owner, kind)) for kind in ("_parameters", "_buffers", "_modules")}
         for table, is_buffer in (attributes["_parameters"], False), (attributes["_buffers"], True):
             for name, tensor in table.items():
