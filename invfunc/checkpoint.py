@@ -231,8 +231,8 @@ def compile_stages(op: Invertible, **options: Any) -> Invertible:
 
     Limits:
         Random numbers other than dropout's, and global tensors that require grad, raise (as they do in
-        ``torch.compile``), and so do exact ops that are inverted. Below a `torch.func` transform and in double backward nothing is compiled; inside of an
-        outer ``torch.compile`` the stages become part of its graph.
+        ``torch.compile``), and so do exact ops that are inverted. Below a `torch.func` transform and in double backward
+        nothing is compiled; inside of an outer ``torch.compile`` the stages become part of its graph.
 
     Example:
         >>> import torch, invfunc as inv

@@ -212,6 +212,17 @@ def test_a_failing_pipeline_frees_nothing() -> None:
     assert type(x) is Tensor and x.untyped_storage().nbytes() == x.nbytes
 
 
+def test_the_first_call_of_a_lazy_module_frees_nothing_and_the_next_one_does() -> None:
+    net = Net()
+    net.f = nn.LazyLinear(WIDTH)
+    net.op = inv.chain(inv.split(2), inv.couple(net.f, net.g), inv.concat(2))
+    for freed in False, True:
+        x = net.made()
+        y = donating(net.op)(x)
+        assert (type(x) is Donated) == freed
+        assert_close(net.gradients(y), net.gradients(net.op(net.made())))
+
+
 def test_nobody_is_kept_alive_when_backward_never_comes() -> None:
     net = Net()
     x = net.made()

@@ -123,8 +123,10 @@ class Donation:
         """Empty the storages, unless somebody holds one after the pipeline has run."""
         if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(y)):
             return
-        outputs = {leaf.untyped_storage().data_ptr() for leaf in leaves(y) if isinstance(leaf, Tensor)}
         trunk = self.trunk()
+        if trunk is not None and trunk.conditions.snapshot.is_lazy:  # it keeps what its first call has saved
+            return
+        outputs = {leaf.untyped_storage().data_ptr() for leaf in leaves(y) if isinstance(leaf, Tensor)}
         closed = {id(tensor) for tensor in trunk.levels.tensors_in_sight()} if trunk is not None else set()
         for tensor in self.given:
             if tensor.untyped_storage().data_ptr() in outputs:

@@ -89,7 +89,7 @@ def _refuse_graph() -> None:
     raise ReplayError(
         "an exact op is being compiled",
         expected="that it runs as it is written: a graph rounds otherwise than the functions that backward runs again",
-        cure="leave it out of torch.compile and compile_stages, and compile the functions inside: couple(torch.compile(f))",
+        cure="leave it out of torch.compile, and compile the functions inside: couple(torch.compile(f))",
     )
 
 
