@@ -223,6 +223,12 @@ def test_the_first_call_of_a_lazy_module_frees_nothing_and_the_next_one_does() -
         assert_close(net.gradients(y), net.gradients(net.op(net.made())))
 
 
+def test_an_empty_batch_is_donated() -> None:
+    net = Net()
+    net.data = net.data[:0]
+    assert_close(net.gradients(donating(net.op)(net.made())), net.gradients(net.op(net.made())))
+
+
 def test_nobody_is_kept_alive_when_backward_never_comes() -> None:
     net = Net()
     x = net.made()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import assert_close
 from planning_chains import fake_costs, make_op, step, weights_of
+from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc.errors import WireError
@@ -162,3 +163,18 @@ def test_modes_override_plans_and_the_inverse_has_none():
     count = len(flat_ops(part))
     fast = inv.checkpoint(part, plan=Plan(store_all(count), fake_costs(part)))
     torch.testing.assert_close(inv.invert(fast)(fast(x)), x)
+
+
+@pytest.mark.parametrize("look", [lambda op, x: inv.plan(op, x, max_time=2.0), inv.draw], ids=["plan", "draw"])
+def test_what_is_looked_at_under_autocast_leaves_no_cast_without_data(look):
+    op, x = inv.chain(inv.split(2), inv.couple(nn.Linear(4, 4).float()), inv.concat(2)), torch.randn(3, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        look(op, x)
+        assert type(op(x)) is Tensor
+
+
+def test_a_planned_call_of_another_shape_under_autocast_gives_numbers():
+    op, x = inv.chain(inv.split(2), inv.couple(nn.Linear(4, 4).float()), inv.concat(2)), torch.randn(3, 8).float()
+    planned = inv.checkpoint(op, plan=inv.plan(op, x, max_time=2.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert type(planned(torch.randn(2, 8).float())) is Tensor

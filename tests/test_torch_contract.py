@@ -805,6 +805,11 @@ def _() -> None:
 # torch's own means to change what its classes do; ours are not called by a torch that does not know the name, and then:
 OVERRIDES = {
     ("invfunc/nn/lowered.py", "_apply"): "the op of a module that was moved is built at every call, not once",
+    (
+        "invfunc/nn/lowered.py",
+        "_save_to_state_dict",
+    ): "a state dict goes round in a module that holds a closure of itself",
+    ("invfunc/nn/lowered.py", "_load_from_state_dict"): "likewise",
     ("invfunc/nn/layers.py", "_apply"): "what a module has computed of its weights is of their dtype before",
     ("invfunc/nn/module.py", "_save_to_state_dict"): "flags that are the default are in the state dict, too",
     ("invfunc/nn/module.py", "_load_from_state_dict"): "a state dict without flags is refused",

@@ -129,7 +129,7 @@ class Donation:
         outputs = {leaf.untyped_storage().data_ptr() for leaf in leaves(y) if isinstance(leaf, Tensor)}
         closed = {id(tensor) for tensor in trunk.levels.tensors_in_sight()} if trunk is not None else set()
         for tensor in self.given:
-            if tensor.untyped_storage().data_ptr() in outputs:
+            if tensor.numel() and tensor.untyped_storage().data_ptr() in outputs:
                 raise DonatedError("donate: the output is a view of the input", cure="leave donate=False")
             if id(tensor) in closed or why_not_donate(tensor):
                 raise DonatedError(

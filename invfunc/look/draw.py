@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _torch
-from .._torch import LOOKS_AT_VALUES, FakeTensorMode, storage_id, storage_of
+from .._torch import LOOKS_AT_VALUES, storage_id, storage_of
 from ..checkpoint import Checkpointed, CompiledStages, Marked, Wrapper
 from ..core.combine import Parallel
 from ..core.couple import Half, InverseLaw, is_coupling
@@ -35,7 +35,7 @@ from ..exact.transform import Gridded
 from ..plan import report
 from ..plan.costs import show_bytes
 from ..plan.executor import Planned, flat_ops, flat_stages, halves
-from ..plan.inputs import faked, home_of, realised
+from ..plan.inputs import faked, faking, home_of, realised
 from ..plan.trials import forward_of
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire
 from .pictures import GAP, GREY, LETTER, ROW, Picture, above, at, beside, box, document, framed, line, text, tinted
@@ -171,7 +171,7 @@ def _(op: Planned, probe: Callable[[Invertible], Invertible]) -> Invertible:
 def _readings(op: Invertible, x: Any) -> list[Reading]:
     """Run an op once, on fake tensors if it lets us, and return what flows into it and out of every part."""
     with _undisturbed(op):
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with faking() as mode:
             fake = faked(x, mode, home_of(op))
             try:
                 return _run(op, fake, mode.from_tensor)

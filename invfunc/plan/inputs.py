@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -23,6 +24,16 @@ def home_of(op: Invertible) -> torch.device:
     """Where an input is that is given by its shape: with the first tensor that the op reads."""
     seen = Snapshot(op.functions).tensors_in_sight()
     return next((tensor.device for tensor in seen), torch.get_default_device())
+
+
+@contextmanager
+def faking(mode: FakeTensorMode | None = None) -> Iterator[FakeTensorMode]:
+    """Below a mode of fake tensors; autocast, which keeps casts of weights, keeps none of these for calls to come."""
+    try:
+        with mode or FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        torch.clear_autocast_cache()
 
 
 def faked(x: Any, mode: FakeTensorMode, home: torch.device | None = None) -> Wire:

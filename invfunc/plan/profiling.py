@@ -51,6 +51,7 @@ from .inputs import (
     as_input,
     check_input,
     faked,
+    faking,
     free_bytes,
     home_of,
     map_tensors,
@@ -180,7 +181,7 @@ class Profiler:
     def _shown(self, blocks: Blocks, x: Any) -> tuple[Shown, Wire, int]:
         """What goes through a model, on fake tensors if it does not look at values; its input, and the loss's bytes."""
         model = OneWay(blocks.model)
-        with untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with untouched(model), faking() as mode:
             given = faked(x, mode, home_of(model))
             try:
                 shown = show(blocks, given)
@@ -195,10 +196,10 @@ class Profiler:
         ops = flat_ops(op)
         fine = len(ops) <= self.fine
         whole = [1] * len(ops) if fine else [len(halves(stage)) for stage in flat_stages(op)]
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with faking() as mode:
             fake = faked(x, mode, home_of(op))
         with untouched(op):  # before anything real comes to what was made of fake tensors
-            with mode, Books():  # who takes parameters for fake ones, too, which makes torch several times faster
+            with faking(mode), Books():  # who takes parameters for fake ones, too: torch is several times faster
                 units, inputs = _units(ops, whole, fake)
                 loss_bytes = _loss_bytes(self.loss, inputs[-1])
             chain = [unit for unit, _ in units]
@@ -287,7 +288,7 @@ def _realised(tree: Any) -> Any:
 
 def bytes_only(ops: Sequence[Invertible], x: Wire) -> Costs:
     """The costs of ops as they are grouped already, with bytes and without seconds."""
-    with untouched(*ops), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with untouched(*ops), faking() as mode:
         inputs = [faked(x, mode, home_of(ops[0]))]
         for op in ops:
             inputs.append(_output(op, inputs[-1])[0])
@@ -341,6 +342,7 @@ def _output(op: Invertible, x: Wire) -> tuple[Wire, bool]:
     except LOOKS_AT_VALUES:
         mode = fake_mode()
         assert mode is not None
+        torch.clear_autocast_cache()
         with outside_modes(), torch.no_grad():
             y = faked(as_input(op.forward(realised(None, x))), mode)
     return y, _makes_storage(x, y)

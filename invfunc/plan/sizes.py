@@ -17,7 +17,7 @@ from ..look.memory import StorageLedger
 from ..wires import Wire, is_differentiable, leaves
 from .costs import OpCosts
 from .executor import has_inverse
-from .inputs import as_input, copied, nbytes, realised, storages
+from .inputs import as_input, copied, faking, nbytes, realised, storages
 from .keeping import kind_of, name_of_operator
 from .trials import (
     Layout,
@@ -172,7 +172,7 @@ class Subject:
 
     def _try(self, way: Callable[..., Any], *args: Any) -> Any:
         try:
-            with self.mode:
+            with faking(self.mode):
                 return way(self.op, self.x, *args)
         except LOOKS_AT_VALUES:
             return way(self.op, realised(None, self.x), *args)
