@@ -617,6 +617,13 @@ def test_compiled_stages_inside_of_a_graph_and_of_a_transform() -> None:
     torch.autograd.gradgradcheck(net, x.requires_grad_())
 
 
+def test_stages_that_were_compiled_before_become_part_of_a_graph() -> None:
+    net = Network(couplings)
+    net.fast = inv.compile_stages(net.fast, backend="aot_eager")
+    net(torch.randn(3, 4)).sum().backward()
+    assert_same_step(net, torch.compile(net, backend="aot_eager", fullgraph=True))
+
+
 def test_compiled_stages_on_fake_tensors_are_not_compiled() -> None:
     op = inv.compile_stages(inv.checkpoint(between(inv.couple(Tanh()))), backend="aot_eager")
     with FakeTensorMode(allow_non_fake_inputs=True):

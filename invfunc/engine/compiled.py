@@ -350,7 +350,7 @@ class Steps:
     """``fn(*args)``, each step of each kind of op compiled once; built by `invfunc.compile_stages`."""
 
     options: dict[str, Any]
-    compiled: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
+    compiled: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict, init=False)  # no part of an op
 
     def __call__(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Compile, or call what has been compiled; in double backward, and on fake tensors, neither."""

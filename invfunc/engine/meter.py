@@ -9,7 +9,9 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
     the function stops early. What that coupling gave is compared instead, and what its function has saved.
 2.  *What.* The root of the sum of squared errors over that of the squared values, as a norm would give it, from values
     at fixed places that are spread over the whole wire. On chains that drift, that lands within a factor of 2 of the
-    true error. It does not find a single wrong element: it measures rounding, it does not search for bugs.
+    true error. It does not find a single wrong element: it measures rounding, it does not search for bugs. Nor would
+    a sum of all values: it takes two passes over the wire, errors of rounding that point one way move it by as much,
+    and the largest value tells of a wrong one only where that is larger. `invfunc.exact` compares every bit.
 3.  *Cost.* One small gather in forward and one in backward for each tensor of the wire; nothing is evaluated again, and
     nothing of the size of an activation is kept. A stage that is not rebuilt, because it is frozen, is not compared.
 4.  *When.* In the ordinary backward of an ordinary forward. Under a transform, in a gradient that is differentiated
