@@ -349,7 +349,8 @@ class Levels:
     """The levels of a trunk, and the state: how far they have been undone. Refers to neither trunk nor frames."""
 
     __slots__ = (
-        "behind", "is_measured", "is_wanted", "items", "last", "probe", "probed", "restore", "state", "watch", "watched",
+        "behind", "is_measured", "is_wanted", "items", "last", "probe", "probed", "restore", "state", "watch",
+        "watched",
     )  # fmt: skip
 
     def __init__(self) -> None:
