@@ -216,6 +216,16 @@ def test_a_plan_chooses_the_blocks(name: str) -> None:
     assert all(map(torch.equal, step(model, given)[1], expected))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_plan_counts_the_cache_that_the_output_holds(name: str) -> None:
+    model, _ = made(name, 8)
+    ids = torch.randint(3, WORDS, (4, 48), generator=torch.Generator().manual_seed(1))
+    plain = inv.plan(model, ids, max_time=1.0, loss=scores_squared)
+    least = min(point.peak_bytes for point in plain.curve)
+    for plan in (plain, plain.at(least), plain.at((least + plain.peak_bytes) // 2)):
+        assert plan.verify(ids, loss=scores_squared).peak_bytes <= plan.peak_bytes
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "vit"])
 def test_the_switch_of_transformers_takes_our_function(name: str) -> None:
     model, _ = made(name)
