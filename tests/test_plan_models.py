@@ -346,7 +346,7 @@ def test_the_command_prints_a_plan_and_saves_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget", "1kB"], "budget 1000 B is below the least possible"),
+        (["--budget", "1kB"], "budget 1000 B is below the least found"),
         ([], "plan: nothing is limited"),
         (["--budget", "much"], "budget is 'much', expected bytes"),
     ],
