@@ -1036,7 +1036,8 @@ set_fp32_precision: Callable[[str, str, str], Any] = _private(
     "torch._C._set_fp32_precision_setter", lambda library, kind, value: None
 )
 
-# What an operator's arguments are called. Otherwise attention counts as drawing even without dropout.
+# What an operator takes and returns. Otherwise attention counts as drawing even without dropout,
+# and a write into a result that is kept is noticed only where the operator says that it makes no views.
 _schema_of = _attribute("torch._ops.OpOverload._schema", torch.ops.aten.bernoulli.default, lambda operator: None)
 
 
@@ -1049,6 +1050,14 @@ def signature_of(operator: Any) -> list[tuple[str, str]]:
 def arguments_of(operator: Any) -> list[str]:
     """Their names alone."""
     return [name for name, _ in signature_of(operator)]
+
+
+def gives_views(operator: Any) -> bool:
+    """Whether an operator returns memory that it was given."""
+    schema = _schema_of(operator)
+    if schema is None:
+        return getattr(operator, "is_view", True)
+    return any(result.alias_info is not None for result in schema.returns)
 
 
 # Which backward is running; below zero where none is. Otherwise what could be asked once in it is asked each time.

@@ -91,6 +91,43 @@ def test_a_cache_that_a_block_writes_is_as_it_was_when_it_runs_again(model: Llam
     assert_close(both(model), expected, 0.0)
 
 
+class Keys:
+    """What a block writes into, of a class that nobody knows."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+
+class Writer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, keys: Keys) -> Tensor:
+        keys.seen.append(self.linear(x).tanh())
+        return torch.stack(keys.seen).sum(0)
+
+
+class Writers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Writer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = Keys()
+        for block in self.blocks:
+            x = block(x, keys)
+        return x
+
+
+@pytest.mark.compile
+def test_a_cache_below_a_compiler_is_written_once() -> None:
+    model, x = Writers(), torch.randn(2, 4)
+    expected = step(model, x)
+    inv.nn.checkpoint_blocks(model, "blocks.*")
+    assert_close(step(torch.compile(model, backend="eager", fullgraph=True), x), expected, 0.0)
+
+
 class Talkative(nn.Module):
     """A block that takes and returns anything."""
 

@@ -76,5 +76,5 @@ def test_what_a_plan_refuses_later():
 def test_costs_that_are_none():
     assert_refused(OptionError, "these are not costs, expected what Costs.to_json wrote", lambda: Costs.from_json("{"))
     costs = Costs((OpCosts("op", 0.0, 0.0, bytes=10, tape=20),))
-    message = "budget 1 B is below the least possible 30 B (op 0 'op': turn to backward); 30 bytes cost 1x the time"
+    message = "budget 1 B is below the least found 30 B (op 0 'op': turn to backward); 30 bytes cost 1x the time"
     assert_refused(OptionError, message, lambda: inv.plan(costs, budget=1))

@@ -110,6 +110,57 @@ class Writing(Model):
         return self.head(self.norm(x))
 
 
+class Cache:
+    """Keys and values of each block, for who called the model."""
+
+    def __init__(self):
+        self.values = []
+
+    def update(self, new):
+        self.values.append(new)
+        return new
+
+
+class Caching(Block):
+    def forward(self, x, cache=None):
+        return x + self.mlp(cache.update(self.norm(x) * 2))
+
+
+@dataclass
+class Scores:
+    scores: torch.Tensor
+    cache: Cache
+
+
+class Generator(Model):
+    """Its output holds what its blocks have left in a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Caching() for _ in range(4))
+
+    def forward(self, tokens):
+        x, cache = self.words(tokens) + self.places(torch.arange(tokens.shape[1])), Cache()
+        for block in self.blocks:
+            x = block(x, cache=cache)
+        return Scores(self.head(self.norm(x)), cache)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.0])
+def test_a_cache_that_the_output_holds_counts_in_the_promised_peak(share):
+    torch.manual_seed(0)
+    model, x = Generator(), tokens(32)
+
+    def loss(out):
+        return out.scores.square().mean()
+
+    plan = inv.plan(model, x, max_time=1.0, loss=loss)
+    lowest = min(point.peak_bytes for point in plan.curve)
+    plan = plan.at(int(lowest + share * (plan.peak_bytes - lowest)))
+    found = plan.verify(x, loss=loss)
+    assert 0.85 * plan.peak_bytes <= found.peak_bytes <= plan.peak_bytes and found.error == 0
+
+
 def test_what_blocks_write_into_is_as_it_was_in_every_call():
     torch.manual_seed(0)
     model, x = Writing(), tokens()
@@ -295,7 +346,7 @@ def test_the_command_prints_a_plan_and_saves_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget", "1kB"], "budget 1000 B is below the least possible"),
+        (["--budget", "1kB"], "budget 1000 B is below the least found"),
         ([], "plan: nothing is limited"),
         (["--budget", "much"], "budget is 'much', expected bytes"),
     ],

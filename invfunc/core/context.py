@@ -218,14 +218,19 @@ def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
     return new
 
 
-def functions_in(item: Any, seen: set[int]) -> list[Any]:
-    """The modules and functions that an argument is, or that a copy of its state shares."""
+def contents_in(item: Any, seen: set[int]) -> list[Any]:
+    """What an argument is made of, down to what a copy of its state shares."""
     if id(item) in seen:
         return []
     seen.add(id(item))
-    if isinstance(item, (nn.Module, FunctionType, MethodType, partial)):
-        return [item]
     if not has_state(item):
-        return []
+        return [item]
     values = item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list, set, deque)) else ()
-    return [fn for part in (*values, *_attributes_of(item).values()) for fn in functions_in(part, seen)]
+    return [leaf for part in (*values, *_attributes_of(item).values()) for leaf in contents_in(part, seen)]
+
+
+def functions_in(item: Any, seen: set[int]) -> list[Any]:
+    """The modules and functions among that."""
+    return [
+        leaf for leaf in contents_in(item, seen) if isinstance(leaf, (nn.Module, FunctionType, MethodType, partial))
+    ]

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -103,6 +104,8 @@ class Result(NamedTuple):
 
 
 def _tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):  # as most are; this runs for every operator
+        return [out]
     return [leaf for leaf in _torch.trees.tree_flatten(out)[0] if isinstance(leaf, Tensor)]
 
 
@@ -111,8 +114,13 @@ def _versions_of(out: Any) -> list[int]:
 
 
 def _detached(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out.detach()
     flat, spec = _torch.trees.tree_flatten(out)
     return _torch.trees.tree_unflatten([t.detach() if isinstance(t, Tensor) else t for t in flat], spec)
+
+
+_gives_views = lru_cache(maxsize=None)(_torch.gives_views)
 
 
 class Keeping(_torch.DispatchMode):
@@ -136,13 +144,12 @@ class Keeping(_torch.DispatchMode):
         context = SelectiveCheckpointContext(is_recompute=False)
         context.op_output = out
         is_kept = self.policy(context, func, *args, **kwargs) in _KEPT
-        if is_kept or self.names:
+        if is_kept:
+            self._keep(call, out, _gives_views(func))
+        elif self.names:
             old = {_torch.storage_of(t) for t in _tensors((args, kwargs))}
             new = {_torch.storage_of(t): t._version for t in _tensors(out)}
-            if is_kept:
-                self._keep(call, out, not old.isdisjoint(new))
-            else:
-                self.made.update({storage: (call, out, new[storage]) for storage in new.keys() - old})
+            self.made.update({storage: (call, out, new[storage]) for storage in new.keys() - old})
         return out
 
     def keep(self, tensor: Tensor) -> None:

@@ -479,7 +479,7 @@ def reversible(
             to these. None takes the recipe for the class of the block: GPT-2, Llama, Mistral, Qwen, Gemma, Gemma 2 and
             3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT, RoBERTa-PreLayerNorm and ViT of transformers, timm's
             ViT, torch's encoder and decoder layers (``norm_first=True``).
-        options: Those of `invfunc.checkpoint`, such as ``mode`` and ``drift``.
+        options: Those of `invfunc.checkpoint`, such as ``mode``, ``drift`` and ``keep``.
 
     Returns:
         A handle with the method ``remove()``, which undoes it; also a context manager. Its ``blocks`` are by path.
@@ -487,7 +487,10 @@ def reversible(
     Cost:
         Nothing is kept from block to block, but for the bits of the last two schemes and what the model itself keeps:
         hidden states, and a cache, which many models make in training, too, unless they get ``use_cache=False``. Each
-        branch is evaluated exactly twice in a training step.
+        branch is evaluated exactly twice in a training step: 1.31 times plain's flops, where torch's checkpoint takes
+        1.25 to 1.27. With ``keep`` of attention's operators, one tensor of a stream's size is kept for each block, and
+        attention is not run twice: 1.19 times, in less memory than torch's checkpoint takes (GPT-2 and Llama of 8 and
+        16 blocks, four times as many tokens as the model is wide).
 
     Raises:
         OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, stands in

@@ -67,6 +67,7 @@ class OpCosts:
         gradient: Bytes of the gradient of y.
         saves: Whether a tape holds anything at all: what saves nothing is not run again.
         tape: Bytes that a taped forward leaves behind, without x; with y where the tape holds it.
+        left: Bytes of the tape that somebody else keeps to the end of the step, as the keys and values of a cache.
         holds_input: Bytes that the tape holds of each storage of x.
         holds_output: Bytes that the tape holds of each storage of y.
         shares_output: Bytes of each storage of y that is one of x, as of a coupling's untouched component.
@@ -112,6 +113,7 @@ class OpCosts:
     gradient: int = 0
     saves: bool = True
     tape: int = 0
+    left: int = 0
     holds_input: tuple[int, ...] = ()
     holds_output: tuple[int, ...] = ()
     shares_output: tuple[int, ...] = ()
@@ -318,14 +320,18 @@ class Ledger:
     def store(self, i: int, j: int, r: int) -> tuple[int, int]:
         """(keeps, needs) of op i+1 on a tape."""
         own = self.paid[HELD][i + 1] if i + 1 == self.length else 0  # the caller's
-        return self._input_kept(i, r) + self.ops[i].tape - own, max(self.tape(i, j, r))
+        return self._input_kept(i, r) + self.ops[i].tape - own - self._left(i, j), max(self.tape(i, j, r))
 
     def tape(self, i: int, j: int, r: int) -> tuple[int, int]:
         """(needs forward, needs backward) of op i+1 on a tape."""
         op, p = self.ops[i], i + 1
-        own = self.paid[HELD][p] if p == self.length else 0  # the caller's
-        forward = self.in_hand(i, r) + op.peak_taped + self.waits(j, p) - self.output(j)
-        return forward, self._input_kept(i, r) + op.peak_backward - own
+        own, left = self.paid[HELD][p] if p == self.length else 0, self._left(i, j)  # the caller's
+        forward = self.in_hand(i, r) + op.peak_taped + self.waits(j, p) - self.output(j) - left
+        return forward, self._input_kept(i, r) + op.peak_backward - own - left
+
+    def _left(self, i: int, j: int) -> int:
+        """Bytes of a tape that count elsewhere; those of one that is made again are another's."""
+        return self.ops[i].left if j == self.length else 0
 
     def _input_kept(self, i: int, r: int) -> int:
         return self.sizes[i] if r == EXACT else self.inputs[i] - self.paid_inputs[r][i]

@@ -3,6 +3,8 @@
 NOTE [Blocks] Between the blocks of a model lies its author's own code, a loop that nobody else sees. So each block is
 decided on alone, stored or run again, and what is before and behind the blocks is stored. One call with hooks tells
 what goes into each block, what the two ends keep, and that the blocks are a chain: each takes what the one before gave.
+What blocks leave behind in their arguments, such as the keys and values of a cache, may be held to the end of the step,
+whatever is done with the blocks: it counts as kept by what is before them.
 The planned model is a copy of the modules on the way to the blocks and of the blocks themselves; it has the same
 parameters, under the same names, and the model is as it was.
 """
@@ -10,9 +12,10 @@ parameters, under the same names, and the model is as it was.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..core.context import copy_state
+from .._torch import storage_of
+from ..core.context import contents_in, copy_state
 from ..core.op import Invertible, chain, graph_leaves, lift
 from ..errors import OptionError
 from ..nn.module import Module, op_of
@@ -106,11 +110,15 @@ class Call:
     block: nn.Module
     rest: tuple[Any, ...]
     named: tuple[tuple[str, Any], ...]
+    left: list[Callable[[], Any]] = field(default_factory=list, compare=False)  # storages, of the last call
 
     def __call__(self, x: Tensor) -> Tensor:
         """What it hands on; an argument that it writes into, such as a cache, is as it was in the model's own call."""
         rest, named = copy_state((self.rest, dict(self.named)))
-        return _handed_on(self.block(x, *rest, **named))
+        out = _handed_on(self.block(x, *rest, **named))
+        before, after = (_storages_in(state) for state in ((self.rest, self.named), (rest, named)))
+        self.left[:] = [weakref.ref(storage) for key, storage in after.items() if key not in before]
+        return out
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -120,6 +128,11 @@ class Call:
     @property
     def __name__(self) -> str:
         return type(self.block).__name__
+
+
+def _storages_in(state: Any) -> dict[int, torch.UntypedStorage]:
+    tensors = tensors_of(contents_in(state, set()))
+    return {storage_of(t): t.untyped_storage() for t in tensors}
 
 
 def _handed_on(out: Any) -> Any:
@@ -153,7 +166,7 @@ class _Watch:
         self.calls: list[Call] = []
         self.entry = self.last = self.exit = torch.empty(0)
         self.works: list[Work] = []
-        self.peak = self.kept = 0
+        self.peak = self.kept = self.left = self.before = 0
 
     @property
     def base(self) -> int:
@@ -187,9 +200,11 @@ class _Watch:
             self.works.append(self.books.take_work())
             torch.set_grad_enabled(False)
         self.calls.append(Call(block, *copy_state((args[1:], tuple(sorted(kwargs.items()))))))
+        self.before = self.books.balance
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         self.last = _handed_on(out)
+        self.left += max(self.books.balance - nbytes(tuple(tensors_of(out))) - self.before, 0)
         if len(self.calls) < len(self.modules):
             return None
         torch.set_grad_enabled(True)
@@ -213,8 +228,14 @@ def show(blocks: Blocks, x: Wire) -> Shown:
         behind = _back(f"behind {blocks.path}", books, ends, watch.base, peak, work, [watch.exit])
         base = books.balance - watch.kept
         before = _back(f"before {blocks.path}", books, [watch.entry], base, watch.peak, watch.works[0], [])
+        before = before._replace(costs=_holding(before.costs, watch.left))
     y = map_tensors(lambda _: _zeros(*next(likes)), empty)
     return Shown(before, watch.calls, watch.entry, watch.works[1], behind, y)
+
+
+def _holding(costs: OpCosts, more: int) -> OpCosts:
+    """The costs of a stored op, where so many bytes more are held as long as its tape."""
+    return replace(costs, tape=costs.tape + more, peak_backward=costs.peak_backward + more)
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -136,7 +136,10 @@ def _in_time(costs: Costs, budget: int, max_error: float, limit: float) -> Sched
 
 
 def least(costs: Costs, max_error: float | None = None) -> Schedule:
-    """A schedule of least peak. Seconds do not decide what that is: two profiles of one op name the same."""
+    """A schedule of the least peak that is found. Seconds do not decide what that is: two profiles name the same.
+
+    Tables round bytes up, so that it may be some percent above the least of all.
+    """
     return _leanest(costs.without_seconds(), max_error)
 
 
@@ -204,7 +207,7 @@ def _below_least(costs: Costs, budget: int, max_error: float | None, schedule: S
     fast = predict(costs, fastest(costs, found.peak_bytes, max_error))
     op, limited = costs.ops[found.binds], "" if max_error is None else f" with gradient errors of {max_error:.2g}"
     return OptionError(
-        f"budget {show_bytes(budget)} is below the least possible {show_bytes(found.peak_bytes, math.ceil)}{limited}"
+        f"budget {show_bytes(budget)} is below the least found {show_bytes(found.peak_bytes, math.ceil)}{limited}"
         f" (op {found.binds} {op.name!r}: {found.moment})",
         cure=f"{found.peak_bytes} bytes cost {_over_plain(costs, fast):.3g}x the time",
     )

@@ -269,9 +269,9 @@ def _bytes_by_tape(op: Invertible, x: Wire, found: OpCosts, parameters: list[Ten
         outputs = _watched(trial.y)
         trial.y = xs = None
         held_in, held_out = _alive(inputs), _alive(outputs)
-        tape = books.balance - sum(held_in)
+        tape, left = books.balance - sum(held_in), _alive([s for fn in op.functions for s in getattr(fn, "left", ())])
         back = books.run_back(trial).on(sum(held_in))
-    found = replace(found, tape=tape, holds_input=held_in, holds_output=held_out, peak_taped=forward)
+    found = replace(found, tape=tape, left=sum(left), holds_input=held_in, holds_output=held_out, peak_taped=forward)
     found = replace(found, gradient=max(found.gradient, back.given))
     return Sizes(replace(found, peak_backward=back.peak), back.sends, {"step": books.take_work()})
 

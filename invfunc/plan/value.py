@@ -108,7 +108,7 @@ class Plan:
 
     @cached_property
     def curve(self) -> tuple[Point, ...]:
-        """Least time against peak, from the least possible memory to plain training."""
+        """Least time against peak, from the least memory that was found to plain training."""
         return curve_of(self.costs, self.limits.max_error)
 
     @property
@@ -398,6 +398,8 @@ def plan(
         a chain where memory is short. Of several lists, the one with the most parameters is planned.
         Bytes and seconds are those of a plan that runs as written. Under ``torch.compile`` values and gradients are the
         same, but a region that is run again keeps its whole tape meanwhile, whatever the plan has chosen inside.
+        The least budget that an error names is the least that was found, and is accepted; since the search counts bytes
+        in coarse units, a plan for some percent less may exist.
 
     Source:
         Herrmann et al., Optimal checkpointing for heterogeneous chains (2019), with a third choice, the inverse.

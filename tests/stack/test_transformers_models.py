@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import invfunc as inv
 from invfunc.look.memory import measure
@@ -33,7 +34,7 @@ SIZES = dict(
 
 
 def gpt2(depth: int, **options: Any) -> nn.Module:
-    sizes = dict(vocab_size=WORDS, n_positions=64, n_embd=WIDTH, n_head=HEADS, bos_token_id=1, eos_token_id=2)
+    sizes = dict(vocab_size=WORDS, n_positions=128, n_embd=WIDTH, n_head=HEADS, bos_token_id=1, eos_token_id=2)
     return hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=depth, **sizes, **options))
 
 
@@ -174,6 +175,20 @@ def test_training_with_a_cache(name: str) -> None:
     assert_close(step(model, given)[1], expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, of the loss's code
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_compiled_model_with_checkpointed_blocks_is_the_model(name: str, use_cache: bool) -> None:
+    """Compiled, a cache was written twice, and gradients were off by a tenth."""
+    model, blocks = made(name)
+    given = {**batch(name), "use_cache": use_cache}
+    expected, gradients = step(model.eval(), given)
+    with inv.nn.checkpoint_blocks(model, blocks):
+        found, others = step(torch.compile(model, backend="eager"), given)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
+    assert_close(others, gradients)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bdia_evaluates_the_model_itself(name: str) -> None:
     model, blocks = made(name)
@@ -216,6 +231,16 @@ def test_a_plan_chooses_the_blocks(name: str) -> None:
     assert all(map(torch.equal, step(model, given)[1], expected))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_plan_counts_the_cache_that_the_output_holds(name: str) -> None:
+    model, _ = made(name, 8)
+    ids = torch.randint(3, WORDS, (4, 48), generator=torch.Generator().manual_seed(1))
+    plain = inv.plan(model, ids, max_time=1.0, loss=scores_squared)
+    least = min(point.peak_bytes for point in plain.curve)
+    for plan in (plain, plain.at(least), plain.at((least + plain.peak_bytes) // 2)):
+        assert plan.verify(ids, loss=scores_squared).peak_bytes <= plan.peak_bytes
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "vit"])
 def test_the_switch_of_transformers_takes_our_function(name: str) -> None:
     model, _ = made(name)
@@ -249,6 +274,58 @@ def test_the_peak_does_not_grow_with_depth(name: str, scheme: str) -> None:
         train()
         peaks.append(measure(train).peak_bytes)
     assert peaks[1] <= 1.05 * peaks[0]
+
+
+KEPT = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu]
+COUNTED = {  # as the flop counter counts attention's other operators
+    KEPT[0]: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
+
+
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # with it, attention is no operator on the CPU
+
+
+def flops_and_peak(name: str, change: Callable[[nn.Module, str], Any]) -> tuple[int, int]:
+    """Of a step, with four times as many words as the model is wide."""
+    torch.manual_seed(0)
+    make, blocks = DECODERS[name]
+    model = make(8, **NO_DROPOUT) if name == "gpt2" else make(8)
+    change(model, blocks)
+    ids = torch.randint(3, WORDS, (2, 128))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def train() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    train()
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        train()
+    return counter.get_total_flops(), measure(train).peak_bytes
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_reversible_with_attention_kept_is_below_torchs_checkpoint(name: str) -> None:
+    """In flops and in bytes."""
+    plain, _ = flops_and_peak(name, lambda model, blocks: None)
+    theirs = flops_and_peak(name, lambda model, blocks: model.activation_checkpointing_enable({"use_reentrant": False}))
+    ours = flops_and_peak(name, lambda model, blocks: inv.nn.reversible(model, blocks, keep=KEPT))
+    assert ours[0] < theirs[0] and ours[0] <= 1.25 * plain and ours[1] <= theirs[1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_is_kept_changes_no_gradient(name: str) -> None:
+    model, blocks = made(name)
+    model.eval()  # without dropout
+    inv.nn.reversible(model, blocks, keep=KEPT)
+    with inv.mode("store"):
+        expected, gradients = step(model, batch(name))
+    found, others = step(model, batch(name))
+    assert torch.equal(found.loss, expected.loss)
+    assert_close(others, gradients)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
