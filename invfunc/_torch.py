@@ -579,7 +579,9 @@ def _named_buffers(module: nn.Module) -> Mapping[str, Any]:
 
 
 def _named_children(module: nn.Module) -> Mapping[str, Any]:
-    return {name: child for name, child in module.named_modules(remove_duplicate=False) if name and "." not in name}
+    held = dict(nn.Module.named_children(module))  # not what a module of ours makes of it, which asks here
+    twins = set(dir(module)).difference(dir(type(module)), vars(module), held)  # it names each module once
+    return held | {name: child for name in sorted(twins) if isinstance(child := getattr(module, name), nn.Module)}
 
 
 def _always(item: Any) -> bool:

@@ -297,7 +297,7 @@ def test_a_function_that_does_not_stand_a_hazard(hazard: str, factor: Callable[[
 @pytest.mark.parametrize(
     ("hazard", "what", "broken"),
     [
-        ("random numbers", "invfunc.engine.conditions.RandomState.put", lambda self: None),
+        ("random numbers", "invfunc.engine.random_numbers.RandomState._put_torch", lambda self: None),
         ("buffers", "invfunc.engine.snapshot.Snapshot.restored", lambda *args: nullcontext()),
         ("autocast", "invfunc.engine.conditions.autocast", lambda state: nullcontext()),
         ("threads", "invfunc.engine.conditions.threads", lambda count: nullcontext()),

@@ -20,7 +20,7 @@ from invfunc.core.combine import Parallel
 from invfunc.core.couple import Half
 from invfunc.core.op import Chain, Invertible, Pair
 from invfunc.engine import functional, lower, snapshot, trunk, watch
-from invfunc.engine.conditions import RandomState
+from invfunc.engine.random_numbers import RandomState
 from invfunc.testing import LAWS, LawError, check_laws
 from invfunc.wires import map_wire
 
@@ -291,7 +291,7 @@ def checkpoint_drops_a_captured_gradient(patch: MonkeyPatch) -> None:
 
 @tooth("checkpoint_gradients", random_coupling, two_rows)
 def stale_random_numbers(patch: MonkeyPatch) -> None:
-    patch.setattr(RandomState, "put", lambda self: None)
+    patch.setattr(RandomState, "_put_torch", lambda self: None)
 
 
 @tooth("checkpoint_effects", random_coupling, two_rows, "checkpoint_gradients")

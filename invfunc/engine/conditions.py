@@ -14,11 +14,12 @@ NOTE [Conditions] A function that runs again has to find what it found in forwar
     user's own are what they were. It is the context in which the pipeline was called, for each of its calls; autocast
     and the default device may be others at a call: a model's own loop sets them between blocks.
 4.  *Discrete decisions* are pinned by `pin`.
-5.  Generators belong to the process, and no lock is held while a function runs. A replay that draws sets them, for
-    itself and all that is nested in it, on whatever thread. One that comes meanwhile, or in a process that uses several
-    accelerators, has *generators of its own*: a mode hands them to each operator that draws. Two things there are but
-    once, so that a replay which needs them waits for its *turn*: Python's and NumPy's generators, if the call drew from
-    them; and the places in modules, closures and containers that it puts back.
+5.  Generators belong to the process. A replay that draws sets them, for itself and all that is nested in it, on
+    whatever thread. One that comes meanwhile waits a moment for its *turn*. If it does not come, its holder may be
+    waiting for us: in a nested gradient, or where the functions of two threads meet. So the replay goes on with
+    *generators of its own*, which a mode hands to each operator that draws. Two things there are but once, and a replay
+    that needs them waits as long as it takes: Python's and NumPy's generators, if the call drew from them; and the
+    places in modules, closures and containers that it puts back.
 """
 
 from __future__ import annotations

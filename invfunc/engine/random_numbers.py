@@ -20,7 +20,7 @@ from .turns import turn
 T = TypeVar("T")
 _CPU = torch.device("cpu")
 
-_SEEN: set[torch.device] = set()  # the accelerators that calls have had in sight
+_PATIENCE = 0.25  # seconds
 
 # ---- states ----------------------------------------------------------------------------------------------------------
 
@@ -38,7 +38,6 @@ class RandomState:
         own = _own_generators()
         self.cpu = _torch.cpu_random_state() if own is None else own.cpu.get_state()
         self.devices = devices
-        _SEEN.update(devices)
         self.is_captured = any(map(is_captured, devices))
         self.states = [] if self.is_captured else [_state_of(device, own) for device in devices]
         self.python = host_random.python_state()
@@ -94,17 +93,13 @@ class RandomState:
                 stack.enter_context(_NoDrawing())
             if self.draws_on_host:  # there is but one of each
                 stack.enter_context(turn(["Python's and NumPy's generators"]))
-            own, now = _own_generators(), self.later()
-            if own is not None:
-                stack.enter_context(own.at(self))
-            elif len(_SEEN) < 2 and stack.enter_context(turn(["torch's generators"], waits=False)):
-                stack.callback(now._put_torch)
-                self._put_torch()
-            else:  # another thread's replay has set them, or draws from any of several devices
-                stack.enter_context(_OwnGenerators(self))
-            if self.draws_on_host:
-                stack.callback(now._put_host)
+                stack.callback(self.later()._put_host)
                 self._put_host()
+            if _own_generators() is None and stack.enter_context(turn(["torch's generators"], _PATIENCE)):
+                stack.callback(self.later()._put_torch)
+                self._put_torch()
+            else:  # who has them may wait for us
+                stack.enter_context(_OwnGenerators(self))
             yield
 
 
@@ -166,22 +161,9 @@ class _OwnGenerators(_torch.DispatchMode):
 
     def __init__(self, state: RandomState) -> None:
         super().__init__()
-        self._set(state)
-
-    def _set(self, state: RandomState) -> None:
         self.cpu = torch.Generator()
         self.cpu.set_state(state.cpu)
         self.states = dict(zip(state._read(), state.states, strict=True))
-
-    @contextmanager
-    def at(self, state: RandomState) -> Iterator[None]:
-        """Draw from another state inside, as what is nested in a replay does."""
-        held = self.cpu, self.states
-        self._set(state)
-        try:
-            yield
-        finally:
-            self.cpu, self.states = held
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -190,9 +172,10 @@ class _OwnGenerators(_torch.DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if types:
+        if any([kind not in _PLAIN for kind in types]):
             return NotImplemented  # a subclass goes first, and calls operators of plain tensors
-        if not _draws(func, args) or any([isinstance(arg, torch.Generator) for arg in (*args, *kwargs.values())]):
+        has_generator = any([isinstance(arg, torch.Generator) for arg in (*args, *kwargs.values())])
+        if has_generator or _LENDING.is_on or not _draws(func, args):
             return func(*args, **kwargs)
         device = _device_of(args, kwargs)
         taking = _taking_generator(func) if device.type == "cpu" else None
@@ -208,9 +191,11 @@ class _OwnGenerators(_torch.DispatchMode):
         with _LENT:
             now = generator.get_state()
             generator.set_state(own)
+            _LENDING.is_on = True
             try:
                 return func(*args, **kwargs)
             finally:
+                _LENDING.is_on = False
                 own = generator.get_state()
                 generator.set_state(now)
                 if device.type == "cpu":
@@ -219,12 +204,19 @@ class _OwnGenerators(_torch.DispatchMode):
                     self.states[device] = own
 
 
-_LENT = threading.Lock()
+class _Lending(threading.local):
+    """Whether this thread calls an operator that draws from a lent generator: the modes around let it pass."""
+
+    is_on = False
+
+
+_LENT, _LENDING = threading.Lock(), _Lending()
+_PLAIN = torch.Tensor, torch.nn.Parameter, torch.nn.Buffer
 
 
 def _own_generators() -> _OwnGenerators | None:
     """Those that operators of this thread draw from now, if they are not the process's."""
-    for mode in _torch.dispatch_modes():
+    for mode in reversed(_torch.dispatch_modes()):
         if isinstance(mode, _OwnGenerators):
             return mode
     return None

@@ -13,14 +13,14 @@ _MINE: ContextVar[tuple[object, ...]] = ContextVar("mine", default=())  # the tu
 
 
 @contextmanager
-def turn(things: Iterable[Hashable], waits: bool = True) -> Iterator[bool]:
+def turn(things: Iterable[Hashable], patience: float | None = None) -> Iterator[bool]:
     """Have things to oneself, and to what is nested inside; yields whether one has them.
 
     Args:
         things: What they are, as others name them.
-        waits: Whether to wait where another holder has one of them.
+        patience: How long to wait where another holder has one of them, in seconds; without end if it is not given.
     """
-    holder = _begin(frozenset(things), waits)
+    holder = _begin(frozenset(things), patience)
     if holder is None:
         yield False
         return
@@ -34,11 +34,9 @@ def turn(things: Iterable[Hashable], waits: bool = True) -> Iterator[bool]:
             _ENDED.notify_all()
 
 
-def _begin(things: frozenset[Hashable], waits: bool) -> object | None:
+def _begin(things: frozenset[Hashable], patience: float | None) -> object | None:
     with _ENDED:
-        if waits:
-            _ENDED.wait_for(lambda: not _are_taken(things))
-        elif _are_taken(things):
+        if not _ENDED.wait_for(lambda: not _are_taken(things), patience):
             return None
         holder = object()
         _TURNS[holder] = things

@@ -219,9 +219,11 @@ class Lowered(Layer):
     def _let_go_of_holders(self) -> None:
         """Forget modules that hold this one: they own what the functions find in them, and torch walks no circles."""
         for path, used in self._used.items():
-            children = _torch.children_of(self._home(path))
+            home = self._home(path)
+            children = _torch.children_of(home)
             for name in [name for name in used if name in children and _holds(children[name], self)]:
-                del children[name], used[name]
+                delattr(home, name)
+                del used[name]
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of any module; a module that holds this one is not below it."""

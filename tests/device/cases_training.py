@@ -325,7 +325,7 @@ def test_threads_whose_nested_replays_cross_the_devices_in_opposite_ways() -> No
         return [(torch.autograd.grad(y.sum(), x)[0] * x.detach(), y.detach()) for x, y in calls]
 
     devices = ["sim:0", "sim:1"]
-    calls = [[forward(*way) for _ in range(20)] for way in (devices, devices[::-1])]
+    calls = [[forward(*way) for _ in range(5)] for way in (devices, devices[::-1])]
     for pairs in in_threads([partial(backward, each) for each in calls]):
         for found, expected in pairs:
             assert_close(found, expected, TOLERANCE)
