@@ -1,10 +1,11 @@
-"""Replays on several threads at once: each draws its own numbers, and none waits for a function of another."""
+"""Replays draw forward's numbers: from the host's generators, and on several threads at once."""
 
 import random
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from kit import assert_close, in_threads
@@ -98,6 +99,34 @@ def test_replays_that_restore_modules_of_their_own_do_not_wait(change: Callable[
 
     for found, expected in in_threads([backward(net) for net in nets]):
         assert_close(found, expected)
+
+
+HOST: dict[str, Callable[[], float]] = {
+    "random": random.random,
+    "gauss": lambda: random.gauss(0, 1),
+    "numpy": lambda: float(numpy.random.rand()),
+    "numpy, normal": lambda: float(numpy.random.randn()),
+    "numpy, gamma": lambda: float(numpy.random.gamma(2.0)),
+    "both": lambda: random.gauss(0, 1) * random.random() + float(numpy.random.randn()),
+}
+
+
+@pytest.mark.parametrize("drawn", [0, 1])
+@pytest.mark.parametrize("draw", HOST.values(), ids=HOST)
+def test_the_second_of_a_pair_of_normal_numbers_belongs_to_the_state(draw: Callable[[], float], drawn: int) -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    for _ in range(drawn):
+        random.gauss(0, 1), numpy.random.randn()
+    x = torch.rand(3, requires_grad=True)
+    y = inv.checkpoint(lambda x: x * draw())(x) + inv.checkpoint(lambda x: x * draw())(x)
+    before = random.getstate(), numpy.random.get_state(legacy=False)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert_close(gradient * x.detach(), y.detach(), 1e-6)
+    (python, array), now = before, numpy.random.get_state(legacy=False)
+    assert random.getstate() == python
+    assert (now["has_gauss"], now["gauss"]) == (array["has_gauss"], array["gauss"])
+    assert (now["state"]["key"] == array["state"]["key"]).all()
 
 
 def test_replays_that_draw_from_pythons_generator_wait_for_their_turn() -> None:

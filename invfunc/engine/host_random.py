@@ -1,4 +1,7 @@
-"""Python's and NumPy's global generators: their states as bytes, since every call of a stage asks for them."""
+"""Python's and NumPy's global generators: their states as bytes, since every call of a stage asks for them.
+
+Both make normal numbers in pairs: the second of a pair waits beside the generator, and belongs to its state.
+"""
 
 from __future__ import annotations
 
@@ -38,28 +41,34 @@ def _python_reader() -> Callable[[], bytes]:
 python_state = _python_reader()
 
 
+def python_second() -> float | None:
+    """The second normal number of a pair, if it waits."""
+    return getattr(_python, "gauss_next", None)
+
+
 # The place of the next number and the first word, live: one of the two is another after every draw.
 _python_marks = tuple([ctypes.c_uint32.from_address(id(_python) + _HEADER + 4 * i) for i in (0, 1)])
 
 
 def python_mark() -> Any:
-    """Two numbers of the state, of which every draw changes one."""
+    """Numbers of the state, of which every draw changes one."""
     if python_state is not _read_python:
-        return python_state()
+        return python_state(), python_second()
     place, word = _python_marks
-    return place.value, word.value
+    return place.value, word.value, python_second()
 
 
-def put_python_state(state: bytes) -> None:
+def put_python_state(state: bytes, second: float | None) -> None:
     """Set Python's global generator to a state."""
     if state:
         index, *words = struct.unpack(f"=i{_WORDS}I", state)
-        _python.setstate((3, (*words, index), None))
+        _python.setstate((3, (*words, index), second))
 
 
 # ---- NumPy's ---------------------------------------------------------------------------------------------------------
 
-_place: list[Any] = [None, 0, None]  # NumPy's global RandomState, where its generator's state lies, and marks in it
+_Second = tuple[int, float]  # whether the second of a pair waits, and what it is
+_place: list[Any] = [None, 0, (), None]  # NumPy's global RandomState, where its generator's state lies, marks, its pair
 
 
 def numpy_state() -> bytes:
@@ -71,24 +80,34 @@ def numpy_state() -> bytes:
     if current is not _place[0]:
         generator = _numpy_generator()
         address = 0 if generator is None else generator.ctypes.state_address
-        marks = [ctypes.c_uint32.from_address(address + 4 * i) for i in (_WORDS, 0)] if address else None
-        _place[:] = current, address, marks
+        marks = [ctypes.c_uint32.from_address(address + 4 * i) for i in (_WORDS, 0)] if address else ()
+        _place[:] = current, address, marks, _pair_of(current) if address else None
     return ctypes.string_at(_place[1], _SIZE) if _place[1] else b""
 
 
+def numpy_second() -> _Second:
+    """Whether the second normal number of a pair waits, and which it is."""
+    return (0, 0.0) if _place[3] is None else _place[3]()
+
+
 def numpy_mark() -> Any:
-    """Two numbers of the state, of which every draw changes one."""
-    marks = _place[2]
-    return marks and (marks[0].value, marks[1].value)
+    """Numbers of the state, of which every draw changes one."""
+    return [mark.value for mark in _place[2]], numpy_second()[0]
 
 
-def put_numpy_state(state: bytes) -> None:
+def put_numpy_state(state: bytes, second: _Second) -> None:
     """Set NumPy's global generator to a state."""
-    if state and (generator := _numpy_generator()) is not None:
+    if state and _numpy_generator() is not None:
         *words, position = struct.unpack(f"={_WORDS}Ii", state)
         numpy = sys.modules["numpy"]
-        key = numpy.array(words, dtype=numpy.uint32)
-        generator.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": position}}
+        key, (waits, number) = numpy.array(words, dtype=numpy.uint32), second
+        found = {
+            "bit_generator": "MT19937",
+            "state": {"key": key, "pos": position},
+            "has_gauss": waits,
+            "gauss": number,
+        }
+        numpy.random.mtrand._rand.set_state(found)
 
 
 def _numpy_generator() -> Any:
@@ -97,3 +116,32 @@ def _numpy_generator() -> Any:
         return None
     generator = getattr(getattr(numpy.random.mtrand, "_rand", None), "_bit_generator", None)
     return generator if type(generator).__name__ == "MT19937" else None
+
+
+def _pair_of(current: Any) -> Callable[[], _Second]:
+    """What reads a RandomState's pair: where it lies, if that is found in one of our own; or else the whole state."""
+    kind = type(current)
+    place = _find_pair(kind(0)) if kind.__name__ == "RandomState" else -1
+    if place < 0:
+        return lambda: _asked(current)
+    waits = ctypes.c_int.from_address(id(current) + place - 8)
+    number = ctypes.c_double.from_address(id(current) + place)
+    return lambda: (waits.value, number.value)
+
+
+def _asked(random: Any) -> _Second:
+    state = random.get_state(legacy=False)
+    return state["has_gauss"], state["gauss"]
+
+
+def _find_pair(own: Any) -> int:
+    """Where in a RandomState the second number of a pair lies, behind whether it waits; below zero if that is unclear."""
+    own.standard_normal()
+    _, number = _asked(own)
+    place = ctypes.string_at(id(own), type(own).__basicsize__).find(struct.pack("=d", number))
+    if place < 8:
+        return -1
+    waits = ctypes.c_int.from_address(id(own) + place - 8)
+    before = waits.value
+    own.standard_normal()
+    return place if (before, waits.value) == (1, 0) else -1

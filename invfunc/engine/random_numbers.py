@@ -40,8 +40,8 @@ class RandomState:
         self.devices = devices
         self.is_captured = any(map(is_captured, devices))
         self.states = [] if self.is_captured else [_state_of(device, own) for device in devices]
-        self.python = host_random.python_state()
-        self.numpy = host_random.numpy_state()
+        self.python = host_random.python_state(), host_random.python_second()
+        self.numpy = host_random.numpy_state(), host_random.numpy_second()
         self.marks = host_random.python_mark(), host_random.numpy_mark()
         self.draws_on_host = False  # whether it was seen to draw from Python's or NumPy's
 
@@ -74,8 +74,8 @@ class RandomState:
             generator_of(device).set_state(state)
 
     def _put_host(self) -> None:
-        host_random.put_python_state(self.python)
-        host_random.put_numpy_state(self.numpy)
+        host_random.put_python_state(*self.python)
+        host_random.put_numpy_state(*self.numpy)
 
     def later(self) -> RandomState:
         """The state of the same generators now."""
