@@ -135,7 +135,7 @@ def _asked(random: Any) -> _Second:
 
 
 def _find_pair(own: Any) -> int:
-    """Where in a RandomState the second number of a pair lies, behind whether it waits; below zero if that is unclear."""
+    """Where in a RandomState the second of a pair lies, behind whether it waits; below zero if that is unclear."""
     own.standard_normal()
     _, number = _asked(own)
     place = ctypes.string_at(id(own), type(own).__basicsize__).find(struct.pack("=d", number))
