@@ -172,7 +172,7 @@ class Evaluation(Again):
         )
 
     def finish(self) -> None:
-        """Hand over what was made, and forget it: the graph of this evaluation is not needed."""
+        """Hand over what was made; the graph of this evaluation is not needed, but a hook may have kept a part of it."""
         made = self.made
         self.abandon()
         if len(made) != self.count:
@@ -181,7 +181,8 @@ class Evaluation(Again):
         if around is not None and not _torch.keeps_graph():
             around.let_go()
         if frame is not None:
-            frame.saved = {place: t if t.is_leaf else t.detach() for place, t in enumerate(made)}
+            self.made = [t if t.is_leaf else t.detach() for t in made]
+            frame.saved = dict(enumerate(self.made))
             for place, tensor in enumerate(made):
                 if tensor._version != self.versions[place]:
                     frame.saved[place] = was_changed(tensor)
