@@ -172,7 +172,7 @@ class Evaluation(Again):
         )
 
     def finish(self) -> None:
-        """Hand over what was made; the graph of this evaluation is not needed, but a hook may have kept a part of it."""
+        """Hand over what was made; this evaluation's graph is not needed, but a hook may have kept a part of it."""
         made = self.made
         self.abandon()
         if len(made) != self.count:

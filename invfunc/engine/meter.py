@@ -19,8 +19,9 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
 5.  *Devices.* Reading a number from a device would wait for it. The samples travel to the host on their own, and are
     judged when a later pipeline begins: a warning comes up to one step late. An error does not, since it belongs to the
     backward that drifts: with "raise", each trunk waits. While a graph is captured, there is no meter.
-6.  *Why.* Before it speaks it asks for the cause (NOTE [Cause]), once for each function and message. On a device what
-    was rebuilt is gone by then: the first message has no cause, and the next backward waits in order to find it.
+6.  *Why.* Before it speaks it asks for the cause (NOTE [Cause]), once for the functions from there on, a place and an
+    order of magnitude; a few times where functions are made anew for each call. On a device what was rebuilt is gone by
+    then: the first message has no cause, and the next backward waits in order to find it.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Cause(NamedTuple):
     cure: str
 
 
+Causes: TypeAlias = dict[tuple[str, str], Cause]  # of an error at a place, by its order of magnitude
 Why: TypeAlias = Callable[[float, Sequence[float]], Cause]  # of an error, and what some values were
 _NOT_YET = Cause("", f"the next backward looks for the cause; {CHECK}")
 
@@ -184,14 +186,14 @@ class Probe:
             if tensor is not None:
                 was.append(sample)
                 now.append(_sample(tensor, indices))
-        found = _known_causes(functions)
+        found = _known_causes(list(functions))
         late = [sample for sample in (*was, *now) if isinstance(sample, Late)]
         if late and not found and self.drift != "raise":
             when_here(late, partial(self.judge, was, now, found, lambda *_: _NOT_YET))
             return False
         return self.judge(was, now, found, why)
 
-    def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: dict[str, Cause], why: Why) -> bool:
+    def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: Causes, why: Why) -> bool:
         """Warn or raise if samples are further apart than they may be."""
         values = _numbers(was)
         self.error = error = relative_error_of_numbers(_numbers(now), values)
@@ -199,10 +201,12 @@ class Probe:
             return False
         # One digit: no more is known, and Python shows a warning of the same text once.
         size = f"off by about {error:.0e} of its size" if error < math.inf else "not finite where it was"
-        subject = f"{self.place()}, rebuilt in backward, is {size}"
-        if found.get(subject, _NOT_YET) is _NOT_YET:
-            found[subject] = _cause(why, error, values)
-        self._speak(subject, found[subject])
+        place = self.place()
+        key = place, f"{error:.0e}".partition("e")[2]
+        if found.get(key, _NOT_YET) is _NOT_YET:
+            found[key] = _latest(key) or _cause(why, error, values)
+            _LATEST.setdefault(key, []).append(found[key])
+        self._speak(f"{place}, rebuilt in backward, is {size}", found[key])
         return True
 
     def _speak(self, subject: str, cause: Cause) -> None:
@@ -221,17 +225,32 @@ def _cause(why: Why, error: float, was: Sequence[float]) -> Cause:
         return Cause("", f"{CURE}; {CHECK}")
 
 
-_CAUSES: WeakKeyDictionary[Any, dict[str, Cause]] = WeakKeyDictionary()
+_CAUSES: WeakKeyDictionary[Any, dict[tuple[int, ...], Causes]] = WeakKeyDictionary()
+_MANY = 64  # pipelines that begin with one function
 
 
-def _known_causes(functions: Iterable[Any]) -> dict[str, Cause]:
-    """The causes that were found for the first of these functions that one can remember, by what was said of it."""
+def _known_causes(functions: Sequence[Any]) -> Causes:
+    """The causes that were found for these functions, kept with the first that one can remember."""
     for function in functions:
         try:
-            return _CAUSES.setdefault(function, {})
+            pipelines = _CAUSES.setdefault(function, {})
         except TypeError:  # a builtin
             continue
+        if len(pipelines) > _MANY:
+            pipelines.clear()
+        return pipelines.setdefault(tuple(map(id, functions)), {})
     return {}
+
+
+_LATEST: dict[tuple[str, str], list[Cause]] = {}
+_OFTEN = 4  # causes of one place, where functions are made anew for each call and nothing is remembered of them
+
+
+def _latest(key: tuple[str, str]) -> Cause | None:
+    """What the cause was so often that nobody looks again."""
+    found = _LATEST.get(key, [])
+    del found[_OFTEN:]
+    return found[-1] if len(found) == _OFTEN else None
 
 
 def probe(tensors: Sequence[Tensor], drift: Drift, place: Callable[[], str]) -> Probe | None:
