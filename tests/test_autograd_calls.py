@@ -93,6 +93,19 @@ def test_the_half_that_an_output_does_not_depend_on_runs_once() -> None:
 
 
 @every_lowering
+def test_a_leaf_that_a_function_makes_for_a_gradient_of_its_own(lower: Callable[..., Any]) -> None:
+    def cube(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = torch.ones(WIDTH, requires_grad=True)
+            (slope,) = torch.autograd.grad((z * z * z).sum(), z)
+        return x.sin() * slope
+
+    op = inv.chain(inv.split(2), inv.couple(cube), inv.swap(), inv.couple(cube), inv.concat(2))
+    x = leaf(3, 2 * WIDTH)
+    assert_close(torch.autograd.grad(loss(lower(op)(x)), x), torch.autograd.grad(loss(op(x)), x))
+
+
+@every_lowering
 def test_double_backward(lower: Callable[..., Any]) -> None:
     net, x, found = Net(), leaf(3, 2 * WIDTH), []
     for fn in net.op, lower(net.op):

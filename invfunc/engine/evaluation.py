@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 from .. import _torch
 from ..core.op import Again
 from ..core.precision import narrow
-from ..errors import ReplayError, place_error
+from ..errors import DriftError, DriftWarning, ReplayError, place_error
 from ..wires import Wire, map_wire, spread
 from .conditions import PINS, Pinned
+from .devices import Late, is_captured, send, when_here
 from .frame import Like, Record, lay_out, shown, was_changed
 
 
@@ -130,7 +133,9 @@ class Evaluation(Again):
     def pack(self, tensor: Tensor) -> Any:
         """The hook: what forward packed as a number is collected."""
         if tensor.requires_grad and tensor.is_leaf:
-            if not any([root is tensor for root in self.roots]):
+            if any([root is tensor for root in self.roots]):
+                self.leaves += 1  # in forward it was the input itself
+            else:
                 self._check_leaf(tensor)
             return tensor
         made = self.made
@@ -156,11 +161,7 @@ class Evaluation(Again):
         where = _torch.storage_of(tensor)  # a gradient inside of the function unpacks leaves as other objects
         same = [t for t in (*expected, *self.roots) if t is tensor or _torch.storage_of(t) == where]
         if place >= len(expected) or not (same or _has_values_of(expected[place], tensor)):
-            raise ReplayError(
-                f"the function met a tensor of shape {tuple(tensor.shape)} that it did not meet in forward",
-                expected="the tensors that it closed over in forward",
-                cure="do not rebind what a function closes over between forward and backward",
-            )
+            raise ReplayError(_unmet(tuple(tensor.shape)), expected=_MET, cure=_REBIND)
 
     def _saved_otherwise(self, found: str, expected: str) -> ReplayError:
         around = self.record.around
@@ -198,10 +199,30 @@ class Evaluation(Again):
 
 def _has_values_of(expected: Tensor, tensor: Tensor) -> bool:
     """Whether a leaf has the values of forward's: one that the function makes itself is another object each time."""
-    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+    if tensor.shape != expected.shape or tensor.dtype != expected.dtype or tensor.device != expected.device:
         return False
     bound = torch.finfo(tensor.dtype).eps ** 0.5 * expected.detach().abs().sum()  # what it is made of has drifted
-    return bool(((tensor - expected).detach().abs() <= bound / max(1, expected.numel())).all())
+    differs = ((tensor - expected).detach().abs() > bound / max(1, expected.numel())).any()
+    if tensor.is_cpu:
+        return not differs
+    if not is_captured(tensor.device):  # nobody waits for the device
+        answer = send(differs)
+        when_here([answer], partial(_tell_if_other, answer, tuple(tensor.shape)))
+    return True
+
+
+def _tell_if_other(answer: Late, shape: tuple[int, ...]) -> None:
+    if answer.values():
+        error = DriftError(_unmet(shape), expected=_MET, cure=_REBIND)
+        warnings.warn(DriftWarning(str(error)), stacklevel=2)
+
+
+def _unmet(shape: tuple[int, ...]) -> str:
+    return f"the function met a tensor of shape {shape} that it did not meet in forward"
+
+
+_MET = "the tensors that it closed over in forward"
+_REBIND = "do not rebind what a function closes over between forward and backward"
 
 
 def _replay_error(error: RuntimeError) -> ReplayError:

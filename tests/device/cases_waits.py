@@ -127,6 +127,23 @@ def test_the_length_of_a_series_is_drawn_on_the_host() -> None:
     assert_close(found[1], found[0], TOLERANCE)
 
 
+def test_leaves_that_a_function_makes_are_compared_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fn(x: Tensor) -> Tensor:  # reads what no snapshot sees: an attribute of another Python module
+        scale = nn.Parameter(torch.full((8,), sim.factor, device=DEVICE))  # type: ignore[attr-defined]
+        return (x * scale).sin()
+
+    monkeypatch.setattr(sim, "factor", 1.0, raising=False)
+    x = torch.randn(6, 8, device=DEVICE, requires_grad=True)
+    with sim.waits(raising=True):
+        inv.checkpoint(fn, drift="off")(x).sum().backward()
+        y = inv.checkpoint(fn, drift="off")(x)
+        monkeypatch.setattr(sim, "factor", 2.0)
+        y.sum().backward()
+    torch.accelerator.synchronize()
+    with pytest.warns(inv.errors.DriftWarning, match=r"met a tensor of shape \(8,\) that it did not meet in forward"):
+        inv.checkpoint(inv.chain(inv.split(2), inv.couple(torch.sin), inv.concat(2)))(x)
+
+
 # ---- sizes that depend on data ---------------------------------------------------------------------------------------
 
 
