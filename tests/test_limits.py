@@ -474,6 +474,62 @@ def test_of_an_inverted_pipeline_no_output_has_a_gradient_with_respect_to_anothe
     assert_close(of_another(inv.checkpoint(lambda x: op(x))), of_another(op))
 
 
+def test_a_hook_on_an_output_has_what_comes_to_that_output_alone() -> None:
+    op, x = inv.chain(inv.split(2), inv.couple(torch.sin), inv.swap(), inv.couple(torch.tanh)), leaf(3, 4)
+
+    def of_the_second(op: Callable[..., Any]) -> Any:
+        a, b = op(x)
+        b.retain_grad()
+        (a.sum() + b.sum()).backward()
+        return b.grad
+
+    assert_close(of_the_second(inv.checkpoint(op)), torch.ones(3, 2))
+    assert not torch.allclose(of_the_second(op), torch.ones(3, 2))
+    for mode in "recompute", "store":
+        assert_close(of_the_second(inv.checkpoint(op, mode=mode)), of_the_second(op))
+
+
+def test_a_recomputed_function_that_writes_into_a_list_of_tensors_raises_with_gradients_on() -> None:
+    def fn(x: Tensor, cache: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            cache[0].copy_(x)
+        return x.sin()
+
+    x, cache = leaf(3, 4), [torch.zeros(3, 4)]
+    with pytest.raises(inv.errors.ReplayError, match="fn changed its input in place"):
+        inv.checkpoint(fn)(x, cache)
+    with torch.no_grad():
+        inv.checkpoint(fn)(2 * x, cache)
+    assert_close(cache[0], 2 * x)
+
+
+def test_a_module_in_an_object_that_a_module_holds_is_that_of_backward() -> None:
+    class Holder:
+        def __init__(self, net: nn.Module) -> None:
+            self.net = net
+
+    class Net(nn.Module):
+        def __init__(self, held: Any) -> None:
+            super().__init__()
+            self.held = held
+
+        def forward(self, x: Tensor) -> Tensor:
+            held = self.held
+            return x * (held.net if isinstance(held, Holder) else held[0])(x)
+
+    def gradient(held: Any, swap: Callable[[nn.Module], object]) -> Tensor:
+        x = torch.ones(2, requires_grad=True)
+        y = inv.checkpoint(Net(held), drift="off")(x)
+        swap(nn.Tanh())
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    held, items = Holder(nn.Sigmoid()), [nn.Sigmoid()]
+    x = torch.ones(2, requires_grad=True)
+    (right,) = torch.autograd.grad((x * x.sigmoid()).sum(), x)
+    assert_close(gradient(items, partial(items.__setitem__, 0)), right)
+    assert not torch.allclose(gradient(held, partial(setattr, held, "net")), right)
+
+
 # ---- early stop ------------------------------------------------------------------------------------------------------
 
 
