@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -503,31 +504,25 @@ def test_a_recomputed_function_that_writes_into_a_list_of_tensors_raises_with_gr
     assert_close(cache[0], 2 * x)
 
 
-def test_a_module_in_an_object_that_a_module_holds_is_that_of_backward() -> None:
-    class Holder:
-        def __init__(self, net: nn.Module) -> None:
-            self.net = net
-
+def test_what_is_inside_of_a_module_in_an_object_that_a_module_holds_is_that_of_backward() -> None:
     class Net(nn.Module):
-        def __init__(self, held: Any) -> None:
+        def __init__(self, held: Any, net: Callable[[Any], nn.Module]) -> None:
             super().__init__()
-            self.held = held
+            self.held, self.net_of = held, net
 
         def forward(self, x: Tensor) -> Tensor:
-            held = self.held
-            return x * (held.net if isinstance(held, Holder) else held[0])(x)
+            return x * self.net_of(self.held)(x)
 
-    def gradient(held: Any, swap: Callable[[nn.Module], object]) -> Tensor:
-        x = torch.ones(2, requires_grad=True)
-        y = inv.checkpoint(Net(held), drift="off")(x)
-        swap(nn.Tanh())
+    def gradient(hold: Callable[[nn.Module], Any], net_of: Callable[[Any], nn.Module]) -> Tensor:
+        net, x = nn.Sequential(nn.Sigmoid()), torch.ones(2, requires_grad=True)
+        y = inv.checkpoint(Net(hold(net), net_of), drift="off")(x)
+        net[0] = nn.Tanh()
         return torch.autograd.grad(y.sum(), x)[0]
 
-    held, items = Holder(nn.Sigmoid()), [nn.Sigmoid()]
     x = torch.ones(2, requires_grad=True)
     (right,) = torch.autograd.grad((x * x.sigmoid()).sum(), x)
-    assert_close(gradient(items, partial(items.__setitem__, 0)), right)
-    assert not torch.allclose(gradient(held, partial(setattr, held, "net")), right)
+    assert_close(gradient(lambda net: [net], lambda held: held[0]), right)
+    assert not torch.allclose(gradient(lambda net: SimpleNamespace(net=net), lambda held: held.net), right)
 
 
 # ---- early stop ------------------------------------------------------------------------------------------------------
