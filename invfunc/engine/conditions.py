@@ -17,9 +17,9 @@ NOTE [Conditions] A function that runs again has to find what it found in forwar
 5.  Generators belong to the process. A replay that draws sets them, for itself and all that is nested in it, on
     whatever thread. One that comes meanwhile waits a moment for its *turn*. If it does not come, its holder may be
     waiting for us: in a nested gradient, or where the functions of two threads meet. So the replay goes on with
-    *generators of its own*, which a mode hands to each operator that draws. Two things there are but once, and a replay
-    that needs them waits as long as it takes: Python's and NumPy's generators, if the call drew from them; and the
-    places in modules, closures and containers that it puts back.
+    *generators of its own*, which a mode hands to each operator that draws. Two things there are but once: Python's and
+    NumPy's generators, if the call drew from them; and the places in modules, closures and containers that it puts
+    back. There a replay waits as long as it takes; on a device's worker, that the holder may need, for a second.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .. import _torch
 from ..errors import ReplayError
 from . import host_random
 from .devices import accelerators, generator_of, is_captured, with_index
-from .turns import turn
+from .turns import patience, turn
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ class RandomState:
             if self.is_captured:
                 stack.enter_context(_NoDrawing())
             if self.draws_on_host:  # there is but one of each
-                stack.enter_context(turn(["Python's and NumPy's generators"]))
+                stack.enter_context(turn(["Python's and NumPy's generators"], patience()))
                 stack.callback(self.later()._put_host)
                 self._put_host()
             if _own_generators() is None and stack.enter_context(turn(["torch's generators"], _PATIENCE)):

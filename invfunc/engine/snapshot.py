@@ -37,7 +37,7 @@ from .devices import accelerators
 from .parts import ABSENT, Attribute, Contents, Parts, Place, Table, version
 from .random_numbers import RandomState
 from .sharding import is_any_sharded, is_sharded
-from .turns import turn
+from .turns import patience, turn
 
 _HOOKS = (
     "_forward_hooks",
@@ -211,9 +211,8 @@ class Snapshot:
         if self.is_same() and not copies:
             yield
             return
-        with turn(
-            self._things()
-        ):  # before we look: another thread's replay may have put copies of its own in these places
+        # Before we look: another thread's replay may have put copies of its own in these places.
+        with turn(self._things(), patience()):
             changes, flags = self._changes(copies, functions)
             changes += [Place(c.module._buffers, c.name, c.copy.clone()) for c in copies]
             held = [(place, place.now()) for place in changes]

@@ -12,6 +12,14 @@ _TURNS: dict[object, frozenset[Hashable]] = {}  # what each holder has to itself
 _MINE: ContextVar[tuple[object, ...]] = ContextVar("mine", default=())  # the turns that this context is nested in
 
 
+def patience() -> float | None:
+    """How long to wait for what there is but once: a second on a device's autograd worker, whom its holder may need.
+
+    A holder that needs the worker is inside of a nested gradient, and goes on when the worker has done its work.
+    """
+    return 1.0 if threading.current_thread().name.startswith("Dummy") else None  # Python has not begun this thread
+
+
 @contextmanager
 def turn(things: Iterable[Hashable], patience: float | None = None) -> Iterator[bool]:
     """Have things to oneself, and to what is nested inside; yields whether one has them.

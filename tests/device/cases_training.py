@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from kit import TOLERANCE, assert_close, bowl, in_threads, network, parameters
@@ -329,6 +330,46 @@ def test_threads_whose_nested_replays_cross_the_devices_in_opposite_ways() -> No
     for pairs in in_threads([partial(backward, each) for each in calls]):
         for found, expected in pairs:
             assert_close(found, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("what", ["modules", "NumPy's numbers"])
+def test_a_worker_that_a_nested_gradient_needs_does_not_wait_for_ever(what: str) -> None:
+    norms = nn.ModuleList([nn.BatchNorm1d(4).to("sim:0"), nn.BatchNorm1d(4).to("sim:1")])
+    far = torch.rand(4, device="sim:1", requires_grad=True)
+    cubes, is_nested = (far**3).sum(), threading.Event()
+
+    def use(x: Tensor) -> Tensor:
+        return norms[x.device.index](x) if what == "modules" else x * numpy.random.rand()
+
+    def nesting(x: Tensor) -> Tensor:
+        y = use(x.sin())
+        is_nested.set()
+        (slopes,) = torch.autograd.grad(cubes, far, retain_graph=True)
+        return y * slopes.to(x.device)
+
+    def waiting(x: Tensor) -> Tensor:
+        return use(x.cos())
+
+    class Wait(torch.autograd.Function):
+        """Holds the other device's worker until the first replay has what the second one needs."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gx: Tensor) -> Tensor:
+            is_nested.wait(60)
+            return gx
+
+    xs = [torch.rand(3, 4, device=f"sim:{i}", requires_grad=True) for i in range(2)]
+    found = []
+    for fast in False, True:
+        numpy.random.seed(0)
+        a, b = [(inv.checkpoint(fn) if fast else fn)(x) for fn, x in zip((nesting, waiting), xs, strict=True)]
+        is_nested.clear() if fast else is_nested.set()
+        found.append(torch.autograd.grad([a.sum(), Wait.apply(b).pow(3).sum()], xs))
+    assert_close(found[1], found[0], TOLERANCE)
 
 
 def test_two_threads_train_on_two_devices() -> None:
