@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kit import assert_close, assert_refused
-from residual_models import FAMILIES, GPT2, WIDTH, Cache, Llama, words
+from residual_models import FAMILIES, GPT2, HEADS, WIDTH, Cache, Llama, LlamaDecoderLayer, words
 from torch import Tensor, nn
 
 import invfunc as inv
@@ -363,7 +363,7 @@ def test_a_loss_of_hidden_states_before_the_last_block_is_refused(model: Llama) 
 
 
 def test_what_has_no_recipe_is_refused(model: Llama) -> None:
-    message = "reversible: no recipe for Linear, expected one of GPT2Block, LlamaDecoderLayer"
+    message = "reversible: no recipe for torch.nn.modules.linear.Linear, expected one of GPT2Block, LlamaDecoderLayer"
     refuse(OptionError, message, nn.Sequential(nn.Linear(2, 2)), "*")
     message = (
         "Llama has no 'h.*', expected the path of submodules, as in get_submodule, with * for any name; its lists are"
@@ -373,6 +373,61 @@ def test_what_has_no_recipe_is_refused(model: Llama) -> None:
         "reversible: LlamaDecoderLayer has no 'norm', expected paths of what the block applies one after another; it"
     )
     refuse(OptionError, message, model, "layers.*", branches=("norm self_attn", "mlp"))
+
+
+class WithWindows(LlamaDecoderLayer):
+    """A known block's child with a forward of its own."""
+
+    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
+        return super().forward(hidden_states.flip(1), **context).flip(1)
+
+
+class WithAnotherFeedForward(nn.TransformerEncoderLayer):
+    """A child whose forward is its parent's, and calls a method of its own."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return -super()._ff_block(x)
+
+
+class Block(nn.Module):
+    """A block with the name and the attributes of timm's, and with another forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+
+
+def test_a_block_that_only_has_the_name_of_a_known_one_is_refused() -> None:
+    refuse(OptionError, f"reversible: no recipe for {__name__}.Block, expected one of", nn.Sequential(Block()), "*")
+
+
+def test_a_known_blocks_child_with_a_forward_of_its_own_is_refused(model: Llama) -> None:
+    model.layers[2] = WithWindows(2)
+    cause = f"{__name__}.WithWindows, whose forward is not that of LlamaDecoderLayer, expected one of"
+    refuse(OptionError, f"reversible: no recipe for {cause}", model, "layers.*")
+    layer = WithAnotherFeedForward(WIDTH, HEADS, 16, norm_first=True)
+    cause = f"{__name__}.WithAnotherFeedForward, whose _ff_block is not that of TransformerEncoderLayer, expected"
+    refuse(OptionError, f"reversible: no recipe for {cause}", nn.Sequential(layer), "*")
+
+
+def test_a_known_block_with_another_forward_put_into_it_is_refused(model: Llama) -> None:
+    layer = model.layers[1]
+    layer.forward = lambda hidden_states, **context: hidden_states
+    message = "reversible: no recipe for residual_models.LlamaDecoderLayer, whose forward is not that of LlamaDecoder"
+    assert_refused(OptionError, message, lambda: inv.nn.reversible(model, "layers.*"))
+
+
+def test_a_known_blocks_child_with_the_same_forward_has_its_recipe(model: Llama) -> None:
+    x = words()
+    inv.nn.reversible(model, "layers.*")
+    expected = step(model, x)
+    other = Llama()
+    for layer in other.layers:
+        layer.__class__ = type("Sharded", (LlamaDecoderLayer,), {})
+    other.load_state_dict(model.state_dict())
+    inv.nn.reversible(other, "layers.*")
+    assert_close(step(other, x), expected, 0.0)
 
 
 @pytest.mark.parametrize(("order", "paths"), [((0, 0), (1, 0)), ((0, 1, 0), (2, 0)), ((0, 1, 1), (2, 1))])

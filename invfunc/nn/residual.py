@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import isfunction, unwrap
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -284,45 +285,70 @@ _PRE_LAYER_NORM = (
 )
 
 RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
-    "GPT2Block": _of_gpt2,
-    "LlamaDecoderLayer": _LLAMA,
-    "MistralDecoderLayer": _LLAMA,
-    "Qwen2DecoderLayer": _LLAMA,
-    "Qwen3DecoderLayer": _LLAMA,
-    "GemmaDecoderLayer": _LLAMA,
-    "Gemma2DecoderLayer": _NORM_ON_BOTH_SIDES,
-    "Gemma3DecoderLayer": _NORM_ON_BOTH_SIDES,
-    "OlmoDecoderLayer": _LLAMA,
-    "Olmo2DecoderLayer": _NORM_OF_BRANCH,
-    "Olmo3DecoderLayer": _NORM_OF_BRANCH,
-    "SmolLM3DecoderLayer": _LLAMA,
-    "Starcoder2DecoderLayer": _LLAMA,
-    "Phi3DecoderLayer": (
+    "transformers.models.gpt2.modeling_gpt2.GPT2Block": _of_gpt2,
+    "transformers.models.llama.modeling_llama.LlamaDecoderLayer": _LLAMA,
+    "transformers.models.mistral.modeling_mistral.MistralDecoderLayer": _LLAMA,
+    "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer": _LLAMA,
+    "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer": _LLAMA,
+    "transformers.models.gemma.modeling_gemma.GemmaDecoderLayer": _LLAMA,
+    "transformers.models.gemma2.modeling_gemma2.Gemma2DecoderLayer": _NORM_ON_BOTH_SIDES,
+    "transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer": _NORM_ON_BOTH_SIDES,
+    "transformers.models.olmo.modeling_olmo.OlmoDecoderLayer": _LLAMA,
+    "transformers.models.olmo2.modeling_olmo2.Olmo2DecoderLayer": _NORM_OF_BRANCH,
+    "transformers.models.olmo3.modeling_olmo3.Olmo3DecoderLayer": _NORM_OF_BRANCH,
+    "transformers.models.smollm3.modeling_smollm3.SmolLM3DecoderLayer": _LLAMA,
+    "transformers.models.starcoder2.modeling_starcoder2.Starcoder2DecoderLayer": _LLAMA,
+    "transformers.models.phi3.modeling_phi3.Phi3DecoderLayer": (
         "input_layernorm self_attn resid_attn_dropout",
         "post_attention_layernorm mlp resid_mlp_dropout",
     ),
-    "ModernBertEncoderLayer": ("attn_norm attn", "mlp_norm mlp"),
-    "RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
-    "ViTLayer": ("layernorm_before attention dropout", "layernorm_after mlp dropout"),
-    "Block": ("norm1 attn ls1 drop_path1", "norm2 mlp ls2 drop_path2"),  # timm's vision transformers
-    "TransformerEncoderLayer": _of_torch,
-    "TransformerDecoderLayer": _of_torch_decoder,
+    "transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer": ("attn_norm attn", "mlp_norm mlp"),
+    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
+    "transformers.models.vit.modeling_vit.ViTLayer": (
+        "layernorm_before attention dropout",
+        "layernorm_after mlp dropout",
+    ),
+    "timm.models.vision_transformer.Block": ("norm1 attn ls1 drop_path1", "norm2 mlp ls2 drop_path2"),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": _of_torch,
+    "torch.nn.modules.transformer.TransformerDecoderLayer": _of_torch_decoder,
 }
-"""The residual branches of the blocks of known families, by the name of their class."""
+"""The residual branches of the blocks of known families, by the class whose forward they take apart."""
+
+
+def _path_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _recipe_of(block: nn.Module) -> Any:
+    """The recipe for a block: of the class that its forward is of, as any other forward computes something else."""
+    known = next((kind for kind in type(block).__mro__ if _path_of(kind) in RECIPES), None)
+    changed = _changed(block, known) if known is not None else None
+    if known is None or changed is not None:
+        raise OptionError(
+            f"reversible: no recipe for {_path_of(type(block))}"
+            + (f", whose {changed} is not that of {known.__name__}" if known is not None else ""),
+            expected=f"one of {', '.join(path.rpartition('.')[2] for path in RECIPES)}",
+            cure="say what it adds to its stream: branches=('norm1 attn', 'norm2 mlp'); where it normalises behind "
+            "each sum, as BERT does, use inv.nn.checkpoint_blocks",
+        )
+    return RECIPES[_path_of(known)]
+
+
+def _changed(block: nn.Module, known: type) -> str | None:
+    """A method of a known class that a block has another one for; None where it has all of them."""
+    methods = {name: item for name, item in vars(known).items() if isfunction(item) and not name.startswith("__")}
+    return next((name for name, item in methods.items() if _method(block, name) is not item), None)
+
+
+def _method(block: nn.Module, name: str) -> Any:
+    """The function behind a method, below what was put around it."""
+    own = vars(block).get(name)
+    return getattr(type(block), name) if own is None else getattr(unwrap(own), "__func__", own)
 
 
 def _branches_of(block: nn.Module, branches: Any) -> tuple[BlockBranch, ...]:
     """The residual branches of a block, which has to have what they name."""
-    if branches is None:
-        known = [kind.__name__ for kind in type(block).__mro__ if kind.__name__ in RECIPES]
-        if not known:
-            raise OptionError(
-                f"reversible: no recipe for {type(block).__name__}",
-                expected=f"one of {', '.join(RECIPES)}",
-                cure="say what it adds to its stream: branches=('norm1 attn', 'norm2 mlp'); where it normalises behind "
-                "each sum, as BERT does, use inv.nn.checkpoint_blocks",
-            )
-        branches = RECIPES[known[0]]
+    branches = _recipe_of(block) if branches is None else branches
     found: Sequence[Branch] = branches(block) if callable(branches) else branches  # pyright: ignore
     for path in [path for branch in found if isinstance(branch, str) for path in branch.split()]:
         try:
@@ -476,9 +502,10 @@ def reversible(
             streams by turns, and ``"hamiltonian"`` two; the others take the block's whole branch.
         branches: What a block adds to its stream, in order: the paths of what it applies one after another, as in
             ``("ln_1 attn", "ln_2 mlp")``, or functions ``(block, x, **context) -> tensor``; or a function from a block
-            to these. None takes the recipe for the class of the block: GPT-2, Llama, Mistral, Qwen, Gemma, Gemma 2 and
-            3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT, RoBERTa-PreLayerNorm and ViT of transformers, timm's
-            ViT, torch's encoder and decoder layers (``norm_first=True``).
+            to these. None takes the recipe for the class of the block, or for the one whose forward it inherits: GPT-2,
+            Llama, Mistral, Qwen, Gemma, Gemma 2 and 3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT,
+            RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder and decoder layers
+            (``norm_first=True``).
         options: Those of `invfunc.checkpoint`, such as ``mode``, ``drift`` and ``keep``.
 
     Returns:
