@@ -330,9 +330,40 @@ def test_a_model_that_changes_its_hidden_states_between_blocks_is_refused(model:
     assert_refused(
         WireError,
         "reversible: layers.2 received (3, 6, 8), expected what layers.1 has returned: its streams go on from there; "
-        "call the blocks one after another, and change the hidden states nowhere in between",
+        "call the blocks one after another, and change the hidden states nowhere in between, in place neither",
         lambda: model(words()),
     )
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "scaled in place": lambda x: x.mul_(2),
+    "scaled in place through a view": lambda x: x.view_as(x).mul_(2),
+    "masked in place": lambda x: x.masked_fill_(torch.arange(WIDTH) == 1, 0.0),
+    "set in part": lambda x: x.__setitem__((slice(None), 0), 0.0),
+    "dropped out in place": lambda x: nn.functional.dropout(x, inplace=True),
+    "transposed": lambda x: x.transpose(1, 2),
+    "shifted": lambda x: x.as_strided(x.shape, (0, 0, 0)),
+    "read as other numbers": lambda x: x.view(torch.int64),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_hidden_states_that_change_in_place_or_by_a_view_between_blocks_are_refused(change: str, scheme: str) -> None:
+    model = Llama()
+    inv.nn.reversible(model, "layers.*", scheme=scheme)
+    model.layers[1].register_forward_hook(lambda module, args, y: CHANGES[change](y))
+    message = "reversible: layers.2 received (3, 8, 8), expected what layers.1 has returned"
+    assert_refused(WireError, message, lambda: model(words(WIDTH)))
+
+
+def test_hidden_states_that_a_hook_keeps_and_writes_into_later_are_refused() -> None:
+    """The midpoint rule still needs what the block before the last has returned."""
+    model, kept = Llama(), list[Tensor]()
+    inv.nn.reversible(model, "layers.*", scheme="midpoint")
+    model.layers[0].register_forward_hook(lambda module, args, y: kept.append(y))
+    model.layers[1].register_forward_hook(lambda module, args, y: (kept[0].mul_(2), y)[1])
+    assert_refused(WireError, "reversible: layers.2 received (3, 6, 8), expected what", lambda: model(words()))
 
 
 def test_a_hook_that_returns_a_view_is_no_change(model: Llama) -> None:

@@ -27,10 +27,11 @@ from ..core.couple import Half, additive, couple
 from ..core.op import Chain, Invertible, chain, name_of, named
 from ..engine.lower import Passage
 from ..engine.mode import current
+from ..engine.parts import version
 from ..errors import OptionError, WireError
 from ..ops.grids import SPACING, OnGrid, bdia, on_grid
 from ..ops.residual import Stepped, hamiltonian, leapfrog, midpoint, momentum
-from ..wires import Wire, describe
+from ..wires import Wire, describe, leaves
 from .blocks import Handle, Joined, by_name, find_blocks, find_repeat
 
 Branch: TypeAlias = str | Callable[..., Tensor]
@@ -365,6 +366,35 @@ def _branches_of(block: nn.Module, branches: Any) -> tuple[BlockBranch, ...]:
 # ---- from block to block ---------------------------------------------------------------------------------------------
 
 
+class Waiting:
+    """A pipeline that waits for its next block, and what the wire was when the block before has shown it.
+
+    A write in place is seen by the version counter, which a view shares, and a view of other numbers by how it lies in
+    the storage.
+    """
+
+    def __init__(self, index: int, passage: Passage) -> None:
+        self.index, self.passage = index, passage
+        self.versions = [version(leaf) for leaf in leaves(passage.wire)]
+
+    def is_unchanged(self, x: Tensor, shown: int) -> bool:
+        """Whether x is the stream that was shown, or a view of all of it, and no stream has been written into."""
+        wire = list(self.passage.wire)
+        before, versions = wire[shown], [version(leaf) for leaf in leaves(self.passage.wire)]
+        if versions != self.versions or (x is not before and _lying(x) != _lying(before)):
+            return False
+        if x is not before:
+            wire[shown] = x
+            self.passage.replace(tuple(wire))
+        return True
+
+
+def _lying(x: Tensor) -> tuple[Any, ...]:
+    """Which numbers of which storage a tensor has, in what order."""
+    where = _torch.storage_of(x), x.storage_offset(), x.shape, x.stride()
+    return *where, x.dtype, x.is_conj(), x.is_neg(), version(x)
+
+
 class Stack:
     """The blocks of a model as one pipeline; see NOTE [Passage].
 
@@ -384,7 +414,7 @@ class Stack:
         lowered = checkpoint(self.pipeline, **options)
         assert isinstance(lowered, Checkpointed)
         self.options = lowered.options
-        self._under_way: dict[int, tuple[int, Passage] | None] = {}  # by thread: the next block, and what waits for it
+        self._under_way: dict[int, Waiting] = {}  # by thread
 
     def run(self, index: int, x: Tensor, context: Mapping[str, Any]) -> Tensor:
         """Run a block's stage: what the model sees of it."""
@@ -393,27 +423,20 @@ class Stack:
         passage.step(index, bind(self.pipeline.parts[index], context))
         if index + 1 == len(self.paths):
             return passage.close()[self.scheme.shown]
-        self._under_way[thread] = index + 1, passage
+        self._under_way[thread] = Waiting(index + 1, passage)
         return passage.wire[self.scheme.shown]
 
     def _enter(self, x: Tensor) -> Passage:
         return Passage(self.pipeline, self.scheme.enter(x), current(self.options))
 
-    def _resume(self, index: int, x: Tensor, waiting: tuple[int, Passage] | None) -> Passage:
+    def _resume(self, index: int, x: Tensor, waiting: Waiting | None) -> Passage:
         """What waits for a block, whose input has to be what the block before it has shown."""
-        if waiting is not None and waiting[0] == index:
-            wire = list(waiting[1].wire)
-            before = wire[self.scheme.shown]
-            if x is before:
-                return waiting[1]
-            if x.shape == before.shape and _torch.storage_of(x) == _torch.storage_of(before):
-                wire[self.scheme.shown] = x
-                waiting[1].replace(tuple(wire))
-                return waiting[1]
+        if waiting is not None and waiting.index == index and waiting.is_unchanged(x, self.scheme.shown):
+            return waiting.passage
         raise WireError(
             f"reversible: {self.paths[index]} received {describe(x)}",
             expected=f"what {self.paths[index - 1]} has returned: its streams go on from there",
-            cure="call the blocks one after another, and change the hidden states nowhere in between",
+            cure="call the blocks one after another, and change the hidden states nowhere in between, in place neither",
         )
 
     def is_kept(self, is_training: bool) -> bool:
@@ -527,7 +550,8 @@ def reversible(
     Limits:
         Blocks must compute sums, ``x + f(x)``, normalise inside f, and return one tensor. Streams should be float32
         (under autocast they are, if the embedding is). Below `torch.compile` the blocks run as they are written. The
-        last block must be reached: a loss of hidden states alone, without the last, can not be rebuilt.
+        last block must be reached: a loss of hidden states alone, without the last, can not be rebuilt. A write through
+        ``.data`` between the blocks is not refused, as autograd does not see it; a `DriftWarning` follows.
 
     Example:
         >>> import torch, invfunc as inv
