@@ -193,6 +193,81 @@ def test_a_module_that_takes_anothers_place_is_called(model: Llama) -> None:
     assert new.weight.grad is not None
 
 
+class Adapter(nn.Module):
+    """What adapters put around a layer: it takes anything, and hands it on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.more = layer, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(self.more(x), *args, **kwargs)
+
+
+ADAPTED = {
+    "gpt2": ("ln_1", "ln_2", "mlp", "attn.c_proj"),
+    "gpt2, cross": ("ln_cross_attn", "mlp"),
+    "llama": ("input_layernorm", "post_attention_layernorm", "mlp"),
+    "torch encoder": ("dropout1", "dropout2"),
+    "torch decoder": ("norm2", "linear1", "dropout3"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_that_takes_anything_is_called_as_the_layer_is(family: str) -> None:
+    make, blocks = FAMILIES[family]
+    model, x = make().eval(), words()
+    handle = inv.nn.reversible(model, blocks, scheme=THE_MODEL_ITSELF)
+    for block in handle.blocks.values():
+        for path in ADAPTED[family]:
+            block.set_submodule(path, Adapter(block.get_submodule(path)))
+    found = step(model, x)
+    handle.remove()
+    assert_close(found, step(model, x), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_a_compiled_layer_is_called_as_the_layer_is(model: Llama) -> None:
+    x = words()
+    inv.nn.reversible(model.eval(), "layers.*")
+    expected = step(model, x)
+    for layer in model.layers:
+        layer.mlp = torch.compile(layer.mlp, backend="eager")
+    assert_close(step(model, x), expected)
+
+
+def test_attention_behind_an_adapter_gets_its_mask(model: Llama) -> None:
+    x = words()
+    for layer in model.eval().layers:
+        layer.self_attn = Named(layer.self_attn)
+    expected = step(model, x)
+    inv.nn.reversible(model, "layers.*", scheme=THE_MODEL_ITSELF)
+    assert_close(step(model, x), expected, 1e-12)
+
+
+class Named(nn.Module):
+    """An adapter that takes all by name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.layer(**kwargs)
+
+
+def test_what_a_users_branch_calls_with_x_alone_gets_no_context(model: Llama) -> None:
+    x = words()
+    expected = step(model.eval(), x)
+    branches = "input_layernorm(x) self_attn", "post_attention_layernorm(x) mlp(x)"
+    for layer in model.layers:
+        layer.mlp = Adapter(layer.mlp)
+        nn.init.eye_(layer.mlp.more.weight)
+        nn.init.zeros_(layer.mlp.more.bias)
+    inv.nn.reversible(model, "layers.*", scheme=THE_MODEL_ITSELF, branches=branches)
+    assert_close(step(model, x)[0], expected[0], 1e-12)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_copy_is_a_model_of_its_own(model: Llama, scheme: str, copied: Callable[[Any], Any]) -> None:

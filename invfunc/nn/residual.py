@@ -35,10 +35,42 @@ from ..wires import Wire, describe, leaves
 from .blocks import Handle, Joined, by_name, find_blocks, find_repeat
 
 Branch: TypeAlias = str | Callable[..., Tensor]
-"""A residual branch: the paths of what a block applies one after another, or ``(block, x, **context) -> tensor``."""
+"""A residual branch: the paths of what a block applies one after another, or ``(block, x, **context) -> tensor``.
+
+What is written as ``mlp(x)`` is called with x alone, and what is written as ``attn`` is told what it takes by name. It
+is the recipe that knows: an adapter or a compiled module in the place of a layer takes any name, and hands it on.
+"""
+
+_ALONE = "(x)"
 
 
 # ---- branches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A function that is called with x alone, whatever else it would take."""
+
+    fn: Callable[..., Any]
+    keywords_taken = frozenset[str](), False
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """What of the block it calls."""
+        return (self.fn,)
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.fn(x)
+
+
+def _getter(path: str) -> Callable[[nn.Module], Callable[..., Any]]:
+    """What gets a part of a block."""
+    get = attrgetter(path.removesuffix(_ALONE))
+    return partial(_get_alone, get) if path.endswith(_ALONE) else get
+
+
+def _get_alone(get: Callable[[nn.Module], Callable[..., Any]], block: nn.Module) -> Alone:
+    return Alone(get(block))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +84,7 @@ class BlockBranch:
 
     def __post_init__(self) -> None:
         branch = self.branch
-        getters = (partial(partial, branch),) if callable(branch) else tuple(map(attrgetter, branch.split()))
+        getters = (partial(partial, branch),) if callable(branch) else tuple(map(_getter, branch.split()))
         object.__setattr__(self, "getters", getters)
 
     @property
@@ -215,7 +247,7 @@ def _cross_attention_of_gpt2(block: Any, x: Tensor, encoder_hidden_states: Any =
 
 def _of_gpt2(block: Any) -> tuple[Branch, ...]:
     cross = (_cross_attention_of_gpt2,) if hasattr(block, "crossattention") else ()
-    return (_self_attention_of_gpt2, *cross, "ln_2 mlp")
+    return (_self_attention_of_gpt2, *cross, "ln_2(x) mlp(x)")
 
 
 def _attention_of_torch(
@@ -256,12 +288,12 @@ def _cross_attention_of_torch(
 
 def _of_torch(layer: Any) -> tuple[Branch, ...]:
     _check_pre_norm(layer)
-    return _attention_of_torch, "norm2 linear1 activation dropout linear2 dropout2"
+    return _attention_of_torch, "norm2(x) linear1(x) activation(x) dropout(x) linear2(x) dropout2(x)"
 
 
 def _of_torch_decoder(layer: Any) -> tuple[Branch, ...]:
     _check_pre_norm(layer)
-    feed_forward = "norm3 linear1 activation dropout linear2 dropout3"
+    feed_forward = "norm3(x) linear1(x) activation(x) dropout(x) linear2(x) dropout3(x)"
     return _attention_of_torch_decoder, _cross_attention_of_torch, feed_forward
 
 
@@ -274,15 +306,20 @@ def _check_pre_norm(layer: Any) -> None:
         )
 
 
-_LLAMA = "input_layernorm self_attn", "post_attention_layernorm mlp"
-_NORM_OF_BRANCH = "self_attn post_attention_layernorm", "mlp post_feedforward_layernorm"
+def _self_attention_of_llama(block: Any, x: Tensor, **context: Any) -> Tensor:
+    """By name, as the block does: an adapter may take it so alone."""
+    return block.self_attn(hidden_states=block.input_layernorm(x), **context)[0]
+
+
+_LLAMA = _self_attention_of_llama, "post_attention_layernorm(x) mlp(x)"
+_NORM_OF_BRANCH = "self_attn post_attention_layernorm(x)", "mlp(x) post_feedforward_layernorm(x)"
 _NORM_ON_BOTH_SIDES = (
-    "input_layernorm self_attn post_attention_layernorm",
-    "pre_feedforward_layernorm mlp post_feedforward_layernorm",
+    "input_layernorm(x) self_attn post_attention_layernorm(x)",
+    "pre_feedforward_layernorm(x) mlp(x) post_feedforward_layernorm(x)",
 )
 _PRE_LAYER_NORM = (
-    "attention.LayerNorm attention.self attention.output.dense attention.output.dropout",
-    "intermediate output.dense output.dropout",
+    "attention.LayerNorm(x) attention.self attention.output.dense(x) attention.output.dropout(x)",
+    "intermediate(x) output.dense(x) output.dropout(x)",
 )
 
 RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
@@ -300,16 +337,22 @@ RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
     "transformers.models.smollm3.modeling_smollm3.SmolLM3DecoderLayer": _LLAMA,
     "transformers.models.starcoder2.modeling_starcoder2.Starcoder2DecoderLayer": _LLAMA,
     "transformers.models.phi3.modeling_phi3.Phi3DecoderLayer": (
-        "input_layernorm self_attn resid_attn_dropout",
-        "post_attention_layernorm mlp resid_mlp_dropout",
+        "input_layernorm(x) self_attn resid_attn_dropout(x)",
+        "post_attention_layernorm(x) mlp(x) resid_mlp_dropout(x)",
     ),
-    "transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer": ("attn_norm attn", "mlp_norm mlp"),
+    "transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer": (
+        "attn_norm(x) attn",
+        "mlp_norm(x) mlp(x)",
+    ),
     "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
     "transformers.models.vit.modeling_vit.ViTLayer": (
-        "layernorm_before attention dropout",
-        "layernorm_after mlp dropout",
+        "layernorm_before(x) attention dropout(x)",
+        "layernorm_after(x) mlp(x) dropout(x)",
     ),
-    "timm.models.vision_transformer.Block": ("norm1 attn ls1 drop_path1", "norm2 mlp ls2 drop_path2"),
+    "timm.models.vision_transformer.Block": (
+        "norm1(x) attn ls1(x) drop_path1(x)",
+        "norm2(x) mlp(x) ls2(x) drop_path2(x)",
+    ),
     "torch.nn.modules.transformer.TransformerEncoderLayer": _of_torch,
     "torch.nn.modules.transformer.TransformerDecoderLayer": _of_torch_decoder,
 }
@@ -353,10 +396,10 @@ def _branches_of(block: nn.Module, branches: Any) -> tuple[BlockBranch, ...]:
     found: Sequence[Branch] = branches(block) if callable(branches) else branches  # pyright: ignore
     for path in [path for branch in found if isinstance(branch, str) for path in branch.split()]:
         try:
-            attrgetter(path)(block)
+            _getter(path)(block)
         except AttributeError as error:
             raise OptionError(
-                f"reversible: {type(block).__name__} has no {path!r}",
+                f"reversible: {type(block).__name__} has no {path.removesuffix(_ALONE)!r}",
                 expected="paths of what the block applies one after another",
                 cure=f"it has {', '.join(name for name, _ in block.named_children())}",
             ) from error
@@ -525,8 +568,9 @@ def reversible(
             streams by turns, and ``"hamiltonian"`` two; the others take the block's whole branch.
         branches: What a block adds to its stream, in order: the paths of what it applies one after another, as in
             ``("ln_1 attn", "ln_2 mlp")``, or functions ``(block, x, **context) -> tensor``; or a function from a block
-            to these. None takes the recipe for the class of the block, or for the one whose forward it inherits: GPT-2,
-            Llama, Mistral, Qwen, Gemma, Gemma 2 and 3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT,
+            to these. ``mlp(x)`` is called with x alone, also when an adapter that takes any name is in its place. None
+            takes the recipe for the class of the block, or for the one whose forward it inherits: GPT-2, Llama,
+            Mistral, Qwen, Gemma, Gemma 2 and 3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT,
             RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder and decoder layers
             (``norm_first=True``).
         options: Those of `invfunc.checkpoint`, such as ``mode``, ``drift`` and ``keep``.
