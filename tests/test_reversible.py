@@ -96,6 +96,33 @@ def test_bdia_is_its_formula_in_training() -> None:
     assert torch.equal(found, now)
 
 
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_bdia_draws_for_each_sample_where_positions_come_first(kind: type[nn.Module]) -> None:
+    given = [torch.randn(5, 3, WIDTH) for _ in range(1 + (kind is nn.TransformerDecoderLayer))]
+    found = []
+    for is_batch_first in (False, True):
+        torch.manual_seed(0)
+        layers = [kind(WIDTH, HEADS, 16, 0.0, norm_first=True, batch_first=is_batch_first) for _ in range(3)]
+        net = nn.ModuleList(layers)
+        inv.nn.reversible(net, "*", scheme="bdia")
+        x, *memory = [t.transpose(0, 1) if is_batch_first else t for t in given]
+        for layer in net:
+            x = layer(x, *memory)
+        found.append(x if is_batch_first else x.transpose(0, 1))
+    assert_close(*found)
+
+
+def test_a_block_in_evaluation_among_blocks_in_training_takes_its_step(model: Llama) -> None:
+    x = words()
+    for layer in model.layers:
+        layer.self_attn.dropout.p = 0.0
+    inv.nn.reversible(model, "layers.*", scheme="bdia")
+    expected = step(model, x)
+    model.layers[0].eval()
+    model.layers[2].eval()
+    assert_close(step(model, x), expected, 0.0)
+
+
 class Plain(nn.Module):
     """A residual block of a function."""
 

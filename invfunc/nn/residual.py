@@ -150,16 +150,24 @@ class Scheme(NamedTuple):
     enter: Callable[[Tensor], Wire] = _twice
     shown: int = 1  # the stream that the model sees
     keeps_evaluation: bool = False  # whether the model runs as it was when it is not in training
+    draws: bool = False  # whether it draws a number for each sample
 
     def stage(self, branches: Sequence[BlockBranch], is_first: bool) -> Invertible:
         """The op of a block."""
-        make = self.first if is_first and self.first is not None else self.make
+        make = self.first if is_first and self.first is not None else self._made_for(branches[0].block)
         functions = (Whole(tuple(branches)),) if self.takes == 1 else tuple(branches)
         if self.takes not in (None, len(functions)):
             raise OptionError(
                 f"reversible: {len(functions)} branches", expected=f"{self.takes} for {name_of(self.make)}"
             )
         return make(*functions)
+
+    def _made_for(self, block: nn.Module) -> Callable[..., Invertible]:
+        """What makes the op of a block: torch's own layers have positions first, unless they say otherwise."""
+        torchs = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        is_batch_first = not torchs or getattr(block.self_attn, "batch_first", True)
+        is_told = _given(self.make, "batch_dim", None) is not None
+        return self.make if is_batch_first or is_told or not self.draws else partial(self.make, batch_dim=1)
 
 
 def _take_turns(*branches: Callable[..., Any]) -> Invertible:
@@ -195,7 +203,7 @@ def _on_grid(scheme: Callable[..., Invertible]) -> Scheme:
     spacing, gammas = _given(scheme, "spacing", SPACING), _given(scheme, "gammas", (0.5, -0.5))
     is_random = not isinstance(gammas, (int, float)) and not sum(gammas)
     first, enter = partial(_euler_on_grid, spacing), partial(_twice_on_grid, spacing)
-    return Scheme(scheme, first=first, enter=enter, keeps_evaluation=is_random)
+    return Scheme(scheme, first=first, enter=enter, keeps_evaluation=is_random, draws=True)
 
 
 def _given(scheme: Any, name: str, default: Any) -> Any:
@@ -451,7 +459,7 @@ class Stack:
     def __init__(
         self, blocks: Mapping[str, nn.Module], scheme: Scheme, branches: Any, options: Mapping[str, Any]
     ) -> None:
-        self.paths, self.scheme = list(blocks), scheme
+        self.paths, self.blocks, self.scheme = list(blocks), list(blocks.values()), scheme
         stages = [scheme.stage(_branches_of(block, branches), not i) for i, block in enumerate(blocks.values())]
         self.pipeline = Chain(tuple([named(stage, path) for stage, path in zip(stages, blocks, strict=True)]))
         lowered = checkpoint(self.pipeline, **options)
@@ -482,9 +490,13 @@ class Stack:
             cure="call the blocks one after another, and change the hidden states nowhere in between, in place neither",
         )
 
-    def is_kept(self, is_training: bool) -> bool:
-        """Whether a block runs as it was: for evaluation, where the scheme says so."""
-        return self.scheme.keeps_evaluation and not is_training
+    @property
+    def is_kept(self) -> bool:
+        """Whether the blocks run as they were: for evaluation, where the scheme says so.
+
+        A block that is frozen by `eval` has its stage, as those around it are in training.
+        """
+        return self.scheme.keeps_evaluation and not any([block.training for block in self.blocks])
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: nothing is under way there."""
@@ -506,7 +518,7 @@ class BlockForward(Joined):
         return self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stack.is_kept(self.block.training):
+        if self.stack.is_kept:
             return self.original(*args, **kwargs)
         return _run_block(self, args, kwargs)
 
@@ -554,10 +566,11 @@ def reversible(
       :math:`\gamma^{-depth}`.
     - ``"midpoint"``: near where neighbouring blocks add nearly the same. ``"leapfrog"``: another function, for which f
       is a force.
-    - ``"bdia"``: *evaluation is the model as it was*, to the bit. A step of training is the model's in the mean over
-      gamma, and exact by one bit for each element and block.
-    - ``"retrofit"``: one gamma of 2^-4, in training and in evaluation: starts at a distance in proportion to gamma, and
-      is exact by four bits for each element and block.
+    - ``"bdia"``: *evaluation is the model as it was*, to the bit, when none of the blocks is in training. In training,
+      a block is the model's in the mean over gamma alone, and a step begins far from the pretrained function. Exact by
+      one bit for each element and block.
+    - ``"retrofit"``: one gamma of 2^-4, in training and in evaluation: begins near the pretrained function, at a
+      distance in proportion to gamma, and is exact by four bits for each element and block.
 
     Args:
         model: The model, changed in place.
