@@ -597,7 +597,8 @@ def reversible(
         branch is evaluated exactly twice in a training step: 1.31 times plain's flops, where torch's checkpoint takes
         1.25 to 1.27. With ``keep`` of attention's operators, one tensor of a stream's size is kept for each block, and
         attention is not run twice: 1.19 times, in less memory than torch's checkpoint takes (GPT-2 and Llama of 8 and
-        16 blocks, four times as many tokens as the model is wide).
+        16 blocks, texts four times as long as the model is wide). That is less time in steps of some thousand tokens;
+        in small steps it is more, as each operator is asked.
 
     Raises:
         OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, stands in
