@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -549,6 +549,18 @@ def test_a_known_block_with_another_forward_put_into_it_is_refused(model: Llama)
     layer.forward = lambda hidden_states, **context: hidden_states
     message = "reversible: no recipe for residual_models.LlamaDecoderLayer, whose forward is not that of LlamaDecoder"
     assert_refused(OptionError, message, lambda: inv.nn.reversible(model, "layers.*"))
+
+
+def test_a_known_block_that_is_checkpointed_has_its_recipe(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its forward is a decorated one, as in transformers."""
+    inner, x = LlamaDecoderLayer.forward, words()
+    decorated = wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", decorated)
+    with inv.nn.reversible(model, "layers.*"):
+        expected = step(model, x)
+    inv.nn.checkpoint_blocks(model, "layers.*")
+    inv.nn.reversible(model, "layers.*")
+    assert_close(step(model, x), expected, 0.0)
 
 
 def test_a_known_blocks_child_with_the_same_forward_has_its_recipe(model: Llama) -> None:

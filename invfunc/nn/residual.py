@@ -389,13 +389,16 @@ def _recipe_of(block: nn.Module) -> Any:
 def _changed(block: nn.Module, known: type) -> str | None:
     """A method of a known class that a block has another one for; None where it has all of them."""
     methods = {name: item for name, item in vars(known).items() if isfunction(item) and not name.startswith("__")}
-    return next((name for name, item in methods.items() if _method(block, name) is not item), None)
+    return next((name for name, item in methods.items() if not _is_method(block, name, item)), None)
 
 
-def _method(block: nn.Module, name: str) -> Any:
-    """The function behind a method, below what was put around it."""
+def _is_method(block: nn.Module, name: str, item: Callable[..., Any]) -> bool:
+    """Whether a block's method is the one of its class, or has something put around it, such as a checkpoint."""
     own = vars(block).get(name)
-    return getattr(type(block), name) if own is None else getattr(unwrap(own), "__func__", own)
+    if own is None:
+        return getattr(type(block), name) is item
+    below = unwrap(own)
+    return getattr(below, "__func__", below) is unwrap(item)
 
 
 def _branches_of(block: nn.Module, branches: Any) -> tuple[BlockBranch, ...]:
