@@ -1,7 +1,8 @@
 """A small GPT is pretrained on Python's own documentation, which ships with Python, and fine-tuned on its source code.
 
 It is fine-tuned from the same weights at equal steps: as it is, with torch's checkpoint, and made reversible by two
-schemes that begin at the pretrained function. The table has the loss on code that was not trained on, in nats for each
+schemes. With BDIA it is evaluated as the model it was, while its first step of training is far from the pretrained
+function; with retrofit both are near the pretrained function, and neither is that function. The table has the loss on code that was not trained on, in nats for each
 byte; the peak of a step beside weights and their gradients; and the time of a step over the plain one's.
 """
 

@@ -442,8 +442,8 @@ class CountingJoint(Counting):
         return told(self.op.both[way], repr(self.op), x if isinstance(x, tuple) else (x,))
 
     def _per_sample(self, found: Any, x: Wire) -> Tensor:
-        """A tensor of one number holds for all, too: so do normflows and nflows say it of their linear layers."""
-        is_one = isinstance(found, Tensor) and not found.dim()
+        """A tensor of one number holds for all, too: so normflows, nflows and FrEIA say it of their linear layers."""
+        is_one = isinstance(found, Tensor) and found.shape in ((), (1,))
         return super()._per_sample(found.expand(_first_leaf(x).shape[:1]) if is_one else found, x)
 
 

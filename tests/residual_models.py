@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from invfunc.nn.residual import RECIPES
+
 WIDTH, HEADS, WORDS = 8, 2, 11
 
 
@@ -107,6 +109,10 @@ class LlamaDecoderLayer(nn.Module):
         x = hidden_states
         x = x + self.self_attn(hidden_states=self.input_layernorm(x), attention_mask=attention_mask, **kwargs)[0]
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+RECIPES[f"{__name__}.GPT2Block"] = RECIPES["transformers.models.gpt2.modeling_gpt2.GPT2Block"]
+RECIPES[f"{__name__}.LlamaDecoderLayer"] = RECIPES["transformers.models.llama.modeling_llama.LlamaDecoderLayer"]
 
 
 class GPT2(nn.Module):

@@ -105,6 +105,8 @@ def test_what_is_no_power_of_two_is_refused() -> None:
     message = "bdia: gamma is 0.3, expected a power of two from 2^-8 to 2^-1"
     assert_refused(OptionError, message, lambda: ops.bdia(torch.sin, 0.3))
     assert_refused(OptionError, "bdia: gamma is 1, expected", lambda: ops.bdia(torch.sin, 1))
+    message = "bdia: batch_dim is -1, expected 0, 1, 2, ..."
+    assert_refused(OptionError, message, lambda: ops.bdia(torch.sin, batch_dim=-1))
     assert_refused(OptionError, "bdia: gammas is empty, expected one number or more", lambda: ops.bdia(torch.sin, ()))
     message = "bdia: spacing is 0.1, expected a power of two from 2^-52 to 2^-0"
     assert_refused(OptionError, message, lambda: ops.bdia(torch.sin, spacing=0.1))

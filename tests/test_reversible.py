@@ -4,13 +4,13 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
 import torch
 from kit import assert_close, assert_refused
-from residual_models import FAMILIES, GPT2, WIDTH, Cache, Llama, words
+from residual_models import FAMILIES, GPT2, HEADS, WIDTH, Cache, Llama, LlamaDecoderLayer, words
 from torch import Tensor, nn
 
 import invfunc as inv
@@ -94,6 +94,33 @@ def test_bdia_is_its_formula_in_training() -> None:
         even = torch.floor(before / (2 * spacing)) * 2 * spacing
         before, now = now, gamma * even + rounded((1 - gamma) * now + (1 + gamma) * h(now))
     assert torch.equal(found, now)
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_bdia_draws_for_each_sample_where_positions_come_first(kind: type[nn.Module]) -> None:
+    given = [torch.randn(5, 3, WIDTH) for _ in range(1 + (kind is nn.TransformerDecoderLayer))]
+    found = []
+    for is_batch_first in (False, True):
+        torch.manual_seed(0)
+        layers = [kind(WIDTH, HEADS, 16, 0.0, norm_first=True, batch_first=is_batch_first) for _ in range(3)]
+        net = nn.ModuleList(layers)
+        inv.nn.reversible(net, "*", scheme="bdia")
+        x, *memory = [t.transpose(0, 1) if is_batch_first else t for t in given]
+        for layer in net:
+            x = layer(x, *memory)
+        found.append(x if is_batch_first else x.transpose(0, 1))
+    assert_close(*found)
+
+
+def test_a_block_in_evaluation_among_blocks_in_training_takes_its_step(model: Llama) -> None:
+    x = words()
+    for layer in model.layers:
+        layer.self_attn.dropout.p = 0.0
+    inv.nn.reversible(model, "layers.*", scheme="bdia")
+    expected = step(model, x)
+    model.layers[0].eval()
+    model.layers[2].eval()
+    assert_close(step(model, x), expected, 0.0)
 
 
 class Plain(nn.Module):
@@ -191,6 +218,81 @@ def test_a_module_that_takes_anothers_place_is_called(model: Llama) -> None:
     assert not torch.equal(step(model, x)[0], before)
     model(x).sum().backward()
     assert new.weight.grad is not None
+
+
+class Adapter(nn.Module):
+    """What adapters put around a layer: it takes anything, and hands it on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.more = layer, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(self.more(x), *args, **kwargs)
+
+
+ADAPTED = {
+    "gpt2": ("ln_1", "ln_2", "mlp", "attn.c_proj"),
+    "gpt2, cross": ("ln_cross_attn", "mlp"),
+    "llama": ("input_layernorm", "post_attention_layernorm", "mlp"),
+    "torch encoder": ("dropout1", "dropout2"),
+    "torch decoder": ("norm2", "linear1", "dropout3"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_that_takes_anything_is_called_as_the_layer_is(family: str) -> None:
+    make, blocks = FAMILIES[family]
+    model, x = make().eval(), words()
+    handle = inv.nn.reversible(model, blocks, scheme=THE_MODEL_ITSELF)
+    for block in handle.blocks.values():
+        for path in ADAPTED[family]:
+            block.set_submodule(path, Adapter(block.get_submodule(path)))
+    found = step(model, x)
+    handle.remove()
+    assert_close(found, step(model, x), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_a_compiled_layer_is_called_as_the_layer_is(model: Llama) -> None:
+    x = words()
+    inv.nn.reversible(model.eval(), "layers.*")
+    expected = step(model, x)
+    for layer in model.layers:
+        layer.mlp = torch.compile(layer.mlp, backend="eager")
+    assert_close(step(model, x), expected)
+
+
+def test_attention_behind_an_adapter_gets_its_mask(model: Llama) -> None:
+    x = words()
+    for layer in model.eval().layers:
+        layer.self_attn = Named(layer.self_attn)
+    expected = step(model, x)
+    inv.nn.reversible(model, "layers.*", scheme=THE_MODEL_ITSELF)
+    assert_close(step(model, x), expected, 1e-12)
+
+
+class Named(nn.Module):
+    """An adapter that takes all by name."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.layer(**kwargs)
+
+
+def test_what_a_users_branch_calls_with_x_alone_gets_no_context(model: Llama) -> None:
+    x = words()
+    expected = step(model.eval(), x)
+    branches = "input_layernorm(x) self_attn", "post_attention_layernorm(x) mlp(x)"
+    for layer in model.layers:
+        layer.mlp = Adapter(layer.mlp)
+        nn.init.eye_(layer.mlp.more.weight)
+        nn.init.zeros_(layer.mlp.more.bias)
+    inv.nn.reversible(model, "layers.*", scheme=THE_MODEL_ITSELF, branches=branches)
+    assert_close(step(model, x)[0], expected[0], 1e-12)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -330,9 +432,40 @@ def test_a_model_that_changes_its_hidden_states_between_blocks_is_refused(model:
     assert_refused(
         WireError,
         "reversible: layers.2 received (3, 6, 8), expected what layers.1 has returned: its streams go on from there; "
-        "call the blocks one after another, and change the hidden states nowhere in between",
+        "call the blocks one after another, and change the hidden states nowhere in between, in place neither",
         lambda: model(words()),
     )
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "scaled in place": lambda x: x.mul_(2),
+    "scaled in place through a view": lambda x: x.view_as(x).mul_(2),
+    "masked in place": lambda x: x.masked_fill_(torch.arange(WIDTH) == 1, 0.0),
+    "set in part": lambda x: x.__setitem__((slice(None), 0), 0.0),
+    "dropped out in place": lambda x: nn.functional.dropout(x, inplace=True),
+    "transposed": lambda x: x.transpose(1, 2),
+    "shifted": lambda x: x.as_strided(x.shape, (0, 0, 0)),
+    "read as other numbers": lambda x: x.view(torch.int64),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_hidden_states_that_change_in_place_or_by_a_view_between_blocks_are_refused(change: str, scheme: str) -> None:
+    model = Llama()
+    inv.nn.reversible(model, "layers.*", scheme=scheme)
+    model.layers[1].register_forward_hook(lambda module, args, y: CHANGES[change](y))
+    message = "reversible: layers.2 received (3, 8, 8), expected what layers.1 has returned"
+    assert_refused(WireError, message, lambda: model(words(WIDTH)))
+
+
+def test_hidden_states_that_a_hook_keeps_and_writes_into_later_are_refused() -> None:
+    """The midpoint rule still needs what the block before the last has returned."""
+    model, kept = Llama(), list[Tensor]()
+    inv.nn.reversible(model, "layers.*", scheme="midpoint")
+    model.layers[0].register_forward_hook(lambda module, args, y: kept.append(y))
+    model.layers[1].register_forward_hook(lambda module, args, y: (kept[0].mul_(2), y)[1])
+    assert_refused(WireError, "reversible: layers.2 received (3, 6, 8), expected what", lambda: model(words()))
 
 
 def test_a_hook_that_returns_a_view_is_no_change(model: Llama) -> None:
@@ -363,7 +496,7 @@ def test_a_loss_of_hidden_states_before_the_last_block_is_refused(model: Llama) 
 
 
 def test_what_has_no_recipe_is_refused(model: Llama) -> None:
-    message = "reversible: no recipe for Linear, expected one of GPT2Block, LlamaDecoderLayer"
+    message = "reversible: no recipe for torch.nn.modules.linear.Linear, expected one of GPT2Block, LlamaDecoderLayer"
     refuse(OptionError, message, nn.Sequential(nn.Linear(2, 2)), "*")
     message = (
         "Llama has no 'h.*', expected the path of submodules, as in get_submodule, with * for any name; its lists are"
@@ -373,6 +506,73 @@ def test_what_has_no_recipe_is_refused(model: Llama) -> None:
         "reversible: LlamaDecoderLayer has no 'norm', expected paths of what the block applies one after another; it"
     )
     refuse(OptionError, message, model, "layers.*", branches=("norm self_attn", "mlp"))
+
+
+class WithWindows(LlamaDecoderLayer):
+    """A known block's child with a forward of its own."""
+
+    def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
+        return super().forward(hidden_states.flip(1), **context).flip(1)
+
+
+class WithAnotherFeedForward(nn.TransformerEncoderLayer):
+    """A child whose forward is its parent's, and calls a method of its own."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return -super()._ff_block(x)
+
+
+class Block(nn.Module):
+    """A block with the name and the attributes of timm's, and with another forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"):
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+
+
+def test_a_block_that_only_has_the_name_of_a_known_one_is_refused() -> None:
+    refuse(OptionError, f"reversible: no recipe for {__name__}.Block, expected one of", nn.Sequential(Block()), "*")
+
+
+def test_a_known_blocks_child_with_a_forward_of_its_own_is_refused(model: Llama) -> None:
+    model.layers[2] = WithWindows(2)
+    cause = f"{__name__}.WithWindows, whose forward is not that of LlamaDecoderLayer, expected one of"
+    refuse(OptionError, f"reversible: no recipe for {cause}", model, "layers.*")
+    layer = WithAnotherFeedForward(WIDTH, HEADS, 16, norm_first=True)
+    cause = f"{__name__}.WithAnotherFeedForward, whose _ff_block is not that of TransformerEncoderLayer, expected"
+    refuse(OptionError, f"reversible: no recipe for {cause}", nn.Sequential(layer), "*")
+
+
+def test_a_known_block_with_another_forward_put_into_it_is_refused(model: Llama) -> None:
+    layer = model.layers[1]
+    layer.forward = lambda hidden_states, **context: hidden_states
+    message = "reversible: no recipe for residual_models.LlamaDecoderLayer, whose forward is not that of LlamaDecoder"
+    assert_refused(OptionError, message, lambda: inv.nn.reversible(model, "layers.*"))
+
+
+def test_a_known_block_that_is_checkpointed_has_its_recipe(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its forward is a decorated one, as in transformers."""
+    inner, x = LlamaDecoderLayer.forward, words()
+    decorated = wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", decorated)
+    with inv.nn.reversible(model, "layers.*"):
+        expected = step(model, x)
+    inv.nn.checkpoint_blocks(model, "layers.*")
+    inv.nn.reversible(model, "layers.*")
+    assert_close(step(model, x), expected, 0.0)
+
+
+def test_a_known_blocks_child_with_the_same_forward_has_its_recipe(model: Llama) -> None:
+    x = words()
+    inv.nn.reversible(model, "layers.*")
+    expected = step(model, x)
+    other = Llama()
+    for layer in other.layers:
+        layer.__class__ = type("Sharded", (LlamaDecoderLayer,), {})
+    other.load_state_dict(model.state_dict())
+    inv.nn.reversible(other, "layers.*")
+    assert_close(step(other, x), expected, 0.0)
 
 
 @pytest.mark.parametrize(("order", "paths"), [((0, 0), (1, 0)), ((0, 1, 0), (2, 0)), ((0, 1, 1), (2, 1))])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from catalogue import mlp, weight
 from kit import assert_close
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions import transforms as T
 
@@ -14,6 +14,7 @@ import invfunc as inv
 from invfunc.errors import NotInvertibleError, OptionError, WireError
 from invfunc.log_det import autodiff_log_det
 from invfunc.look.memory import measure
+from invfunc.ops import transforms
 from invfunc.testing import check_laws
 from invfunc.wires import is_differentiable, map_wire
 
@@ -140,6 +141,36 @@ def test_a_transform_of_another_kind():
         inv.ops.from_transform(nn.Linear(2, 2))
 
 
+class BatchNorm(nn.Module):
+    """As that of nflows: in training there is no inverse."""
+
+    __module__ = "nflows.transforms.normalization"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.std(0)
+        return x / scale, -scale.log().sum().expand(len(x))
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("only available in eval mode")
+
+
+class FlowTransform(BatchNorm):
+    """Known by what it inherits from."""
+
+
+def test_a_layer_without_an_inverse_in_training_is_run_again(monkeypatch):
+    monkeypatch.setitem(transforms.RULES, "nflows.BatchNorm", transforms.RULES["nflows.Transform"])
+    op, x = inv.ops.from_transform([BatchNorm(), T.AffineTransform(0.0, 2.0), FlowTransform()]), torch.rand(5, 3)
+    assert repr(op).count("mark(from_transform(") == 2
+
+    def gradient(fn):
+        at = x.clone().requires_grad_()
+        y, log_det = inv.log_det(fn, at)
+        return torch.autograd.grad(y.sin().sum() + log_det.sum(), at)[0]
+
+    assert_close(gradient(inv.checkpoint(op)), gradient(op))
+
+
 # ---- value and log-determinant from one call -----------------------------------------------------------------------
 
 
@@ -182,7 +213,7 @@ def test_a_log_det_pair_of_tuples():
     check_laws(inv.with_log_det(op), (x, torch.randn(2)), laws=LAWS)
 
 
-@pytest.mark.parametrize("one", [0.0, 3, torch.tensor(3.0)])
+@pytest.mark.parametrize("one", [0.0, 3, torch.tensor(3.0), torch.tensor([3.0])])
 def test_one_number_holds_for_the_batch(one):
     op = inv.ops.log_det_pair(lambda x: (x, one), lambda y: (y, -one))
     assert_close(inv.log_det(op, torch.ones(2, 3))[1], torch.full((2,), float(one)))

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import isfunction, unwrap
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,17 +27,50 @@ from ..core.couple import Half, additive, couple
 from ..core.op import Chain, Invertible, chain, name_of, named
 from ..engine.lower import Passage
 from ..engine.mode import current
+from ..engine.parts import version
 from ..errors import OptionError, WireError
 from ..ops.grids import SPACING, OnGrid, bdia, on_grid
 from ..ops.residual import Stepped, hamiltonian, leapfrog, midpoint, momentum
-from ..wires import Wire, describe
+from ..wires import Wire, describe, leaves
 from .blocks import Handle, Joined, by_name, find_blocks, find_repeat
 
 Branch: TypeAlias = str | Callable[..., Tensor]
-"""A residual branch: the paths of what a block applies one after another, or ``(block, x, **context) -> tensor``."""
+"""A residual branch: the paths of what a block applies one after another, or ``(block, x, **context) -> tensor``.
+
+What is written as ``mlp(x)`` is called with x alone, and what is written as ``attn`` is told what it takes by name. It
+is the recipe that knows: an adapter or a compiled module in the place of a layer takes any name, and hands it on.
+"""
+
+_ALONE = "(x)"
 
 
 # ---- branches --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A function that is called with x alone, whatever else it would take."""
+
+    fn: Callable[..., Any]
+    keywords_taken = frozenset[str](), False
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """What of the block it calls."""
+        return (self.fn,)
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.fn(x)
+
+
+def _getter(path: str) -> Callable[[nn.Module], Callable[..., Any]]:
+    """What gets a part of a block."""
+    get = attrgetter(path.removesuffix(_ALONE))
+    return partial(_get_alone, get) if path.endswith(_ALONE) else get
+
+
+def _get_alone(get: Callable[[nn.Module], Callable[..., Any]], block: nn.Module) -> Alone:
+    return Alone(get(block))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +84,7 @@ class BlockBranch:
 
     def __post_init__(self) -> None:
         branch = self.branch
-        getters = (partial(partial, branch),) if callable(branch) else tuple(map(attrgetter, branch.split()))
+        getters = (partial(partial, branch),) if callable(branch) else tuple(map(_getter, branch.split()))
         object.__setattr__(self, "getters", getters)
 
     @property
@@ -116,16 +150,24 @@ class Scheme(NamedTuple):
     enter: Callable[[Tensor], Wire] = _twice
     shown: int = 1  # the stream that the model sees
     keeps_evaluation: bool = False  # whether the model runs as it was when it is not in training
+    draws: bool = False  # whether it draws a number for each sample
 
     def stage(self, branches: Sequence[BlockBranch], is_first: bool) -> Invertible:
         """The op of a block."""
-        make = self.first if is_first and self.first is not None else self.make
+        make = self.first if is_first and self.first is not None else self._made_for(branches[0].block)
         functions = (Whole(tuple(branches)),) if self.takes == 1 else tuple(branches)
         if self.takes not in (None, len(functions)):
             raise OptionError(
                 f"reversible: {len(functions)} branches", expected=f"{self.takes} for {name_of(self.make)}"
             )
         return make(*functions)
+
+    def _made_for(self, block: nn.Module) -> Callable[..., Invertible]:
+        """What makes the op of a block: torch's own layers have positions first, unless they say otherwise."""
+        torchs = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        is_batch_first = not torchs or getattr(block.self_attn, "batch_first", True)
+        is_told = _given(self.make, "batch_dim", None) is not None
+        return self.make if is_batch_first or is_told or not self.draws else partial(self.make, batch_dim=1)
 
 
 def _take_turns(*branches: Callable[..., Any]) -> Invertible:
@@ -161,7 +203,7 @@ def _on_grid(scheme: Callable[..., Invertible]) -> Scheme:
     spacing, gammas = _given(scheme, "spacing", SPACING), _given(scheme, "gammas", (0.5, -0.5))
     is_random = not isinstance(gammas, (int, float)) and not sum(gammas)
     first, enter = partial(_euler_on_grid, spacing), partial(_twice_on_grid, spacing)
-    return Scheme(scheme, first=first, enter=enter, keeps_evaluation=is_random)
+    return Scheme(scheme, first=first, enter=enter, keeps_evaluation=is_random, draws=True)
 
 
 def _given(scheme: Any, name: str, default: Any) -> Any:
@@ -213,7 +255,7 @@ def _cross_attention_of_gpt2(block: Any, x: Tensor, encoder_hidden_states: Any =
 
 def _of_gpt2(block: Any) -> tuple[Branch, ...]:
     cross = (_cross_attention_of_gpt2,) if hasattr(block, "crossattention") else ()
-    return (_self_attention_of_gpt2, *cross, "ln_2 mlp")
+    return (_self_attention_of_gpt2, *cross, "ln_2(x) mlp(x)")
 
 
 def _attention_of_torch(
@@ -254,12 +296,12 @@ def _cross_attention_of_torch(
 
 def _of_torch(layer: Any) -> tuple[Branch, ...]:
     _check_pre_norm(layer)
-    return _attention_of_torch, "norm2 linear1 activation dropout linear2 dropout2"
+    return _attention_of_torch, "norm2(x) linear1(x) activation(x) dropout(x) linear2(x) dropout2(x)"
 
 
 def _of_torch_decoder(layer: Any) -> tuple[Branch, ...]:
     _check_pre_norm(layer)
-    feed_forward = "norm3 linear1 activation dropout linear2 dropout3"
+    feed_forward = "norm3(x) linear1(x) activation(x) dropout(x) linear2(x) dropout3(x)"
     return _attention_of_torch_decoder, _cross_attention_of_torch, feed_forward
 
 
@@ -272,64 +314,103 @@ def _check_pre_norm(layer: Any) -> None:
         )
 
 
-_LLAMA = "input_layernorm self_attn", "post_attention_layernorm mlp"
-_NORM_OF_BRANCH = "self_attn post_attention_layernorm", "mlp post_feedforward_layernorm"
+def _self_attention_of_llama(block: Any, x: Tensor, **context: Any) -> Tensor:
+    """By name, as the block does: an adapter may take it so alone."""
+    return block.self_attn(hidden_states=block.input_layernorm(x), **context)[0]
+
+
+_LLAMA = _self_attention_of_llama, "post_attention_layernorm(x) mlp(x)"
+_NORM_OF_BRANCH = "self_attn post_attention_layernorm(x)", "mlp(x) post_feedforward_layernorm(x)"
 _NORM_ON_BOTH_SIDES = (
-    "input_layernorm self_attn post_attention_layernorm",
-    "pre_feedforward_layernorm mlp post_feedforward_layernorm",
+    "input_layernorm(x) self_attn post_attention_layernorm(x)",
+    "pre_feedforward_layernorm(x) mlp(x) post_feedforward_layernorm(x)",
 )
 _PRE_LAYER_NORM = (
-    "attention.LayerNorm attention.self attention.output.dense attention.output.dropout",
-    "intermediate output.dense output.dropout",
+    "attention.LayerNorm(x) attention.self attention.output.dense(x) attention.output.dropout(x)",
+    "intermediate(x) output.dense(x) output.dropout(x)",
 )
 
 RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
-    "GPT2Block": _of_gpt2,
-    "LlamaDecoderLayer": _LLAMA,
-    "MistralDecoderLayer": _LLAMA,
-    "Qwen2DecoderLayer": _LLAMA,
-    "Qwen3DecoderLayer": _LLAMA,
-    "GemmaDecoderLayer": _LLAMA,
-    "Gemma2DecoderLayer": _NORM_ON_BOTH_SIDES,
-    "Gemma3DecoderLayer": _NORM_ON_BOTH_SIDES,
-    "OlmoDecoderLayer": _LLAMA,
-    "Olmo2DecoderLayer": _NORM_OF_BRANCH,
-    "Olmo3DecoderLayer": _NORM_OF_BRANCH,
-    "SmolLM3DecoderLayer": _LLAMA,
-    "Starcoder2DecoderLayer": _LLAMA,
-    "Phi3DecoderLayer": (
-        "input_layernorm self_attn resid_attn_dropout",
-        "post_attention_layernorm mlp resid_mlp_dropout",
+    "transformers.models.gpt2.modeling_gpt2.GPT2Block": _of_gpt2,
+    "transformers.models.llama.modeling_llama.LlamaDecoderLayer": _LLAMA,
+    "transformers.models.mistral.modeling_mistral.MistralDecoderLayer": _LLAMA,
+    "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer": _LLAMA,
+    "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer": _LLAMA,
+    "transformers.models.gemma.modeling_gemma.GemmaDecoderLayer": _LLAMA,
+    "transformers.models.gemma2.modeling_gemma2.Gemma2DecoderLayer": _NORM_ON_BOTH_SIDES,
+    "transformers.models.gemma3.modeling_gemma3.Gemma3DecoderLayer": _NORM_ON_BOTH_SIDES,
+    "transformers.models.olmo.modeling_olmo.OlmoDecoderLayer": _LLAMA,
+    "transformers.models.olmo2.modeling_olmo2.Olmo2DecoderLayer": _NORM_OF_BRANCH,
+    "transformers.models.olmo3.modeling_olmo3.Olmo3DecoderLayer": _NORM_OF_BRANCH,
+    "transformers.models.smollm3.modeling_smollm3.SmolLM3DecoderLayer": _LLAMA,
+    "transformers.models.starcoder2.modeling_starcoder2.Starcoder2DecoderLayer": _LLAMA,
+    "transformers.models.phi3.modeling_phi3.Phi3DecoderLayer": (
+        "input_layernorm(x) self_attn resid_attn_dropout(x)",
+        "post_attention_layernorm(x) mlp(x) resid_mlp_dropout(x)",
     ),
-    "ModernBertEncoderLayer": ("attn_norm attn", "mlp_norm mlp"),
-    "RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
-    "ViTLayer": ("layernorm_before attention dropout", "layernorm_after mlp dropout"),
-    "Block": ("norm1 attn ls1 drop_path1", "norm2 mlp ls2 drop_path2"),  # timm's vision transformers
-    "TransformerEncoderLayer": _of_torch,
-    "TransformerDecoderLayer": _of_torch_decoder,
+    "transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer": (
+        "attn_norm(x) attn",
+        "mlp_norm(x) mlp(x)",
+    ),
+    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
+    "transformers.models.vit.modeling_vit.ViTLayer": (
+        "layernorm_before(x) attention dropout(x)",
+        "layernorm_after(x) mlp(x) dropout(x)",
+    ),
+    "timm.models.vision_transformer.Block": (
+        "norm1(x) attn ls1(x) drop_path1(x)",
+        "norm2(x) mlp(x) ls2(x) drop_path2(x)",
+    ),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": _of_torch,
+    "torch.nn.modules.transformer.TransformerDecoderLayer": _of_torch_decoder,
 }
-"""The residual branches of the blocks of known families, by the name of their class."""
+"""The residual branches of the blocks of known families, by the class whose forward they take apart."""
+
+
+def _path_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _recipe_of(block: nn.Module) -> Any:
+    """The recipe for a block: of the class that its forward is of, as any other forward computes something else."""
+    known = next((kind for kind in type(block).__mro__ if _path_of(kind) in RECIPES), None)
+    changed = _changed(block, known) if known is not None else None
+    if known is None or changed is not None:
+        raise OptionError(
+            f"reversible: no recipe for {_path_of(type(block))}"
+            + (f", whose {changed} is not that of {known.__name__}" if known is not None else ""),
+            expected=f"one of {', '.join(path.rpartition('.')[2] for path in RECIPES)}",
+            cure="say what it adds to its stream: branches=('norm1 attn', 'norm2 mlp'); where it normalises behind "
+            "each sum, as BERT does, use inv.nn.checkpoint_blocks",
+        )
+    return RECIPES[_path_of(known)]
+
+
+def _changed(block: nn.Module, known: type) -> str | None:
+    """A method of a known class that a block has another one for; None where it has all of them."""
+    methods = {name: item for name, item in vars(known).items() if isfunction(item) and not name.startswith("__")}
+    return next((name for name, item in methods.items() if not _is_method(block, name, item)), None)
+
+
+def _is_method(block: nn.Module, name: str, item: Callable[..., Any]) -> bool:
+    """Whether a block's method is the one of its class, or has something put around it, such as a checkpoint."""
+    own = vars(block).get(name)
+    if own is None:
+        return getattr(type(block), name) is item
+    below = unwrap(own)
+    return getattr(below, "__func__", below) is unwrap(item)
 
 
 def _branches_of(block: nn.Module, branches: Any) -> tuple[BlockBranch, ...]:
     """The residual branches of a block, which has to have what they name."""
-    if branches is None:
-        known = [kind.__name__ for kind in type(block).__mro__ if kind.__name__ in RECIPES]
-        if not known:
-            raise OptionError(
-                f"reversible: no recipe for {type(block).__name__}",
-                expected=f"one of {', '.join(RECIPES)}",
-                cure="say what it adds to its stream: branches=('norm1 attn', 'norm2 mlp'); where it normalises behind "
-                "each sum, as BERT does, use inv.nn.checkpoint_blocks",
-            )
-        branches = RECIPES[known[0]]
+    branches = _recipe_of(block) if branches is None else branches
     found: Sequence[Branch] = branches(block) if callable(branches) else branches  # pyright: ignore
     for path in [path for branch in found if isinstance(branch, str) for path in branch.split()]:
         try:
-            attrgetter(path)(block)
+            _getter(path)(block)
         except AttributeError as error:
             raise OptionError(
-                f"reversible: {type(block).__name__} has no {path!r}",
+                f"reversible: {type(block).__name__} has no {path.removesuffix(_ALONE)!r}",
                 expected="paths of what the block applies one after another",
                 cure=f"it has {', '.join(name for name, _ in block.named_children())}",
             ) from error
@@ -337,6 +418,35 @@ def _branches_of(block: nn.Module, branches: Any) -> tuple[BlockBranch, ...]:
 
 
 # ---- from block to block ---------------------------------------------------------------------------------------------
+
+
+class Waiting:
+    """A pipeline that waits for its next block, and what the wire was when the block before has shown it.
+
+    A write in place is seen by the version counter, which a view shares, and a view of other numbers by how it lies in
+    the storage.
+    """
+
+    def __init__(self, index: int, passage: Passage) -> None:
+        self.index, self.passage = index, passage
+        self.versions = [version(leaf) for leaf in leaves(passage.wire)]
+
+    def is_unchanged(self, x: Tensor, shown: int) -> bool:
+        """Whether x is the stream that was shown, or a view of all of it, and no stream has been written into."""
+        wire = list(self.passage.wire)
+        before, versions = wire[shown], [version(leaf) for leaf in leaves(self.passage.wire)]
+        if versions != self.versions or (x is not before and _lying(x) != _lying(before)):
+            return False
+        if x is not before:
+            wire[shown] = x
+            self.passage.replace(tuple(wire))
+        return True
+
+
+def _lying(x: Tensor) -> tuple[Any, ...]:
+    """Which numbers of which storage a tensor has, in what order."""
+    where = _torch.storage_of(x), x.storage_offset(), x.shape, x.stride()
+    return *where, x.dtype, x.is_conj(), x.is_neg(), version(x)
 
 
 class Stack:
@@ -352,13 +462,13 @@ class Stack:
     def __init__(
         self, blocks: Mapping[str, nn.Module], scheme: Scheme, branches: Any, options: Mapping[str, Any]
     ) -> None:
-        self.paths, self.scheme = list(blocks), scheme
+        self.paths, self.blocks, self.scheme = list(blocks), list(blocks.values()), scheme
         stages = [scheme.stage(_branches_of(block, branches), not i) for i, block in enumerate(blocks.values())]
         self.pipeline = Chain(tuple([named(stage, path) for stage, path in zip(stages, blocks, strict=True)]))
         lowered = checkpoint(self.pipeline, **options)
         assert isinstance(lowered, Checkpointed)
         self.options = lowered.options
-        self._under_way: dict[int, tuple[int, Passage] | None] = {}  # by thread: the next block, and what waits for it
+        self._under_way: dict[int, Waiting] = {}  # by thread
 
     def run(self, index: int, x: Tensor, context: Mapping[str, Any]) -> Tensor:
         """Run a block's stage: what the model sees of it."""
@@ -367,32 +477,29 @@ class Stack:
         passage.step(index, bind(self.pipeline.parts[index], context))
         if index + 1 == len(self.paths):
             return passage.close()[self.scheme.shown]
-        self._under_way[thread] = index + 1, passage
+        self._under_way[thread] = Waiting(index + 1, passage)
         return passage.wire[self.scheme.shown]
 
     def _enter(self, x: Tensor) -> Passage:
         return Passage(self.pipeline, self.scheme.enter(x), current(self.options))
 
-    def _resume(self, index: int, x: Tensor, waiting: tuple[int, Passage] | None) -> Passage:
+    def _resume(self, index: int, x: Tensor, waiting: Waiting | None) -> Passage:
         """What waits for a block, whose input has to be what the block before it has shown."""
-        if waiting is not None and waiting[0] == index:
-            wire = list(waiting[1].wire)
-            before = wire[self.scheme.shown]
-            if x is before:
-                return waiting[1]
-            if x.shape == before.shape and _torch.storage_of(x) == _torch.storage_of(before):
-                wire[self.scheme.shown] = x
-                waiting[1].replace(tuple(wire))
-                return waiting[1]
+        if waiting is not None and waiting.index == index and waiting.is_unchanged(x, self.scheme.shown):
+            return waiting.passage
         raise WireError(
             f"reversible: {self.paths[index]} received {describe(x)}",
             expected=f"what {self.paths[index - 1]} has returned: its streams go on from there",
-            cure="call the blocks one after another, and change the hidden states nowhere in between",
+            cure="call the blocks one after another, and change the hidden states nowhere in between, in place neither",
         )
 
-    def is_kept(self, is_training: bool) -> bool:
-        """Whether a block runs as it was: for evaluation, where the scheme says so."""
-        return self.scheme.keeps_evaluation and not is_training
+    @property
+    def is_kept(self) -> bool:
+        """Whether the blocks run as they were: for evaluation, where the scheme says so.
+
+        A block that is frozen by `eval` has its stage, as those around it are in training.
+        """
+        return self.scheme.keeps_evaluation and not any([block.training for block in self.blocks])
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: nothing is under way there."""
@@ -414,7 +521,7 @@ class BlockForward(Joined):
         return self.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.stack.is_kept(self.block.training):
+        if self.stack.is_kept:
             return self.original(*args, **kwargs)
         return _run_block(self, args, kwargs)
 
@@ -462,10 +569,11 @@ def reversible(
       :math:`\gamma^{-depth}`.
     - ``"midpoint"``: near where neighbouring blocks add nearly the same. ``"leapfrog"``: another function, for which f
       is a force.
-    - ``"bdia"``: *evaluation is the model as it was*, to the bit. A step of training is the model's in the mean over
-      gamma, and exact by one bit for each element and block.
-    - ``"retrofit"``: one gamma of 2^-4, in training and in evaluation: starts at a distance in proportion to gamma, and
-      is exact by four bits for each element and block.
+    - ``"bdia"``: *evaluation is the model as it was*, to the bit, when none of the blocks is in training. In training,
+      a block is the model's in the mean over gamma alone, and a step begins far from the pretrained function. Exact by
+      one bit for each element and block.
+    - ``"retrofit"``: one gamma of 2^-4, in training and in evaluation: begins near the pretrained function, at a
+      distance in proportion to gamma, and is exact by four bits for each element and block.
 
     Args:
         model: The model, changed in place.
@@ -476,9 +584,11 @@ def reversible(
             streams by turns, and ``"hamiltonian"`` two; the others take the block's whole branch.
         branches: What a block adds to its stream, in order: the paths of what it applies one after another, as in
             ``("ln_1 attn", "ln_2 mlp")``, or functions ``(block, x, **context) -> tensor``; or a function from a block
-            to these. None takes the recipe for the class of the block: GPT-2, Llama, Mistral, Qwen, Gemma, Gemma 2 and
-            3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT, RoBERTa-PreLayerNorm and ViT of transformers, timm's
-            ViT, torch's encoder and decoder layers (``norm_first=True``).
+            to these. ``mlp(x)`` is called with x alone, also when an adapter that takes any name is in its place. None
+            takes the recipe for the class of the block, or for the one whose forward it inherits: GPT-2, Llama,
+            Mistral, Qwen, Gemma, Gemma 2 and 3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT,
+            RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder and decoder layers
+            (``norm_first=True``).
         options: Those of `invfunc.checkpoint`, such as ``mode``, ``drift`` and ``keep``.
 
     Returns:
@@ -490,7 +600,8 @@ def reversible(
         branch is evaluated exactly twice in a training step: 1.31 times plain's flops, where torch's checkpoint takes
         1.25 to 1.27. With ``keep`` of attention's operators, one tensor of a stream's size is kept for each block, and
         attention is not run twice: 1.19 times, in less memory than torch's checkpoint takes (GPT-2 and Llama of 8 and
-        16 blocks, four times as many tokens as the model is wide).
+        16 blocks, texts four times as long as the model is wide). That is less time in steps of some thousand tokens;
+        in small steps it is more, as each operator is asked.
 
     Raises:
         OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, stands in
@@ -500,7 +611,8 @@ def reversible(
     Limits:
         Blocks must compute sums, ``x + f(x)``, normalise inside f, and return one tensor. Streams should be float32
         (under autocast they are, if the embedding is). Below `torch.compile` the blocks run as they are written. The
-        last block must be reached: a loss of hidden states alone, without the last, can not be rebuilt.
+        last block must be reached: a loss of hidden states alone, without the last, can not be rebuilt. A write through
+        ``.data`` between the blocks is not refused, as autograd does not see it; a `DriftWarning` follows.
 
     Example:
         >>> import torch, invfunc as inv

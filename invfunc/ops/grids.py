@@ -16,7 +16,7 @@ from ..core.couple import Half, Law, match, sum_per_sample
 from ..core.op import Invertible, Residue, chain, name_of, named, pair
 from ..core.packing import pack_bits, unpack_bits
 from ..core.precision import at_least
-from ..errors import OptionError, WireError
+from ..errors import OptionError, WireError, check_option
 from ..wires import Wire, describe
 
 SPACING = 2.0**-9
@@ -78,6 +78,7 @@ class Mixed:
     fn: Callable[..., Any]
     gammas: tuple[float, ...]
     spacing: float
+    batch_dim: int
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -93,7 +94,7 @@ class Mixed:
         """A gamma for each sample, of a shape that broadcasts."""
         # Filled there: a copy from the host's memory waits for a device.
         gammas = torch.stack([torch.full((), gamma, dtype=x.dtype, device=x.device) for gamma in self.gammas])
-        shape = (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else ()
+        shape = [size if dim == self.batch_dim else 1 for dim, size in enumerate(x.shape)]
         if len(self.gammas) == 1:
             return gammas.expand(shape)
         return gammas[torch.randint(len(self.gammas), shape, device=x.device)]
@@ -158,7 +159,11 @@ def _log_det(gamma: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def bdia(
-    fn: Callable[..., Any], gammas: float | Sequence[float] = (0.5, -0.5), *, spacing: float = SPACING
+    fn: Callable[..., Any],
+    gammas: float | Sequence[float] = (0.5, -0.5),
+    *,
+    spacing: float = SPACING,
+    batch_dim: int = 0,
 ) -> Invertible:
     r"""A residual block between two positions, undone to the bit: the state is ``(previous x, x)``.
 
@@ -179,6 +184,7 @@ def bdia(
         fn: The residual branch f, any callable or module.
         gammas: One number, or those that are drawn from; each plus or minus a power of two, from 2^-8 to 1/2.
         spacing: The grid's :math:`\delta`, a power of two.
+        batch_dim: The dim that counts samples: 1 where positions come first, as in torch's ``batch_first=False``.
 
     Shapes:
         ``((N, ...), (N, ...))``, both of one shape, unchanged; float32 or float64.
@@ -216,8 +222,9 @@ def bdia(
     bits = max([_exponent("bdia: gamma", abs(gamma), 1, 8) for gamma in found], default=0)
     if not found:
         raise OptionError("bdia: gammas is empty", expected="one number or more")
+    check_option("bdia: batch_dim", batch_dim, lambda dim: dim >= 0, "0, 1, 2, ...")
     _exponent("bdia: spacing", spacing, 0, 52)
-    half = Half(Mixed(fn, found, spacing), MixLaw(spacing, bits), 0, "f")
+    half = Half(Mixed(fn, found, spacing, batch_dim), MixLaw(spacing, bits), 0, "f")
     return named(chain(half, swap()), f"bdia({name_of(fn)}, {', '.join(f'{gamma:g}' for gamma in found)})")
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
+from ..checkpoint import mark
 from ..core.combine import Plumbing, check_components, parallel, permute_wires
 from ..core.couple import sum_per_sample
 from ..core.op import Invertible, chain, check_op, invert, pair, saturating
@@ -170,7 +171,10 @@ def from_transform(transform: Any) -> Invertible:
     Cost:
         That of the transform. A log-determinant is taken from the call that makes the value, where there is one such:
         ``call_and_ladj`` of zuko, ``forward`` and ``inverse`` of nflows, normflows and FrEIA. Lowered, a transform of
-        ``torch.distributions`` between numbers that end elsewhere than at 0, as of a tanh, keeps its input.
+        ``torch.distributions`` between numbers that end elsewhere than at 0, as of a tanh, keeps its input. So does a
+        layer whose inverse is no help in a training step, which is marked ``"recompute"``: batch normalisation, planar
+        and radial flows, Monte Carlo steps of normflows, and FrEIA's ``IResNetLayer``. Give others of that kind the
+        mark: ``inv.mark(op, "recompute")``.
 
     Limits:
         A transform whose numbers end at 0 keeps nothing. Where it rounds to 0 or overflows, what is before it gets
@@ -197,7 +201,7 @@ def from_transform(transform: Any) -> Invertible:
     if isinstance(transform, OpTransform):
         return transform.op
     for kind in type(transform).__mro__:
-        rule = RULES.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
+        rule = RULES.get(_key(kind))
         if rule is not None:
             return rule(transform)
     raise OptionError(
@@ -205,6 +209,10 @@ def from_transform(transform: Any) -> Invertible:
         expected="a transform of torch.distributions, a layer of zuko, nflows, normflows or FrEIA, or a list of them",
         cure="inv.ops.log_det_pair(forward, inverse) wraps two functions that return (value, log_det)",
     )
+
+
+def _key(kind: type) -> str:
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
 
 
 def _chained(transforms: Iterable[Any]) -> Invertible:
@@ -297,7 +305,7 @@ def _transform_log_det(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
 def _of_layer(layer: Any) -> Invertible:
     takes_context = "context" in signature(layer.forward).parameters
     both = partial(_called, layer, takes_context), partial(_called, layer.inverse, takes_context)
-    return joint(*both, _shown(layer), takes_context)
+    return _runnable(layer, joint(*both, _shown(layer), takes_context))
 
 
 def _called(method: Any, takes_context: bool, *x: Any) -> tuple[Wire, Any]:
@@ -318,7 +326,7 @@ def _of_module(module: Any) -> Invertible:
 def _run_by(module: nn.Module, counts: tuple[int, int], conditions: Sequence[int]) -> Invertible:
     """A module as an op: how many tensors go in and come out, and which of the conditions it takes."""
     there, back = [partial(_run, module, rev, count, tuple(conditions)) for rev, count in enumerate(counts)]
-    return joint(there, back, _shown(module), bool(conditions))
+    return _runnable(module, joint(there, back, _shown(module), bool(conditions)))
 
 
 def _run(module: Any, rev: int, count: int, chosen: tuple[int, ...], *x: Any) -> tuple[Wire, Any]:
@@ -385,6 +393,27 @@ def _give(taken: tuple[int, ...], count: int, x: Wire) -> Wire:
 
 def _wire(parts: Sequence[Wire]) -> Wire:
     return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+# ---- layers whose inverse can not rebuild what forward was given ---------------------------------------------------
+
+
+def _runnable(layer: Any, op: Invertible) -> Invertible:
+    """The op of a layer, which is run again from its input where its inverse can not give that back."""
+    is_listed = any(_key(kind) in NOT_REBUILT for kind in type(layer).__mro__)
+    return mark(op, "recompute") if is_listed else op
+
+
+NOT_REBUILT = {
+    "nflows.BatchNorm",  # none in training
+    "normflows.BatchNorm",
+    "normflows.Planar",
+    "normflows.Radial",
+    "normflows.HamiltonianMonteCarlo",  # theirs is forward, with other draws
+    "normflows.MetropolisHastings",
+    "FrEIA.IResNetLayer",  # takes gradients of its own
+}
+"""Layers without an inverse that a training step could use."""
 
 
 # ---- which is which ----------------------------------------------------------------------------------------------

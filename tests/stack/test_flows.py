@@ -1,15 +1,17 @@
 """Networks of FrEIA, nflows, normflows and zuko as ops: theirs and ours say the same, and memory is flat."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
 import nflows.flows
+import normflows
 import pytest
 import torch
 import zuko
-from flows import NETWORKS, WIDTH, lowered, mlp, nflows_maf, nflows_spline, step, trained
+from flows import NETWORKS, WIDTH, Theirs, lowered, mlp, nflows_maf, nflows_spline, sequence, step, trained
 from kit import assert_close
 from torch import Tensor, nn
 
@@ -47,6 +49,60 @@ def step_of(forward: object, parameters: list[Tensor], x: Tensor) -> tuple[objec
         parameter.grad = None
     y, log_det = step(forward, x)
     return y, log_det, x.grad, [p.grad for p in parameters]
+
+
+def normal() -> normflows.distributions.DiagGaussian:
+    return normflows.distributions.DiagGaussian(WIDTH, trainable=False)
+
+
+def monte_carlo() -> nn.Module:
+    return normflows.flows.HamiltonianMonteCarlo(normal(), 2, torch.full((WIDTH,), -1.0), torch.zeros(WIDTH))
+
+
+def metropolis() -> nn.Module:
+    return normflows.flows.MetropolisHastings(normal(), normflows.distributions.DiagGaussianProposal((WIDTH,), 0.1), 2)
+
+
+def nflows_net(layer: Callable[[], nn.Module]) -> Theirs:
+    net = nflows.transforms.CompositeTransform([layer(), nflows.transforms.LULinear(WIDTH), layer()])
+    return Theirs(net, net, net.inverse)
+
+
+def normflows_net(layer: Callable[[], nn.Module]) -> Theirs:
+    layers = [layer(), normflows.flows.LULinearPermute(WIDTH), layer()]
+    net = normflows.NormalizingFlow(normal(), layers)
+    return Theirs(net, net.forward_and_log_det, net.inverse_and_log_det)
+
+
+RESIDUAL = {"hutchinson_samples": 1, "internal_size": 16, "n_internal_layers": 2}
+NOT_REBUILT: dict[str, Callable[[], Theirs]] = {
+    "batch normalisation of nflows": lambda: nflows_net(lambda: nflows.transforms.BatchNorm(WIDTH)),
+    "batch normalisation of normflows": lambda: normflows_net(normflows.flows.BatchNorm),
+    "planar": lambda: normflows_net(lambda: normflows.flows.Planar((WIDTH,))),
+    "radial": lambda: normflows_net(lambda: normflows.flows.Radial((WIDTH,))),
+    "Hamiltonian Monte Carlo": lambda: normflows_net(monte_carlo),
+    "Metropolis Hastings": lambda: normflows_net(metropolis),
+    "IResNetLayer": lambda: sequence(fm.IResNetLayer, 2, **RESIDUAL),
+}
+
+
+@pytest.mark.parametrize("name", NOT_REBUILT)
+def test_a_layer_without_an_inverse_for_training_is_run_again(name: str) -> None:
+    x, found = torch.randn(6, WIDTH), []
+    for way in (lambda theirs: theirs.forward, lambda theirs: lowered(theirs.net)):
+        torch.manual_seed(1)
+        theirs = NOT_REBUILT[name]()
+        randomise(theirs.parameters)
+        y, log_det, *gradients = step_of(way(theirs), theirs.parameters, x)
+        found.append((y, log_det.expand(6), gradients, list(theirs.net.buffers())))
+    assert_close(*found, 1e-12)
+
+
+def test_a_log_determinant_of_one_number_in_a_list_holds_for_the_batch() -> None:
+    theirs, x = sequence(fm.LearnedElementwiseScaling, 2), torch.randn(6, WIDTH)
+    randomise(theirs.parameters)
+    plain, ours = (step_of(fn, theirs.parameters, x) for fn in (theirs.forward, lowered(theirs.net)))
+    assert_close(ours, plain, 1e-12)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
+from invfunc.errors import OptionError
 
 SCHEMES = "couple", "momentum", "midpoint", "bdia", "retrofit"
 
@@ -42,6 +43,14 @@ def test_the_recipe_takes_the_block_apart() -> None:
     expected = step(model)
     inv.nn.reversible(model, "blocks.*", scheme=partial(inv.ops.momentum, gamma=0))
     torch.testing.assert_close(step(model), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_block_of_the_same_name_that_works_in_windows_is_refused() -> None:
+    """Its forward cuts the image into windows, which the recipe would leave out."""
+    sam = timm.models.vision_transformer_sam.VisionTransformerSAM
+    model = sam(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, window_size=2)
+    with pytest.raises(OptionError, match=r"no recipe for timm\.models\.vision_transformer_sam\.Block, .* branches="):
+        inv.nn.reversible(model, "blocks.*")
 
 
 def test_bdia_evaluates_the_model_itself() -> None:

@@ -385,6 +385,63 @@ def test_adapters_in_a_reversible_model(first: str) -> None:
     assert counts == [1] * 6 + [2] * 2
 
 
+ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "low rank, dense": ("prenorm roberta", "Lora", {"target_modules": ["dense"], "init_lora_weights": False}),
+    "norms": ("llama", "LNTuning", {"task_type": "CAUSAL_LM"}),
+    "a copy of a norm": ("llama", "Lora", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
+    "a copy of attention": ("llama", "Lora", {"target_modules": ["lm_head"], "modules_to_save": ["mlp", "self_attn"]}),
+    "prompts": ("llama", "AdaptionPrompt", {"task_type": "CAUSAL_LM", "adapter_len": 4, "adapter_layers": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # peft's own, of norms
+@pytest.mark.parametrize("first", ["adapters", "reversible"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_layer_behind_an_adapter_is_called_as_in_its_block(kind: str, first: str) -> None:
+    peft = pytest.importorskip("peft")
+    name, config, options = ADAPTERS[kind]
+    base, blocks = made(name)
+    given = batch(name)
+    if first == "reversible":
+        handle = inv.nn.reversible(base, blocks, scheme=THE_MODEL_ITSELF)
+    model = peft.get_peft_model(base, getattr(peft, f"{config}Config")(**options)).double().eval()
+    if first == "adapters":
+        handle = inv.nn.reversible(base, blocks, scheme=THE_MODEL_ITSELF)
+    found, others = step(model, given)
+    handle.remove()
+    expected, gradients = step(model, given)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
+    assert_close(others, gradients)
+
+
+def test_an_adapter_in_torchs_encoder_is_called_as_the_layer_is() -> None:
+    peft = pytest.importorskip("peft")
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, dropout=0.0, norm_first=True, batch_first=True)
+    net = nn.ModuleDict({"body": nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)})
+    config = peft.LoraConfig(target_modules=["linear1", "linear2"], init_lora_weights=False)
+    body = peft.get_peft_model(net, config).double().base_model.model["body"]
+    x, padding, found = torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.arange(5) > torch.tensor([[3], [4]]), []
+    handle = inv.nn.reversible(body, "layers.*", scheme=THE_MODEL_ITSELF)
+    for _ in range(2):
+        y = body(x, src_key_padding_mask=padding)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [p for p in body.parameters() if p.requires_grad])])
+        handle.remove()
+    assert_close(*found)
+
+
+def test_a_known_blocks_child_with_a_forward_of_its_own_is_refused() -> None:
+    kind = hf.models.llama.modeling_llama.LlamaDecoderLayer
+
+    class Other(kind):
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            return hidden_states + super().forward(hidden_states, **kwargs)
+
+    model, blocks = made("llama")
+    model.model.layers[1].__class__ = Other
+    with pytest.raises(inv.errors.OptionError, match="Other, whose forward is not that of LlamaDecoderLayer"):
+        inv.nn.reversible(model, blocks)
+
+
 def test_a_copy_trains_apart() -> None:
     model, blocks = made("llama")
     inv.nn.reversible(model, blocks)
