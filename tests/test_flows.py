@@ -16,6 +16,7 @@ from torch.distributions import Independent, Normal, TransformedDistribution, Un
 import invfunc as inv
 from invfunc import ops
 from invfunc.errors import DomainError, OptionError, WireError
+from invfunc.log_det import joint
 
 lowerings = pytest.mark.parametrize("wrap", [lambda op: op, inv.checkpoint], ids=["plain", "lowered"])
 
@@ -129,9 +130,54 @@ def test_a_context_that_changes_between_two_forwards_is_that_of_its_call() -> No
 
 def test_a_missing_context_is_named() -> None:
     density, x = inv.flow(conditional(Shift(), Shift()), Normal(torch.zeros(4), 1.0)), torch.randn(5, 4)
-    message = "got no context, expected one, since functions of its couplings take it; pass context=, a tensor or"
+    message = "got no context, expected one, since functions of its op take it; pass context=, a tensor or"
     for call in lambda: density.log_prob(x), lambda: density.sample((2,)), density.rsample_and_log_prob:
         assert_refused(WireError, message, call, anywhere=True)
+
+
+def moved_by(x: Tensor, c: Tensor) -> Any:
+    return (x * c.exp(), c), c.sum(1)
+
+
+def moved_back_by(y: Tensor, c: Tensor) -> Any:
+    return (y / c.exp(), c), -c.sum(1)
+
+
+READERS: dict[str, Any] = {
+    "a pair on x and c": lambda: ops.log_det_pair(moved_by, moved_back_by),
+    "a layer that is given c": lambda: ops.given(
+        joint(lambda x, c: (x * c.exp(), c.sum(1)), lambda y, c: (y / c.exp(), -c.sum(1)), "layer", True)
+    ),
+    "a coupling of x with c": lambda: inv.chain(inv.couple(torch.exp, law=scale_by)),
+}
+
+
+def scale_by(s: Tensor) -> inv.Invertible:
+    return inv.affine(s, torch.zeros_like(s))
+
+
+@lowerings
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("base_reads", [True, False])
+def test_base_and_op_read_one_context_whatever_the_op_is_made_of(reader: str, base_reads: bool, wrap: Any) -> None:
+    mean = torch.randn(4, requires_grad=True)
+    base = (
+        (lambda c: Independent(Normal(mean + c, 1.0), 1)) if base_reads else (lambda: Independent(Normal(mean, 1), 1))
+    )
+    density, x, c = inv.flow(wrap(READERS[reader]()), base), torch.randn(5, 4), torch.randn(5, 4)
+    expected = Normal(mean + c if base_reads else mean, 1).log_prob(x * c.exp()).sum(1) + c.sum(1)
+    assert_close(density.log_prob(x, context=c), expected)
+    sample, log_prob = density.rsample_and_log_prob((3,), context=c)
+    assert_close(density.log_prob(sample, context=c), log_prob)
+    for call in lambda: density.log_prob(x), lambda: density.sample((2,)):
+        assert_refused(WireError, "got no context, expected one", call, anywhere=True)
+
+
+def test_a_context_of_the_base_alone_stays_away_from_an_op_on_two_components() -> None:
+    op = inv.chain(inv.split(2), ops.log_det_pair(moved_by, moved_back_by), inv.concat(2))
+    x, c = torch.randn(5, 4), torch.randn(5, 4)
+    found = inv.flow(op, lambda c: Independent(Normal(c, 1.0), 1)).log_prob(x, context=c)
+    assert_close(found, Normal(c, 1.0).log_prob(op(x)).sum(1) + x[:, 2:].sum(1))
 
 
 def test_a_context_that_does_not_fit_is_named() -> None:
