@@ -178,6 +178,18 @@ def test_a_flow_of_zuko_and_its_base_read_one_context() -> None:
     assert_close(found, Normal(net(c), 1.0).log_prob(z).sum(1) + log_det)
 
 
+def test_samples_of_zuko_with_their_density_train_lowered() -> None:
+    theirs, c = zuko.flows.BPF(3, 2, transforms=2, hidden_features=(8,)), torch.randn(5, 2)
+    op = inv.ops.given(inv.ops.from_transform(theirs))
+
+    def gradients(wrap: Callable[[inv.Invertible], inv.Invertible]) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        x, log_prob = inv.flow(wrap(op), lambda: theirs.base()).rsample_and_log_prob((2,), context=c)
+        return torch.autograd.grad(x.square().sum() + log_prob.sum(), list(theirs.parameters()))
+
+    assert_close(gradients(inv.checkpoint), gradients(lambda op: op), 1e-6)
+
+
 def test_conditions_of_a_sequence_of_freia_are_given() -> None:
     net = ff.SequenceINN(WIDTH)
     net.append(fm.RNVPCouplingBlock, cond=1, cond_shape=(2,), subnet_constructor=mlp)
