@@ -505,3 +505,14 @@ def test_log_determinants_far_out_are_differentiated_twice(make: Any, dtype: tor
         sign = -2 if make is ops.tanh else 1
         assert_close(first.detach(), sign * x.detach().tanh(), 1e-6)
         assert_close(second, sign / x.detach().cosh() ** 2, 1e-6)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e8, -1e5, -1e8, 3e38])
+@pytest.mark.parametrize("log_scale", [0.0, 3.0])
+def test_a_mixture_is_as_steep_in_its_tails_as_one_component(size: float, log_scale: float) -> None:
+    op = ops.mixture_logit(torch.zeros(4), torch.arange(4.0), torch.full((4,), log_scale))
+    for way in op, inv.checkpoint(op):
+        x = torch.tensor([size], requires_grad=True)
+        y, log_det = inv.log_det(way, x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        assert_close((slope, log_det.exp()), (torch.tensor([math.exp(-log_scale)]),) * 2, 1e-6)
