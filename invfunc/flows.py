@@ -28,7 +28,7 @@ from .core.combine import Parallel
 from .core.couple import Half, sum_per_sample
 from .core.op import ByKind, Chain, Inverse, Invertible, Pair, check_op, invert, name_of
 from .core.precision import at_least
-from .errors import OptionError, WireError, check_option
+from .errors import NotDifferentiableError, OptionError, WireError, check_option
 from .log_det import Joint, with_log_det, zeros_for
 from .ops.streams import Given
 from .wires import Wire, describe, is_differentiable, leaves, map_wire
@@ -52,6 +52,7 @@ class Flow:
 
     def log_prob(self, x: Wire, context: Wire = None) -> Tensor:
         """``log p(x)``, of the shape of the batch."""
+        _check_context(context)
         base = _made(self.base, context)
         dims = _batch_dims(base, x)
         batch = _with_contexts(leaves(x)[0].shape[:dims], context)
@@ -84,6 +85,7 @@ class Flow:
 
     def _drawn(self, how: str, shape: Shape, context: Wire) -> tuple[Wire, Size, Base]:
         """Latents with a flat batch, and the batch."""
+        _check_context(context)
         base = _made(self.base, context)
         z = _draw(base, how, _size(shape), _contexts(context))
         dims = leaves(z)[0].dim() - len(_event(base)) if _event(base) else min(1, leaves(z)[0].dim())
@@ -143,9 +145,11 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
 
     Raises:
         OptionError: When the base is nothing of that.
-        NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
-        WireError: When a function returns no distribution, when op or base read a context and none is given, when
-            contexts do not fit the samples or what the base makes of them, or when the base swallows the batch.
+        NotDifferentiableError: When a primitive of op has no rule for its log-determinant, or ``rsample`` is asked of a
+            base that has none.
+        WireError: When a function returns no distribution, when op or base read a context and none is given, or an
+            empty one, when contexts do not fit the samples or what the base makes of them, when the base swallows the
+            batch, or what it returns is no tensor.
 
     Example:
         >>> import invfunc as inv
@@ -322,10 +326,10 @@ def _base_log_prob(base: Base, z: Wire, batch: Size) -> Tensor:
     if not batch.numel():  # torch's Independent knows no empty batch
         return sum_per_sample(z).view(batch)
     found = base.log_prob((z.to(at_least(z.dtype)) if _takes_any_dtype(base) else z).view(batch + z.shape[1:]))
-    if found.shape[: len(batch)] != batch:
+    if not isinstance(found, Tensor) or found.shape[: len(batch)] != batch:
         raise WireError(
-            f"the base's log_prob of {describe(z)} has shape {describe(found)}",
-            expected=f"({', '.join(map(str, batch))}, ...): the batch first",
+            f"the base's log_prob of {describe(z)} returned {describe(found)}",
+            expected=f"a tensor of shape ({', '.join(map(str, batch))}, ...): the batch first",
             cure="let the event of the base be one sample",
         )
     return found.flatten(len(batch)).sum(-1, dtype=at_least(found.dtype)) if found.dim() > len(batch) else found
@@ -349,7 +353,17 @@ def _draw(base: Base, how: str, shape: Size, contexts: Size) -> Wire:
     if isinstance(base, tuple):
         return tuple([_draw(part, how, shape, contexts) for part in base])
     is_one_for_all = _event(base) and not (base.event_shape and base.batch_shape)
-    return getattr(base, how)(shape + contexts if is_one_for_all else shape)
+    try:
+        found = getattr(base, how)(shape + contexts if is_one_for_all else shape)
+    except NotImplementedError as error:
+        raise NotDifferentiableError(
+            f"the base {type(base).__name__} has no {how}",
+            expected="samples that are functions of its parameters",
+            cure="sample() has no gradient, and needs none",
+        ) from error
+    if not isinstance(found, Tensor):
+        raise WireError(f"the base's {how} returned {describe(found)}", expected="a tensor")
+    return found
 
 
 # ---- the batch (NOTE [Batch]) ----------------------------------------------------------------------------------------
@@ -365,6 +379,15 @@ def _batch_dims(base: Base, x: Wire) -> int:
         if sum(prod(leaf.shape[dims:]) for leaf in own) == numbers:
             return dims
     return min(1, own[0].dim())
+
+
+def _check_context(context: Wire) -> None:
+    if not leaves(context):
+        raise WireError(
+            "a flow got an empty context",
+            expected="a tensor, or a tuple of tensors and anything else",
+            cure="leave context out where nothing reads one",
+        )
 
 
 def _contexts(context: Wire) -> Size:

@@ -15,7 +15,7 @@ from torch.distributions import Independent, Normal, TransformedDistribution, Un
 
 import invfunc as inv
 from invfunc import ops
-from invfunc.errors import DomainError, OptionError, WireError
+from invfunc.errors import DomainError, NotDifferentiableError, OptionError, WireError
 from invfunc.log_det import joint
 
 lowerings = pytest.mark.parametrize("wrap", [lambda op: op, inv.checkpoint], ids=["plain", "lowered"])
@@ -171,6 +171,38 @@ def test_base_and_op_read_one_context_whatever_the_op_is_made_of(reader: str, ba
     assert_close(density.log_prob(sample, context=c), log_prob)
     for call in lambda: density.log_prob(x), lambda: density.sample((2,)):
         assert_refused(WireError, "got no context, expected one", call, anywhere=True)
+
+
+def test_an_empty_context_is_named() -> None:
+    density = inv.flow(conditional(Shift(), Shift()), Normal(torch.zeros(4), 1.0))
+    message = (
+        "a flow got an empty context, expected a tensor, or a tuple of tensors and anything else; leave context out"
+    )
+    for call in lambda: density.log_prob(torch.ones(5, 4), context=()), lambda: density.sample((2,), context=()):
+        assert_refused(WireError, message, call)
+
+
+class Mute(torch.distributions.Distribution):
+    """A base that says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(event_shape=torch.Size([4]), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Any:
+        return None
+
+    def sample(self, sample_shape: Any = ()) -> Any:
+        return None
+
+
+def test_a_base_that_says_nothing_is_named() -> None:
+    density = inv.flow(ops.sinh(), Mute())
+    message = "the base's log_prob of (5, 4) returned None, expected a tensor of shape (5, ...): the batch first"
+    assert_refused(WireError, message, lambda: density.log_prob(torch.ones(5, 4)))
+    assert_refused(WireError, "the base's sample returned None, expected a tensor", lambda: density.sample((2,)))
+    message = "the base Mute has no rsample, expected samples that are functions of its parameters; sample() has no"
+    for call in lambda: density.rsample((2,)), lambda: density.rsample_and_log_prob((2,)):
+        assert_refused(NotDifferentiableError, message, call)
 
 
 def test_a_context_of_the_base_alone_stays_away_from_an_op_on_two_components() -> None:
@@ -554,7 +586,11 @@ def test_a_lowered_bound_draws_the_same_noise_again() -> None:
 def test_whole_numbers_of_too_narrow_a_dtype_are_named() -> None:
     message = "dequantize received (1, 3) of torch.float16, expected floating-point numbers that tell 256 levels and"
     assert_refused(WireError, message, lambda: ops.dequantize()(torch.ones(1, 3, dtype=torch.float16)), anywhere=True)
-    for levels in 1, None, 2.5:
+    for dtype, most in (torch.float16, 31), (torch.bfloat16, 3), (torch.float32, 2**18 - 1):
+        x = torch.arange(most + 1.0).to(dtype)[None]
+        assert torch.equal(ops.dequantize(most).inverse(ops.dequantize(most)(x[:, :most])), x[:, :most])
+        assert_refused(WireError, "dequantize received", lambda: ops.dequantize(most + 1)(x), anywhere=True)  # noqa: B023
+    for levels in 1, None, 2.5, math.inf, torch.tensor([3, 4]):
         message = f"dequantize: levels is {levels}, expected 2 or more, and whole"
         assert_refused(OptionError, message, lambda: ops.dequantize(levels))  # noqa: B023
     with inv.debug(True):
@@ -569,6 +605,8 @@ def test_noise_that_draws_something_else_is_named(drawn: Any) -> None:
     message = "the noise's rsample(context=...), expected (2, 3), got "
     assert_refused(WireError, message, lambda: ops.dequantize(8, noise)(torch.ones(2, 3)), anywhere=True)
     assert_refused(OptionError, "expected a density that reads a context", lambda: ops.dequantize(8, torch.rand), True)
+    message = "dequantize: noise is Normal(loc: 0.0, scale: 1.0), expected a density that reads a context: a flow"
+    assert_refused(OptionError, message, lambda: ops.dequantize(8, Normal(0.0, 1.0)))  # pyright: ignore
 
 
 def test_uniform_noise_alone_costs_the_logarithm_of_the_levels() -> None:
