@@ -537,3 +537,21 @@ def test_a_log_determinant_has_its_gradient_where_the_output_overflows(
         x = torch.tensor([at], requires_grad=True)
         (found,) = torch.autograd.grad(inv.log_det(way, x)[1].sum(), x)
         assert_close(found / expected, torch.ones(1), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cutoff", [1.0, 2.3, 3.0])
+def test_a_leaky_tanh_is_lowered_as_plain_exactly_at_its_cutoff(dtype: torch.dtype, cutoff: float) -> None:
+    op, x = ops.leaky_tanh(cutoff), torch.tensor([[-cutoff], [cutoff]], dtype=dtype)
+    assert_close(op.inverse(op(x)), x, 0)
+    found = []
+    for way in op, inv.checkpoint(op):
+        at = x.clone().requires_grad_()
+        y, log_det = inv.log_det(way, at)
+        found.append([torch.autograd.grad(out.sum(), at, retain_graph=True)[0] for out in (y, log_det)])
+    assert_close(found[0], found[1], 0)
+
+
+def test_the_log_determinant_of_the_absolute_value_of_nan_is_nan() -> None:
+    found = inv.log_det(ops.abs(), torch.tensor([[NAN, 1.0], [2.0, -INF]]))[1]
+    assert found.isnan().tolist() == [True, False] and found[1] == 0

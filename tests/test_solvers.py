@@ -41,6 +41,7 @@ SOLVERS: dict[str, tuple[Solver, int]] = {  # with its order
     "reversible heun": (between_streams(ops.reversible_heun), 2),
     "alf": (alf(), 2),
     "alf, damped": (alf(0.9), 1),
+    "alf, from a velocity of x": (between_streams(ops.asynchronous_leapfrog), 2),
     "euler": (coupled("euler"), 1),
     "midpoint": (coupled("midpoint"), 2),
     "heun": (coupled("heun"), 2),

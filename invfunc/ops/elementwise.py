@@ -28,7 +28,7 @@ from ..core.precision import at_least, check_real, exactly
 from ..debug import require
 from ..errors import check_option
 from ..log_det import Joint
-from .shape import check_nonzero, check_tensor, no_log_det
+from .shape import check_nonzero, check_tensor
 
 
 def _undoing(op: Invertible, label: str) -> Invertible:
@@ -382,7 +382,8 @@ def _leaky_tanh_forward(cutoff: float, x: Tensor) -> Tensor:
 
 def _leaky_tanh(cutoff: float, x: Tensor) -> Tensor:
     value, slope = _saturates_at(cutoff)
-    return torch.where(x.abs() < cutoff, x.tanh(), x.sign() * (value - slope * cutoff) + slope * x)
+    straight = x.sign() * (value + slope * (x.abs() - cutoff))  # at the cutoff: the value to the bit
+    return torch.where(x.abs() < cutoff, x.tanh(), straight)
 
 
 def _leaky_tanh_inverse(cutoff: float, y: Tensor) -> Tensor:
@@ -392,7 +393,7 @@ def _leaky_tanh_inverse(cutoff: float, y: Tensor) -> Tensor:
 def _leaky_atanh(cutoff: float, y: Tensor) -> Tensor:
     value, slope = _saturates_at(cutoff)
     inside = y.abs() < value
-    straight = (y - y.sign() * (value - slope * cutoff)) / slope
+    straight = y.sign() * (cutoff + (y.abs() - value) / slope)
     return torch.where(inside, torch.where(inside, y, 0).atanh(), straight)
 
 
@@ -402,7 +403,7 @@ def _pull_leaky_tanh(cutoff: float, y: Tensor, gy: Tensor) -> Any:
 
 
 def _leaky_tanh_log_det(cutoff: float, x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(_tanh_log_slope, x.clamp(-cutoff, cutoff))
+    return sum_log_slopes(_tanh_log_slope, torch.where(x.abs() < cutoff, x, x.detach().clamp(-cutoff, cutoff)))
 
 
 def _is_flat(cutoff: float, x: Tensor) -> bool:
@@ -788,6 +789,10 @@ def _pull_abs(negative: Tensor, y: Tensor, gy: Tensor) -> Any:
     return x, gy * x.sign()
 
 
+def _abs_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(torch.zeros_like(x).masked_fill(x.isnan(), math.nan))
+
+
 def abs() -> Invertible:
     r"""The absolute value, whose signs are kept as the residue.
 
@@ -815,7 +820,7 @@ def abs() -> Invertible:
     Source:
         With a random inverse in place of the residue: Nielsen et al., SurVAE Flows (2020).
     """
-    return elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=no_log_det, residue=True)
+    return elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=_abs_log_det, residue=True)
 
 
 def _relu(x: Tensor) -> Any:

@@ -268,9 +268,10 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
         WireError: When f returns another shape than it was given, or a stream has no floating-point numbers.
 
     Limits:
-        Of second order where the velocity starts as f(t_0, x_0), see the example, and ``damping`` is 1; of first order
-        in x otherwise. Where solutions decay by :math:`e^{-a h}` a step, it is stable while :math:`2 \eta - 1 < e^{-a
-        h}`. The inverse divides by :math:`2 \eta - 1` in each step: what a stable step forgets, it has to make again.
+        Of second order in x where ``damping`` is 1, and of first order below. A velocity that starts elsewhere than as
+        f(t_0, x_0), see the example, leaves the order as it is, and makes the error larger. Where solutions decay by
+        :math:`e^{-a h}` a step, it is stable while :math:`2 \eta - 1 < e^{-a h}`. The inverse divides by :math:`2 \eta
+        - 1` in each step: what a stable step forgets, it has to make again.
 
     Example:
         >>> import torch
