@@ -33,12 +33,10 @@ class Noise(Protocol):
 
 def _reads_context(noise: Any) -> bool:
     """Whether it can be called as `Noise` is; raises where it has no such methods."""
-    found = [getattr(noise, name, None) for name in ("rsample", "log_prob")]
-    if not all(map(callable, found)):
+    if not (hasattr(noise, "rsample") and hasattr(noise, "log_prob")):
         return False
-    rsample, log_prob = map(signature, found)
-    rsample.bind(context=None)
-    log_prob.bind(None, context=None)
+    signature(noise.rsample).bind(context=None)
+    signature(noise.log_prob).bind(None, context=None)
     return True
 
 
