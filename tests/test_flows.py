@@ -499,6 +499,12 @@ def test_a_density_behind_a_sample_follows_an_update_of_the_parameters(grad: boo
         assert_close(density.log_prob(sample), cached_density(op, 2).log_prob(sample))
 
 
+def test_a_cached_density_compiles_to_one_graph() -> None:
+    density, x = cached_density(ops.diagonal(torch.rand(3, requires_grad=True)), 3), torch.randn(5, 3)
+    found = torch.compile(density.log_prob, backend="eager", fullgraph=True)(x)
+    assert_close(found, density.log_prob(x))
+
+
 def test_a_cache_forgets_numbers_that_were_written_over() -> None:
     t, x = ops.as_transform(ops.sinh()).with_cache(), torch.randn(2, 3)
     t(x)

@@ -76,7 +76,7 @@ class OpTransform(Transform):
         return self._inverse(y)
 
     def _call(self, x: Tensor) -> Tensor:
-        if not self.cached:
+        if not self._keeps():
             return self._unbatched(x, self.op.forward(self._batched(x)))
         known = self._known()
         if known is None or known.x is not x:
@@ -84,7 +84,7 @@ class OpTransform(Transform):
         return known.y
 
     def _inverse(self, y: Tensor) -> Tensor:
-        if not self.cached:
+        if not self._keeps():
             return self._unbatched(y, self.op.inverse(self._batched(y)))
         known = self._known()
         if known is None or known.y is not y:
@@ -99,8 +99,11 @@ class OpTransform(Transform):
             return known.log_det
         return self._counted(self.counting, x)[1]
 
+    def _keeps(self) -> bool:
+        return self.cached > 0 and not torch.compiler.is_compiling()  # a graph computes what is the same once by itself
+
     def _known(self) -> Entry | None:
-        return self.latest if self.latest is not None and self.latest.holds() else None
+        return self.latest if self._keeps() and self.latest is not None and self.latest.holds() else None
 
     def _counted(self, counting: Invertible, x: Tensor) -> tuple[Tensor, Tensor]:
         batched = self._batched(x)
