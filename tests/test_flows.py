@@ -505,6 +505,14 @@ def test_a_cached_density_compiles_to_one_graph() -> None:
     assert_close(found, density.log_prob(x))
 
 
+def test_two_losses_of_one_sample_have_their_gradients() -> None:
+    w = torch.rand(3, requires_grad=True)
+    density = cached_density(ops.diagonal(w), 3)
+    sample = density.sample((5,))
+    gradients = [torch.autograd.grad(density.log_prob(sample).sum(), w) for _ in range(2)]
+    assert_close(*gradients, 0)
+
+
 def test_a_cache_forgets_numbers_that_were_written_over() -> None:
     t, x = ops.as_transform(ops.sinh()).with_cache(), torch.randn(2, 3)
     t(x)

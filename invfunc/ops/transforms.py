@@ -87,7 +87,8 @@ class OpTransform(Transform):
         if not self._keeps():
             return self._unbatched(y, self.op.inverse(self._batched(y)))
         known = self._known()
-        if known is None or known.y is not y:
+        # A graph that y has no part in may have been freed by the backward of another loss.
+        if known is None or known.y is not y or known.x.requires_grad > y.requires_grad:
             x, total = self._counted(invert(self.counting), y)
             known = self.latest = Entry(self.op, x, y, -total)
         return known.x
