@@ -93,7 +93,7 @@ def check_option(subject: str, value: Any, fits: Callable[[Any], Any], expected:
     """
     try:
         is_fit = bool(fits(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # of a tensor of several numbers, the last
         is_fit = False
     if not is_fit:
         raise OptionError(f"{subject} is {value!r}", expected=expected, cure=cure)

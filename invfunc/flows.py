@@ -23,11 +23,13 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
-from .core.couple import sum_per_sample
-from .core.op import Invertible, check_op, name_of
+from .checkpoint import Wrapper
+from .core.combine import Parallel
+from .core.couple import Half, sum_per_sample
+from .core.op import ByKind, Chain, Inverse, Invertible, Pair, check_op, invert, name_of
 from .core.precision import at_least
-from .errors import OptionError, WireError, check_option
-from .log_det import with_log_det, zeros_for
+from .errors import NotDifferentiableError, OptionError, WireError, check_option
+from .log_det import Joint, with_log_det, zeros_for
 from .ops.streams import Given
 from .wires import Wire, describe, is_differentiable, leaves, map_wire
 
@@ -43,18 +45,21 @@ class Flow:
     base: Base
     counting: Invertible  # the op with its log-determinant
     reads_context: bool  # whether functions of the op do
+    takes_two: tuple[bool, bool]  # whether the op, and its inverse, act on two components: on x and a context beside it
 
     def __repr__(self) -> str:
         return f"flow({self.op!r}, {_shown(self.base)})"
 
     def log_prob(self, x: Wire, context: Wire = None) -> Tensor:
         """``log p(x)``, of the shape of the batch."""
+        _check_context(context)
         base = _made(self.base, context)
         dims = _batch_dims(base, x)
         batch = _with_contexts(leaves(x)[0].shape[:dims], context)
         x = _flat(x, batch, dims)
-        z, total = self.counting(self._join(x, context, batch), zeros_for(x))
-        return total.view(batch) + _base_log_prob(base, self._part(z, context), batch)
+        joins = self._joins(0, x, context)
+        z, total = self.counting(_join(joins, x, context, batch), zeros_for(x))
+        return total.view(batch) + _base_log_prob(base, _part(joins, z), batch)
 
     def sample(self, shape: Shape = (), context: Wire = None) -> Wire:
         """Samples without gradients; see `flow` for the shape."""
@@ -67,17 +72,20 @@ class Flow:
 
     def _from(self, how: str, shape: Shape, context: Wire) -> Wire:
         z, batch, _ = self._drawn(how, shape, context)
-        return _unflat(self._part(self.op.inverse(self._join(z, context, batch)), context), batch)
+        joins = self._joins(1, z, context)
+        return _unflat(_part(joins, self.op.inverse(_join(joins, z, context, batch))), batch)
 
     def rsample_and_log_prob(self, shape: Shape = (), context: Wire = None) -> tuple[Wire, Tensor]:
         """Samples and their log-densities, from the latents that they were made of: one evaluation of the inverse."""
         z, batch, base = self._drawn("rsample", shape, context)
         negative = -_base_log_prob(base, z, batch).reshape(-1)
-        x, negative = self.counting.inverse((self._join(z, context, batch), negative))
-        return _unflat(self._part(x, context), batch), -negative.view(batch)
+        joins = self._joins(1, z, context)
+        x, negative = self.counting.inverse((_join(joins, z, context, batch), negative))
+        return _unflat(_part(joins, x), batch), -negative.view(batch)
 
     def _drawn(self, how: str, shape: Shape, context: Wire) -> tuple[Wire, Size, Base]:
         """Latents with a flat batch, and the batch."""
+        _check_context(context)
         base = _made(self.base, context)
         z = _draw(base, how, _size(shape), _contexts(context))
         dims = leaves(z)[0].dim() - len(_event(base)) if _event(base) else min(1, leaves(z)[0].dim())
@@ -86,21 +94,24 @@ class Flow:
             raise _mismatch(batch, context)
         return _flat(z, batch, dims), batch, base
 
-    def _joins(self, context: Wire) -> bool:
-        """Whether a context goes to the op, beside x: where its couplings take it, or nothing else does."""
-        if context is None and self.reads_context:
+    def _joins(self, way: int, x: Wire, context: Wire) -> bool:
+        """Whether a context goes to the op, beside x: where the op takes it, or nothing else does."""
+        reads = self.reads_context or (isinstance(x, Tensor) and self.takes_two[way])
+        if context is None and reads:
             raise WireError(
                 f"{self!r} got no context",
-                expected="one, since functions of its couplings take it",
+                expected="one, since functions of its op take it",
                 cure="pass context=, a tensor or a tuple whose dim 0 counts contexts",
             )
-        return context is not None and (self.reads_context or not _reads(self.base))
+        return context is not None and (reads or not _reads(self.base))
 
-    def _join(self, x: Wire, context: Wire, batch: Size) -> Wire:
-        return (x, _flat(context, batch, 1)) if self._joins(context) else x
 
-    def _part(self, wire: Wire, context: Wire) -> Wire:
-        return wire[0] if self._joins(context) else wire
+def _join(joins: bool, x: Wire, context: Wire, batch: Size) -> Wire:
+    return (x, _flat(context, batch, 1)) if joins else x
+
+
+def _part(joins: bool, wire: Wire) -> Wire:
+    return wire[0] if joins else wire
 
 
 def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
@@ -110,7 +121,7 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
 
     Args:
         op: f, from data to latents; ``checkpoint(f)`` trains at constant activation memory. `inv.ops.given` makes one
-            that reads a context.
+            that reads a context; so does any other that acts on x and c, ``(x, c) -> (z, c)``.
         base: A ``torch.distributions.Distribution`` over z, whose shape is one sample: ``Normal(zeros(4), 1)``,
             or the event of ``Independent(...)``. Or a single number's, ``Normal(0, 1)``, which serves latents of any
             shape. Or a function or module that returns one, in each call: so a base has parameters, such as ``lambda:
@@ -134,9 +145,11 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
 
     Raises:
         OptionError: When the base is nothing of that.
-        NotDifferentiableError: When a primitive of op has no rule for its log-determinant.
-        WireError: When a function returns no distribution, when op or base read a context and none is given, when
-            contexts do not fit the samples or what the base makes of them, or when the base swallows the batch.
+        NotDifferentiableError: When a primitive of op has no rule for its log-determinant, or ``rsample`` is asked of a
+            base that has none.
+        WireError: When a function returns no distribution, when op or base read a context and none is given, or an
+            empty one, when contexts do not fit the samples or what the base makes of them, when the base swallows the
+            batch, or what it returns is no tensor.
 
     Example:
         >>> import invfunc as inv
@@ -157,7 +170,51 @@ def flow(op: Invertible, base: Base, *, exact: str | None = None) -> Flow:
     """
     check_op("flow", op)
     _check_base(base)
-    return Flow(op, base, with_log_det(op, exact=exact), any(isinstance(fn, Given) for fn in op.functions))
+    reads_context = any(isinstance(fn, Given) for fn in op.functions)
+    return Flow(op, base, with_log_det(op, exact=exact), reads_context, (_takes_two(op), _takes_two(invert(op))))
+
+
+@ByKind
+def _takes_two(op: Invertible) -> bool:
+    """Whether an op is known to act on two components, and not on one."""
+    return False
+
+
+@_takes_two.register
+def _(op: Pair) -> bool:
+    return not op.residue and _takes_two_wires(op.both[0] if isinstance(op, Joint) else op.forward_fn)
+
+
+@_takes_two.register
+def _(op: Inverse) -> bool:
+    inner = op.op
+    if not isinstance(inner, Pair) or inner.residue:
+        return False
+    return _takes_two_wires(inner.both[1] if isinstance(inner, Joint) else inner.inverse_fn)
+
+
+@_takes_two.register
+def _(op: Chain) -> bool:
+    return bool(op.parts) and _takes_two(op.parts[0])
+
+
+@_takes_two.register
+def _(op: Wrapper) -> bool:
+    return _takes_two(op.op)
+
+
+@_takes_two.register
+def _(op: Half) -> bool:
+    return True
+
+
+@_takes_two.register
+def _(op: Parallel) -> bool:
+    return len(op.parts) == 2
+
+
+def _takes_two_wires(fn: Callable[..., Any]) -> bool:
+    return _takes(fn, None, None) and not _takes(fn, None)
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------
@@ -189,7 +246,7 @@ def _reads(base: Base) -> bool:
 def _takes(fn: Callable[..., Any], *args: Any) -> bool:
     try:
         inspect.signature(getattr(fn, "forward", fn)).bind(*args)
-    except TypeError:
+    except (TypeError, ValueError):  # a builtin without a signature
         return False
     return True
 
@@ -269,10 +326,10 @@ def _base_log_prob(base: Base, z: Wire, batch: Size) -> Tensor:
     if not batch.numel():  # torch's Independent knows no empty batch
         return sum_per_sample(z).view(batch)
     found = base.log_prob((z.to(at_least(z.dtype)) if _takes_any_dtype(base) else z).view(batch + z.shape[1:]))
-    if found.shape[: len(batch)] != batch:
+    if not isinstance(found, Tensor) or found.shape[: len(batch)] != batch:
         raise WireError(
-            f"the base's log_prob of {describe(z)} has shape {describe(found)}",
-            expected=f"({', '.join(map(str, batch))}, ...): the batch first",
+            f"the base's log_prob of {describe(z)} returned {describe(found)}",
+            expected=f"a tensor of shape ({', '.join(map(str, batch))}, ...): the batch first",
             cure="let the event of the base be one sample",
         )
     return found.flatten(len(batch)).sum(-1, dtype=at_least(found.dtype)) if found.dim() > len(batch) else found
@@ -296,7 +353,17 @@ def _draw(base: Base, how: str, shape: Size, contexts: Size) -> Wire:
     if isinstance(base, tuple):
         return tuple([_draw(part, how, shape, contexts) for part in base])
     is_one_for_all = _event(base) and not (base.event_shape and base.batch_shape)
-    return getattr(base, how)(shape + contexts if is_one_for_all else shape)
+    try:
+        found = getattr(base, how)(shape + contexts if is_one_for_all else shape)
+    except NotImplementedError as error:
+        raise NotDifferentiableError(
+            f"the base {type(base).__name__} has no {how}",
+            expected="samples that are functions of its parameters",
+            cure="sample() has no gradient, and needs none",
+        ) from error
+    if not isinstance(found, Tensor):
+        raise WireError(f"the base's {how} returned {describe(found)}", expected="a tensor")
+    return found
 
 
 # ---- the batch (NOTE [Batch]) ----------------------------------------------------------------------------------------
@@ -312,6 +379,15 @@ def _batch_dims(base: Base, x: Wire) -> int:
         if sum(prod(leaf.shape[dims:]) for leaf in own) == numbers:
             return dims
     return min(1, own[0].dim())
+
+
+def _check_context(context: Wire) -> None:
+    if not leaves(context):
+        raise WireError(
+            "a flow got an empty context",
+            expected="a tensor, or a tuple of tensors and anything else",
+            cure="leave context out where nothing reads one",
+        )
 
 
 def _contexts(context: Wire) -> Size:

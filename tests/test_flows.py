@@ -15,7 +15,8 @@ from torch.distributions import Independent, Normal, TransformedDistribution, Un
 
 import invfunc as inv
 from invfunc import ops
-from invfunc.errors import DomainError, OptionError, WireError
+from invfunc.errors import DomainError, NotDifferentiableError, OptionError, WireError
+from invfunc.log_det import joint
 
 lowerings = pytest.mark.parametrize("wrap", [lambda op: op, inv.checkpoint], ids=["plain", "lowered"])
 
@@ -129,9 +130,86 @@ def test_a_context_that_changes_between_two_forwards_is_that_of_its_call() -> No
 
 def test_a_missing_context_is_named() -> None:
     density, x = inv.flow(conditional(Shift(), Shift()), Normal(torch.zeros(4), 1.0)), torch.randn(5, 4)
-    message = "got no context, expected one, since functions of its couplings take it; pass context=, a tensor or"
+    message = "got no context, expected one, since functions of its op take it; pass context=, a tensor or"
     for call in lambda: density.log_prob(x), lambda: density.sample((2,)), density.rsample_and_log_prob:
         assert_refused(WireError, message, call, anywhere=True)
+
+
+def moved_by(x: Tensor, c: Tensor) -> Any:
+    return (x * c.exp(), c), c.sum(1)
+
+
+def moved_back_by(y: Tensor, c: Tensor) -> Any:
+    return (y / c.exp(), c), -c.sum(1)
+
+
+READERS: dict[str, Any] = {
+    "a pair on x and c": lambda: ops.log_det_pair(moved_by, moved_back_by),
+    "a layer that is given c": lambda: ops.given(
+        joint(lambda x, c: (x * c.exp(), c.sum(1)), lambda y, c: (y / c.exp(), -c.sum(1)), "layer", True)
+    ),
+    "a coupling of x with c": lambda: inv.chain(inv.couple(torch.exp, law=scale_by)),
+}
+
+
+def scale_by(s: Tensor) -> inv.Invertible:
+    return inv.affine(s, torch.zeros_like(s))
+
+
+@lowerings
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("base_reads", [True, False])
+def test_base_and_op_read_one_context_whatever_the_op_is_made_of(reader: str, base_reads: bool, wrap: Any) -> None:
+    mean = torch.randn(4, requires_grad=True)
+    base = (
+        (lambda c: Independent(Normal(mean + c, 1.0), 1)) if base_reads else (lambda: Independent(Normal(mean, 1), 1))
+    )
+    density, x, c = inv.flow(wrap(READERS[reader]()), base), torch.randn(5, 4), torch.randn(5, 4)
+    expected = Normal(mean + c if base_reads else mean, 1).log_prob(x * c.exp()).sum(1) + c.sum(1)
+    assert_close(density.log_prob(x, context=c), expected)
+    sample, log_prob = density.rsample_and_log_prob((3,), context=c)
+    assert_close(density.log_prob(sample, context=c), log_prob)
+    for call in lambda: density.log_prob(x), lambda: density.sample((2,)):
+        assert_refused(WireError, "got no context, expected one", call, anywhere=True)
+
+
+def test_an_empty_context_is_named() -> None:
+    density = inv.flow(conditional(Shift(), Shift()), Normal(torch.zeros(4), 1.0))
+    message = (
+        "a flow got an empty context, expected a tensor, or a tuple of tensors and anything else; leave context out"
+    )
+    for call in lambda: density.log_prob(torch.ones(5, 4), context=()), lambda: density.sample((2,), context=()):
+        assert_refused(WireError, message, call)
+
+
+class Mute(torch.distributions.Distribution):
+    """A base that says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(event_shape=torch.Size([4]), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Any:
+        return None
+
+    def sample(self, sample_shape: Any = ()) -> Any:
+        return None
+
+
+def test_a_base_that_says_nothing_is_named() -> None:
+    density = inv.flow(ops.sinh(), Mute())
+    message = "the base's log_prob of (5, 4) returned None, expected a tensor of shape (5, ...): the batch first"
+    assert_refused(WireError, message, lambda: density.log_prob(torch.ones(5, 4)))
+    assert_refused(WireError, "the base's sample returned None, expected a tensor", lambda: density.sample((2,)))
+    message = "the base Mute has no rsample, expected samples that are functions of its parameters; sample() has no"
+    for call in lambda: density.rsample((2,)), lambda: density.rsample_and_log_prob((2,)):
+        assert_refused(NotDifferentiableError, message, call)
+
+
+def test_a_context_of_the_base_alone_stays_away_from_an_op_on_two_components() -> None:
+    op = inv.chain(inv.split(2), ops.log_det_pair(moved_by, moved_back_by), inv.concat(2))
+    x, c = torch.randn(5, 4), torch.randn(5, 4)
+    found = inv.flow(op, lambda c: Independent(Normal(c, 1.0), 1)).log_prob(x, context=c)
+    assert_close(found, Normal(c, 1.0).log_prob(op(x)).sum(1) + x[:, 2:].sum(1))
 
 
 def test_a_context_that_does_not_fit_is_named() -> None:
@@ -373,9 +451,9 @@ def test_the_log_prob_of_a_cached_sample_evaluates_nothing(wrap: Any) -> None:
     base = Independent(Normal(torch.zeros(4), 1.0), 1)
     cached = TransformedDistribution(base, [ops.as_transform(~op).with_cache()])
     x = cached.rsample((5,))
-    f.count = g.count = 0
+    before = f.count, g.count
     found = cached.log_prob(x)
-    assert f.count == g.count == 0
+    assert (f.count, g.count) == before
     assert_close(found, inv.flow(op, base).log_prob(x))
     wrt = list(f.net.parameters())
     expected = TransformedDistribution(base, [ops.as_transform(~op)]).log_prob(x)
@@ -394,12 +472,53 @@ def test_a_cache_knows_its_latest_pair_alone() -> None:
     assert_close(t.log_abs_det_jacobian(back, other), back.cosh().log().sum(1))
 
 
+def cached_density(op: inv.Invertible, width: int) -> TransformedDistribution:
+    base = Independent(Normal(torch.zeros(width), 1.0), 1)
+    return TransformedDistribution(base, [ops.as_transform(op).with_cache()])
+
+
 def test_a_density_behind_a_sample_has_the_gradient_of_its_parameters() -> None:
-    w, base = torch.rand(3, requires_grad=True), Independent(Normal(torch.zeros(3), 1.0), 1)
-    density = TransformedDistribution(base, [ops.as_transform(ops.diagonal(w)).with_cache()])
-    sample = density.sample((5,))  # without gradients, and its log-determinant is kept
+    w = torch.rand(3, requires_grad=True)
+    density = cached_density(ops.diagonal(w), 3)
+    sample = density.sample((5,))  # without gradients, and it is kept with the latents that it was made of
     (found,) = torch.autograd.grad(density.log_prob(sample).sum(), w)
-    assert_close(found, -5 / w.detach())
+    by_hand = Normal(0.0, 1.0).log_prob(sample / w).sum() - 5 * w.log().sum()
+    assert_close(found, torch.autograd.grad(by_hand, w)[0])
+    assert_close(found, ((sample / w).square() - 1).sum(0).div(w).detach())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_density_behind_a_sample_follows_an_update_of_the_parameters(grad: bool) -> None:
+    net = nn.Linear(1, 1)
+    op = inv.chain(inv.split(2), inv.couple(net), inv.concat(2))
+    density = cached_density(op, 2)
+    sample = density.sample((5,))
+    with torch.set_grad_enabled(grad):
+        density.log_prob(sample)
+        net.load_state_dict({name: tensor + 1 for name, tensor in net.state_dict().items()})
+        assert_close(density.log_prob(sample), cached_density(op, 2).log_prob(sample))
+
+
+def test_a_cached_density_compiles_to_one_graph() -> None:
+    density, x = cached_density(ops.diagonal(torch.rand(3, requires_grad=True)), 3), torch.randn(5, 3)
+    found = torch.compile(density.log_prob, backend="eager", fullgraph=True)(x)
+    assert_close(found, density.log_prob(x))
+
+
+def test_two_losses_of_one_sample_have_their_gradients() -> None:
+    w = torch.rand(3, requires_grad=True)
+    density = cached_density(ops.diagonal(w), 3)
+    sample = density.sample((5,))
+    gradients = [torch.autograd.grad(density.log_prob(sample).sum(), w) for _ in range(2)]
+    assert_close(*gradients, 0)
+
+
+def test_a_cache_forgets_numbers_that_were_written_over() -> None:
+    t, x = ops.as_transform(ops.sinh()).with_cache(), torch.randn(2, 3)
+    t(x)
+    x.mul_(2)
+    assert_close(t(x), x.sinh())
+    assert t(x) is t(x)
 
 
 # ---- dequantisation --------------------------------------------------------------------------------------------------
@@ -481,7 +600,11 @@ def test_a_lowered_bound_draws_the_same_noise_again() -> None:
 def test_whole_numbers_of_too_narrow_a_dtype_are_named() -> None:
     message = "dequantize received (1, 3) of torch.float16, expected floating-point numbers that tell 256 levels and"
     assert_refused(WireError, message, lambda: ops.dequantize()(torch.ones(1, 3, dtype=torch.float16)), anywhere=True)
-    for levels in 1, None, 2.5:
+    for dtype, most in (torch.float16, 31), (torch.bfloat16, 3), (torch.float32, 2**18 - 1):
+        x = torch.arange(most + 1.0).to(dtype)[None]
+        assert torch.equal(ops.dequantize(most).inverse(ops.dequantize(most)(x[:, :most])), x[:, :most])
+        assert_refused(WireError, "dequantize received", lambda: ops.dequantize(most + 1)(x), anywhere=True)  # noqa: B023
+    for levels in 1, None, 2.5, math.inf, torch.tensor([3, 4]):
         message = f"dequantize: levels is {levels}, expected 2 or more, and whole"
         assert_refused(OptionError, message, lambda: ops.dequantize(levels))  # noqa: B023
     with inv.debug(True):
@@ -496,6 +619,8 @@ def test_noise_that_draws_something_else_is_named(drawn: Any) -> None:
     message = "the noise's rsample(context=...), expected (2, 3), got "
     assert_refused(WireError, message, lambda: ops.dequantize(8, noise)(torch.ones(2, 3)), anywhere=True)
     assert_refused(OptionError, "expected a density that reads a context", lambda: ops.dequantize(8, torch.rand), True)
+    message = "dequantize: noise is Normal(loc: 0.0, scale: 1.0), expected a density that reads a context: a flow"
+    assert_refused(OptionError, message, lambda: ops.dequantize(8, Normal(0.0, 1.0)))  # pyright: ignore
 
 
 def test_uniform_noise_alone_costs_the_logarithm_of_the_levels() -> None:

@@ -505,3 +505,53 @@ def test_log_determinants_far_out_are_differentiated_twice(make: Any, dtype: tor
         sign = -2 if make is ops.tanh else 1
         assert_close(first.detach(), sign * x.detach().tanh(), 1e-6)
         assert_close(second, sign / x.detach().cosh() ** 2, 1e-6)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e8, -1e5, -1e8, 3e38])
+@pytest.mark.parametrize("log_scale", [0.0, -3.0])
+def test_a_mixture_is_as_steep_in_its_tails_as_one_component(size: float, log_scale: float) -> None:
+    op = ops.mixture_logit(torch.zeros(4), torch.arange(4.0), torch.full((4,), log_scale))
+    for way in op, inv.checkpoint(op):
+        x = torch.tensor([size], requires_grad=True)
+        y, log_det = inv.log_det(way, x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        assert_close((slope, log_det.exp()), (torch.tensor([math.exp(-log_scale)]),) * 2, 1e-6)
+
+
+STEEP = [
+    (ops.power(torch.tensor(-1.0)), 1e-20, -2e20),
+    (~ops.power(-1.0), 1e-20, -2e20),
+    (ops.power(torch.tensor(20.0)), 100.0, 0.19),
+    (~ops.power(torch.tensor(0.05)), 100.0, 0.19),
+    (~ops.power(0.05), 100.0, 0.19),
+    (~ops.power(-0.5), 1e-20, -3e20),
+    (~ops.cbrt(), 1e13, 2e-13),
+]
+
+
+@pytest.mark.parametrize(("op", "at", "expected"), STEEP)
+def test_a_log_determinant_has_its_gradient_where_the_output_overflows(
+    op: inv.Invertible, at: float, expected: float
+) -> None:
+    for way in op, inv.checkpoint(op):
+        x = torch.tensor([at], requires_grad=True)
+        (found,) = torch.autograd.grad(inv.log_det(way, x)[1].sum(), x)
+        assert_close(found / expected, torch.ones(1), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cutoff", [1.0, 2.3, 3.0])
+def test_a_leaky_tanh_is_lowered_as_plain_exactly_at_its_cutoff(dtype: torch.dtype, cutoff: float) -> None:
+    op, x = ops.leaky_tanh(cutoff), torch.tensor([[-cutoff], [cutoff]], dtype=dtype)
+    assert_close(op.inverse(op(x)), x, 0)
+    found = []
+    for way in op, inv.checkpoint(op):
+        at = x.clone().requires_grad_()
+        y, log_det = inv.log_det(way, at)
+        found.append([torch.autograd.grad(out.sum(), at, retain_graph=True)[0] for out in (y, log_det)])
+    assert_close(found[0], found[1], 0)
+
+
+def test_the_log_determinant_of_the_absolute_value_of_nan_is_nan() -> None:
+    found = inv.log_det(ops.abs(), torch.tensor([[NAN, 1.0], [2.0, -INF]]))[1]
+    assert found.isnan().tolist() == [True, False] and found[1] == 0

@@ -41,6 +41,7 @@ SOLVERS: dict[str, tuple[Solver, int]] = {  # with its order
     "reversible heun": (between_streams(ops.reversible_heun), 2),
     "alf": (alf(), 2),
     "alf, damped": (alf(0.9), 1),
+    "alf, from a velocity of x": (between_streams(ops.asynchronous_leapfrog), 2),
     "euler": (coupled("euler"), 1),
     "midpoint": (coupled("midpoint"), 2),
     "heun": (coupled("heun"), 2),
@@ -379,6 +380,22 @@ REFUSED = {
         lambda: ops.reversible_solver(riccati, [0, 1], coupling=None),  # pyright: ignore[reportArgumentType]
         "reversible_solver: coupling is None, expected a number above 0, and at most 1",
     ),
+    "a damping of several numbers": (
+        lambda: ops.asynchronous_leapfrog(riccati, [0, 1], damping=torch.ones(2)),  # pyright: ignore[reportArgumentType]
+        "asynchronous_leapfrog: damping is tensor([1., 1.]",
+    ),
+    "a coupling of several numbers": (
+        lambda: ops.reversible_solver(riccati, [0, 1], coupling=torch.ones(2)),  # pyright: ignore[reportArgumentType]
+        "reversible_solver: coupling is tensor([1., 1.]",
+    ),
+    "a diffusion that is no function": (
+        lambda: ops.reversible_heun(riccati, [0, 1], diffusion=1, noise=torch.zeros),  # pyright: ignore
+        "reversible_heun: the diffusion is int, expected a function or a module",
+    ),
+    "a noise that is no function": (
+        lambda: ops.reversible_heun(riccati, [0, 1], diffusion=riccati, noise=2),  # pyright: ignore
+        "reversible_heun: the noise is int, expected a function or a module",
+    ),
     "no damping": (
         lambda: ops.asynchronous_leapfrog(riccati, [0, 1], damping=None),  # pyright: ignore[reportArgumentType]
         "asynchronous_leapfrog: damping is None, expected a number above 0.5, and at most 1",
@@ -424,7 +441,7 @@ def test_noise_that_is_no_tensor_is_named() -> None:
 
     op = ops.reversible_heun(riccati, [0, 1], diffusion=riccati, noise=nothing)  # pyright: ignore[reportArgumentType]
     x = torch.ones(2)
-    assert_refused(WireError, "the noise nothing returned None, expected a tensor", lambda: op(x, x), anywhere=True)
+    assert_refused(WireError, "the noise nothing returned None, expected floating", lambda: op(x, x), anywhere=True)
 
 
 def test_a_field_of_another_shape_is_named() -> None:
@@ -434,3 +451,15 @@ def test_a_field_of_another_shape_is_named() -> None:
     op = ops.reversible_solver(sum_of, [0, 1])
     message = "sum_of returned (3,), expected (3, 4) like its input"
     assert_refused(WireError, message, lambda: op(torch.ones(3, 4), torch.ones(3, 4)), anywhere=True)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "got"), [(torch.ones(7), "(7,)"), (torch.ones(2, 3, 4), "(2, 3, 4)"), (torch.ones(4).long(), "(4,)")]
+)
+def test_a_noise_of_another_shape_than_the_state_is_named(drawn: Tensor, got: str) -> None:
+    def noise(start: float, end: float) -> Tensor:
+        return drawn
+
+    op, x = ops.reversible_heun(riccati, [0.0, 1.0], diffusion=riccati, noise=noise), torch.ones(3, 4)
+    expected = "expected floating-point numbers of shape (3, 4) like the state, or what broadcasts to it"
+    assert_refused(WireError, f"the noise noise returned {got}, {expected}", lambda: op(x, x), anywhere=True)

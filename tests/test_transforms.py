@@ -250,6 +250,27 @@ def test_a_cached_value_does_not_lose_its_gradient():
     assert_close(gradient, x.sum(0))
 
 
+@pytest.mark.parametrize("needs", [True, False])
+def test_a_function_that_takes_a_derivative_of_its_own_saves_the_same_for_an_input_without_a_gradient(needs):
+    w = weight(3)
+
+    def forward(x):
+        with torch.enable_grad():  # as zuko's monotonic transforms do, so that y has a graph in any case
+            x = x if x.requires_grad else x.clone().requires_grad_()
+            y = w.exp() * x
+            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y, slope.log().sum(1)
+
+    op = ~inv.ops.log_det_pair(forward, lambda y: (y * (-w).exp(), -w.sum().expand(len(y))))
+    y = torch.randn(2, 3)
+
+    def gradients(wrap):
+        x, log_det = inv.log_det(wrap(op), y.clone().requires_grad_(needs))
+        return torch.autograd.grad(x.square().sum() + log_det.sum(), w)
+
+    assert_close(gradients(inv.checkpoint), gradients(lambda op: op))
+
+
 def test_a_transform_that_is_not_bijective():
     with pytest.raises(NotInvertibleError, match=r"from_transform: AbsTransform\(\) is not bijective"):
         inv.ops.from_transform(T.AbsTransform())

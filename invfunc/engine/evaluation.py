@@ -121,8 +121,8 @@ class Evaluation(Again):
         kind, stride, leaf = like.kind, like.stride, narrow(leaf, like.dtype)
         if stride is not None and leaf.stride() != stride:
             leaf = lay_out(leaf, stride)
-        if not kind:
-            return leaf
+        if not kind:  # what rebuilt it may have switched gradients on, to take a derivative of its own
+            return leaf.detach() if leaf.requires_grad else leaf
         root = leaf.detach().requires_grad_()
         if kind == 1:
             self.roots.append(root)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,15 @@ class Noise(Protocol):
     def rsample(self, shape: Any = (), context: Any = None) -> Any: ...  # noqa: D102 - of `flow`
 
     def log_prob(self, x: Any, context: Any = None) -> Tensor: ...  # noqa: D102
+
+
+def _reads_context(noise: Any) -> bool:
+    """Whether it can be called as `Noise` is; raises where it has no such methods."""
+    if not (hasattr(noise, "rsample") and hasattr(noise, "log_prob")):
+        return False
+    signature(noise.rsample).bind(context=None)
+    signature(noise.log_prob).bind(None, context=None)
+    return True
 
 
 def _margin(levels: int, x: Any) -> float:
@@ -95,7 +105,8 @@ def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
             for variational dequantization. Uniform noise without it.
 
     Shapes:
-        ``(N, ...)``, unchanged, D numbers in each sample; float32 or float64.
+        ``(N, ...)``, unchanged, D numbers in each sample, of a dtype with :math:`2 K \epsilon < 1/16`: float64 and
+        float32 for any image, float16 for up to 31 levels, bfloat16 for up to 3.
 
     Domain:
         Whole numbers from 0 to K - 1; of others, NaN. The range is what lies between 0 and 1; of what is beyond, as the
@@ -111,8 +122,8 @@ def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
 
     Raises:
         OptionError: When there are fewer than two levels, or the noise is no density.
-        WireError: When the dtype can not tell levels and noise apart, as half precision, or the noise draws no tensor
-            of the shape of x.
+        WireError: When the dtype can not tell levels and noise apart, as half precision those of 256, or the noise
+            draws no tensor of the shape of x.
         DomainError: Under ``inv.debug(True)``, when x has other numbers.
 
     Limits:
@@ -138,8 +149,7 @@ def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
         "dequantize: levels", levels, lambda levels: levels >= 2 and levels == int(levels), "2 or more, and whole"
     )
     if noise is not None:
-        has_density = hasattr(noise, "rsample") and hasattr(noise, "log_prob")
-        check_option("dequantize: noise", noise, lambda noise: has_density, "a density that reads a context: a flow")
+        check_option("dequantize: noise", noise, _reads_context, "a density that reads a context: a flow")
     to, fro = partial(_add_noise, levels, noise), partial(_round_down, levels)
     label = f"dequantize({levels}{'' if noise is None else f', {noise!r}'})"
     return named(mark(pair(to, fro, log_det=partial(_bound, levels, noise), name=label), "recompute"), label)

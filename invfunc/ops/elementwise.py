@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from ..core.packing import pack_bits, unpack_bits
 from ..core.precision import at_least, check_real, exactly
 from ..debug import require
 from ..errors import check_option
-from .shape import check_nonzero, check_tensor, no_log_det
+from ..log_det import Joint
+from .shape import check_nonzero, check_tensor
 
 
 def _undoing(op: Invertible, label: str) -> Invertible:
@@ -56,6 +57,30 @@ def elementwise(forward: Callable[..., Any], inverse: Callable[..., Any], name: 
     """A pair of functions of real numbers, which refuses others in its name."""
     fro = inverse if rules.get("residue") else OfReal(f"the inverse of {name}", inverse)
     return pair(OfReal(name, forward), fro, name=name, **rules)
+
+
+Directions: TypeAlias = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def sloped(
+    functions: Directions, log_dets: Directions, name: str, pullback: Callable[..., Any] | None = None
+) -> Invertible:
+    """An elementwise op whose log-determinant is computed from its input, in either direction.
+
+    Where the other end overflows, or rounds to 0, a gradient that went by way of it would be infinite, or NaN.
+    """
+    there, back = OfReal(name, functions[0]), OfReal(f"the inverse of {name}", functions[1])
+    both = partial(_with_log_det, there, log_dets[0]), partial(_with_log_det, back, log_dets[1])
+    rule = partial(_of_input, log_dets[0])
+    return Joint(there, back, pullback_fn=pullback, log_det_fn=rule, label=name, both=both)
+
+
+def _with_log_det(fn: Callable[..., Any], log_det: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    return fn(x), log_det(x)
+
+
+def _of_input(log_det: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
+    return log_det(x)
 
 
 def _with_ends(fn: Callable[[Tensor], Tensor], y: Tensor, middle: float, *ends: tuple[float, float]) -> Tensor:
@@ -357,7 +382,8 @@ def _leaky_tanh_forward(cutoff: float, x: Tensor) -> Tensor:
 
 def _leaky_tanh(cutoff: float, x: Tensor) -> Tensor:
     value, slope = _saturates_at(cutoff)
-    return torch.where(x.abs() < cutoff, x.tanh(), x.sign() * (value - slope * cutoff) + slope * x)
+    straight = x.sign() * (value + slope * (x.abs() - cutoff))  # at the cutoff: the value to the bit
+    return torch.where(x.abs() < cutoff, x.tanh(), straight)
 
 
 def _leaky_tanh_inverse(cutoff: float, y: Tensor) -> Tensor:
@@ -367,7 +393,7 @@ def _leaky_tanh_inverse(cutoff: float, y: Tensor) -> Tensor:
 def _leaky_atanh(cutoff: float, y: Tensor) -> Tensor:
     value, slope = _saturates_at(cutoff)
     inside = y.abs() < value
-    straight = (y - y.sign() * (value - slope * cutoff)) / slope
+    straight = y.sign() * (cutoff + (y.abs() - value) / slope)
     return torch.where(inside, torch.where(inside, y, 0).atanh(), straight)
 
 
@@ -377,7 +403,7 @@ def _pull_leaky_tanh(cutoff: float, y: Tensor, gy: Tensor) -> Any:
 
 
 def _leaky_tanh_log_det(cutoff: float, x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(_tanh_log_slope, x.clamp(-cutoff, cutoff))
+    return sum_log_slopes(_tanh_log_slope, torch.where(x.abs() < cutoff, x, x.detach().clamp(-cutoff, cutoff)))
 
 
 def _is_flat(cutoff: float, x: Tensor) -> bool:
@@ -589,25 +615,14 @@ def _pull_power(p: float | Tensor, y: Tensor, gy: Tensor) -> Any:
     return x, gx, [(p, match(exactly(lambda gy, x, y: gy * torch.xlogy(y, x), gy, x, y), p))]
 
 
-def _power_log_det(p: float | Tensor, x: Tensor, y: Tensor) -> Tensor:
-    x, uses_y = _nan_where(x < 0, x), _is_lost(x, y)
-    if isinstance(p, Tensor):
-        return sum_log_slopes(lambda x, y, p: (p - 1) * _log_of(x, y, p, uses_y) + p.abs().log(), x, y, p)
-    constant = math.log(math.fabs(p))
-    if math.fabs(p) >= 1:  # x is never lost, and y may have overflown: its gradient, even 0, would become NaN
-        return sum_log_slopes(lambda x: (p - 1) * x.log() + constant, x)
-    return sum_log_slopes(lambda x, y: (p - 1) * _log_of(x, y, p, uses_y) + constant, x, y)
+def _power_log_slope(x: Tensor, p: float | Tensor) -> Tensor:
+    size = p.abs().log() if isinstance(p, Tensor) else math.log(math.fabs(p))
+    return (p - 1) * _nan_where(x < 0, x).log() + size
 
 
-def _is_lost(x: Tensor, y: Tensor) -> Tensor:
-    """Where y tells more than x, which the inverse has rounded to 0, to a number of few digits, or to infinity."""
-    is_lost = (x.abs() < torch.finfo(x.dtype).tiny) | x.isinf()
-    return is_lost & (y != 0) & y.isfinite()
-
-
-def _log_of(x: Tensor, y: Tensor, p: float | Tensor, uses_y: Tensor) -> Tensor:
-    """``log|x|`` of ``y = x ** p``, by way of y where there is a mask."""
-    return torch.where(uses_y, y.abs().masked_fill(~uses_y, 1).log() / p, x.abs().masked_fill(uses_y, 1).log())
+def _root_log_slope(y: Tensor, p: float | Tensor) -> Tensor:
+    size = p.abs().log() if isinstance(p, Tensor) else math.log(math.fabs(p))
+    return (1 / p - 1) * _nan_where(y < 0, y).log() - size
 
 
 def power(p: float | Tensor) -> Invertible:
@@ -643,14 +658,16 @@ def power(p: float | Tensor) -> Invertible:
     if not isinstance(p, Tensor):
         cure = "x ** 0 is 1 for every x"
         check_option("power: p", p, lambda p: 0 < math.fabs(p) < math.inf, "a number that is not 0", cure)
-    op = elementwise(
-        partial(_power, p),
-        partial(_root, p),
-        "power(p)" if isinstance(p, Tensor) else f"power({p})",
-        pullback=partial(_pull_power, p),
-        log_det=partial(_power_log_det, p),
-    )
-    return saturating(op)
+    name = "power(p)" if isinstance(p, Tensor) else f"power({p})"
+    functions = partial(_power, p), partial(_root, p)
+    slopes = partial(_summed_slopes, _power_log_slope, p), partial(_summed_slopes, _root_log_slope, p)
+    return saturating(sloped(functions, slopes, name, partial(_pull_power, p)))
+
+
+def _summed_slopes(log_slope: Callable[..., Tensor], p: float | Tensor, x: Tensor) -> Tensor:
+    if isinstance(p, Tensor):
+        return sum_log_slopes(log_slope, x, p)
+    return sum_log_slopes(lambda x: log_slope(x, p), x)
 
 
 def _sign_and_size(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -669,9 +686,13 @@ def _cube(y: Tensor) -> Tensor:
     return exactly(lambda y: y * y * y, y)
 
 
-def _cbrt_log_det(x: Tensor, y: Tensor) -> Tensor:
-    uses_y, (_, size) = _is_lost(x, y), _sign_and_size(x)
-    return sum_log_slopes(lambda x, y: -2 / 3 * _log_of(x, y, 1 / 3, uses_y) - math.log(3), size, y)
+def _cbrt_log_det(x: Tensor) -> Tensor:
+    return sum_log_slopes(lambda x: -2 / 3 * _sign_and_size(x)[1].log() - math.log(3), x)
+
+
+def _cube_log_det(y: Tensor) -> Tensor:
+    edge = torch.finfo(y.dtype).tiny ** (1 / 3)  # at 0, the slope of the other direction
+    return sum_log_slopes(lambda y: 2 * torch.where(y == 0, edge, y.abs()).log() + math.log(3), y)
 
 
 def cbrt() -> Invertible:
@@ -697,7 +718,7 @@ def cbrt() -> Invertible:
     Source:
         A signed power, as zuko's ``SignedPowerTransform``.
     """
-    return saturating(elementwise(_cbrt, _cube, "cbrt()", log_det=_cbrt_log_det))
+    return saturating(sloped((_cbrt, _cube), (_cbrt_log_det, _cube_log_det), "cbrt()"))
 
 
 # ---- rectified ---------------------------------------------------------------------------------------------------
@@ -768,6 +789,10 @@ def _pull_abs(negative: Tensor, y: Tensor, gy: Tensor) -> Any:
     return x, gy * x.sign()
 
 
+def _abs_log_det(x: Tensor, y: Tensor) -> Tensor:
+    return sum_per_sample(torch.zeros_like(x).masked_fill(x.isnan(), math.nan))
+
+
 def abs() -> Invertible:
     r"""The absolute value, whose signs are kept as the residue.
 
@@ -795,7 +820,7 @@ def abs() -> Invertible:
     Source:
         With a random inverse in place of the residue: Nielsen et al., SurVAE Flows (2020).
     """
-    return elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=no_log_det, residue=True)
+    return elementwise(_abs, _sign_again, "abs()", pullback=_pull_abs, log_det=_abs_log_det, residue=True)
 
 
 def _relu(x: Tensor) -> Any:

@@ -236,7 +236,7 @@ class FixedPoint:
     def _solve(self, y: Tensor, context: tuple[Wire, ...]) -> Tensor:
         with _torch.parametrized_once():  # rule 5 of NOTE [Implicit]
             fn = self.fn.linearised(*context) if isinstance(self.fn, Adjoint) else _with(self.fn, context)
-            return _iterate(partial(_fixed_point_step, fn, y), y, y, self.limits)
+            return _iterate(partial(_fixed_point_step, fn, y), y, self.limits, context)
 
     def _solve_forward(self, y: Tensor, context: tuple[Wire, ...]) -> Tensor:
         """Rule 4 of NOTE [Implicit]."""
@@ -290,12 +290,29 @@ def _only(pull: Callable[[Tensor], tuple[Tensor]], g: Tensor) -> Tensor:
     return pull(g)[0]
 
 
-def _iterate(step: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, limits: Limits) -> Tensor:
-    """``x <- step(x)`` until it stands still, or an error; y sets the scale beside x."""
-    enough, nearly = (limits.tolerance, 0.0) if limits.tolerance else _tolerances(x)
-    hear = partial(_has_ended, limits, enough)
-    x, ended = _until(_Standstill(y, enough, nearly), hear, step, x, limits.max_iterations)
+def _iterate(step: Callable[[Tensor], Tensor], y: Tensor, limits: Limits, context: Wire) -> Tensor:
+    """``x <- step(x)`` from y until it stands still, or an error; y sets the scale beside x.
+
+    A row of y, or of its context, that is not finite has no solution, and says nothing of the others: it becomes NaN.
+    """
+    enough, nearly = (limits.tolerance, 0.0) if limits.tolerance else _tolerances(y)
+    rows, hear = _finite_rows(y, context), partial(_has_ended, limits, enough)
+    x, ended = _until(_Standstill(_only_of(rows, y), enough, nearly, rows), hear, step, y, limits.max_iterations)
+    x = x if rows is None else torch.where(rows, x, float("nan"))
     return x if ended is True else torch.where(ended, x, float("nan"))
+
+
+def _finite_rows(y: Tensor, context: Wire) -> Tensor | None:
+    """Which rows are finite, of a shape that meets y; None where all of them are known to be."""
+    beside = [t for t in leaves(context) if isinstance(t, Tensor) and t.dim() and t.shape[:1] == y.shape[:1]]
+    rows = torch.stack([t.isfinite() if t.dim() < 2 else t.isfinite().flatten(1).all(1) for t in (y, *beside)]).all(0)
+    if y.is_cpu and bool(_torch.unwrapped(rows).all()):  # a device would have to be waited for
+        return None
+    return rows.view(rows.shape + (1,) * (y.dim() - rows.dim()))
+
+
+def _only_of(rows: Tensor | None, x: Tensor) -> Tensor:
+    return x if rows is None else torch.where(rows, x, 0)
 
 
 def _has_ended(limits: Limits, enough: float, answer: Iterable[Any]) -> bool:
@@ -364,12 +381,13 @@ class _Standstill:
     y: Tensor
     enough: float
     nearly: float = 0.0
+    rows: Tensor | None = None  # those that count
     before: Any = float("inf")
     first: Any = None
 
     def __call__(self, last: Tensor, new: Tensor) -> tuple[Any, ...]:
         """Whether it stands still, whether it may yet, and the step beside x and beside the one before."""
-        moved, length, scale = _sizes(new - last, new, self.y)
+        moved, length, scale = _sizes(_only_of(self.rows, new - last), _only_of(self.rows, new), self.y)
         moved = moved / scale
         ends = (moved <= self.enough) | ((moved <= self.nearly) & (length >= self.before))
         self.first = length if self.first is None else self.first
@@ -404,7 +422,7 @@ def _steps_to_forget(fn: Callable[[Tensor], Tensor], x: Tensor, limits: Limits) 
     noise = torch.arange(1, x.numel() + 1, device=x.device).mul(12.9898).sin().to(x.dtype).view(x.shape)
     vanished, count = torch.finfo(x.dtype).eps * _largest(noise), 0
     while _largest(noise) > vanished and count < limits.max_iterations:
-        noise, count = transposed(noise), count + 1
+        noise, count = transposed(noise).nan_to_num(0, 0, 0), count + 1  # a row that is not finite does not count
     return count + count // 2 + 1
 
 
@@ -481,7 +499,8 @@ def residual_flow(
         ``(N, ...)``, unchanged; floating dtypes.
 
     Domain:
-        All of it, onto all of it.
+        All of it, onto all of it. In the inverse, a row of the batch that is not finite becomes NaN, and does not count
+        for convergence: the others are what they are without it.
 
     Cost:
         Forward evaluates f once. The inverse evaluates it :math:`\log(tolerance) / \log(Lip)` times, at worst: 20 times
@@ -493,9 +512,9 @@ def residual_flow(
 
     Raises:
         OptionError: When ``fn`` is no function, or a limit is not positive.
-        DomainError: When the iteration does not converge: always, never silently. On a device it may come with a later
-            pipeline; until then x is NaN. In debug mode, also in forward when f's Jacobian at x has a norm of 1 or
-            more.
+        DomainError: When the iteration does not converge for finite rows: always, never silently. On a device it may
+            come with a later pipeline; until then x is NaN. In debug mode, also in forward when f's Jacobian at x has a
+            norm of 1 or more.
         WireError: When f returns another shape than it was given.
 
     Limits:

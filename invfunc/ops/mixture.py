@@ -51,8 +51,18 @@ def _standardised(mixture: Logistics, x: Tensor) -> Tensor:
 def _log_odds(mixture: Logistics, x: Tensor) -> Tensor:
     """``logit F(x)``, from log F and log(1 - F): exact in both tails."""
     z = _standardised(mixture, x)
-    below = (mixture.log_weights + log_sigmoid(z)).logsumexp(-1)
-    return below - (mixture.log_weights + log_sigmoid(-z)).logsumexp(-1)
+    below, above = (_log_sum(mixture.log_weights + log_sigmoid(side)) for side in (z, -z))
+    return below - above
+
+
+def _log_sum(terms: Tensor) -> Tensor:
+    """``terms.logsumexp(-1)``, whose gradient is a softmax that sums up to 1, however large the terms are.
+
+    torch's is ``exp(terms - result)``: where the result is rounded to whole numbers, it is off by powers of e.
+    """
+    largest = terms.amax(-1, keepdim=True).detach()
+    largest = largest.masked_fill(largest.isinf(), 0)
+    return (terms - largest).exp().sum(-1).log() + largest.squeeze(-1)
 
 
 def _log_slope(mixture: Logistics, x: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core.couple import Half, additive, affine
+from ..core.couple import Half, additive, affine, broadcasts
 from ..core.op import Invertible, chain, name_of, named
 from ..core.precision import at_least, check_numbers, real_dtype
 from ..errors import OptionError, WireError, check_option
-from ..wires import describe
+from ..wires import describe, is_differentiable
 from .residual import blend, reflect
 
 Times: TypeAlias = Sequence[float] | Tensor
@@ -124,15 +124,16 @@ class Kick(Part):
         moved = self.step * Field(self.fn)(self.time, x)
         if self.diffusion is None or self.noise is None:
             return moved
-        shaken = sum(_drawn(self.noise, *step) for step in self.beside) / 2
+        shaken = sum(_drawn(self.noise, x, *step) for step in self.beside) / 2
         return moved + Field(self.diffusion)(self.time, x) * shaken
 
 
-def _drawn(noise: Callable[[float, float], Any], start: float, end: float) -> Tensor:
+def _drawn(noise: Callable[[float, float], Any], x: Tensor, start: float, end: float) -> Tensor:
     """The noise between two times."""
     found = noise(start, end)
-    if not isinstance(found, Tensor):
-        raise WireError(f"the noise {name_of(noise)} returned {describe(found)}", expected="a tensor")
+    if not (is_differentiable(found) and broadcasts(found.shape, x.shape)):
+        expected = f"floating-point numbers of shape {describe(x)} like the state, or what broadcasts to it"
+        raise WireError(f"the noise {name_of(noise)} returned {describe(found)}", expected=expected)
     return found
 
 
@@ -158,8 +159,9 @@ def reversible_heun(
         times: The times of the grid, in order: a list or a tensor. Backwards in time where they decrease. Those that
             require grad get theirs.
         diffusion: ``g(t, x)`` of the shape of x, for noise on each element; none for an ordinary equation.
-        noise: ``(t_n, t_{n+1}) -> Delta W_n``, the same at every call: a Brownian path, or draws from a generator that
-            is seeded by the time. Steps look at it twice in forward and twice in backward; nothing of it is kept.
+        noise: ``(t_n, t_{n+1}) -> Delta W_n``, of the shape of x or broadcast to it, and the same at every call: a
+            Brownian path, or draws from a generator that is seeded by the time. Steps look at it twice in forward and
+            twice in backward; nothing of it is kept.
 
     Shapes:
         ``((N, ...), (N, ...))``, both of one shape, unchanged; floating dtypes.
@@ -175,9 +177,9 @@ def reversible_heun(
         0, since the companion carries what x loses; it is not that of the flow of the equation.
 
     Raises:
-        OptionError: When fn is no function, there are fewer than two times, one is not finite, only one of
+        OptionError: When a function is none, there are fewer than two times, one is not finite, only one of
             ``diffusion`` and ``noise``, or noise at times that require grad.
-        WireError: When f returns another shape than it was given, or a stream has no floating-point numbers.
+        WireError: When a function returns another shape than that of x, or a stream has no floating-point numbers.
 
     Limits:
         Of second order; of strong order 1/2 with noise, in the sense of Stratonovich. Stable on the imaginary axis
@@ -202,6 +204,10 @@ def reversible_heun(
     grid = _grid("reversible_heun", fn, times)
     if (diffusion is None) != (noise is None):
         raise OptionError("reversible_heun: one of diffusion and noise is None", expected="both, or neither")
+    for name, part in (("diffusion", diffusion), ("noise", noise)):
+        if part is not None and not callable(part):
+            got = f"reversible_heun: the {name} is {type(part).__name__}"
+            raise OptionError(got, expected="a function or a module")
     if noise is not None and any(isinstance(time, Tensor) for time in grid):
         raise OptionError("reversible_heun: times that require grad, with noise", expected="times.detach()")
 
@@ -262,9 +268,10 @@ def asynchronous_leapfrog(fn: Callable[..., Any], times: Times, *, damping: floa
         WireError: When f returns another shape than it was given, or a stream has no floating-point numbers.
 
     Limits:
-        Of second order where the velocity starts as f(t_0, x_0), see the example, and ``damping`` is 1; of first order
-        in x otherwise. Where solutions decay by :math:`e^{-a h}` a step, it is stable while :math:`2 \eta - 1 < e^{-a
-        h}`. The inverse divides by :math:`2 \eta - 1` in each step: what a stable step forgets, it has to make again.
+        Of second order in x where ``damping`` is 1, and of first order below. A velocity that starts elsewhere than as
+        f(t_0, x_0), see the example, leaves the order as it is, and makes the error larger. Where solutions decay by
+        :math:`e^{-a h}` a step, it is stable while :math:`2 \eta - 1 < e^{-a h}`. The inverse divides by :math:`2 \eta
+        - 1` in each step: what a stable step forgets, it has to make again.
 
     Example:
         >>> import torch

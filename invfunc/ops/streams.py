@@ -185,6 +185,15 @@ class Given:
         return name_of(self.fn)
 
 
+@dataclass(frozen=True)
+class Passing(Given):
+    """A function of a `Joint` on ``(x, condition)`` that hands the condition on."""
+
+    def __call__(self, x: Wire, condition: Wire) -> tuple[Wire, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, log_det = super().__call__(x, condition)
+        return (y, condition), log_det
+
+
 def _arguments(wire: Wire) -> tuple[Any, ...]:
     return wire if isinstance(wire, tuple) else (wire,)
 
@@ -280,9 +289,8 @@ def _(op: Joint) -> Invertible:
     if not op.sees_condition:
         return parallel(op, chain())
     values = partial(_passing, op.forward_fn), partial(_passing, op.inverse_fn)
-    both = partial(_passing_both, op.both[0]), partial(_passing_both, op.both[1])
-    rule = partial(_passing_log_det, op.both[0])
-    return Joint(*values, log_det_fn=rule, label=f"given({op!r})", both=both)
+    both = Passing(op.both[0]), Passing(op.both[1])
+    return Joint(*values, log_det_fn=partial(_passing_log_det, both[0]), label=f"given({op!r})", both=both)
 
 
 def _passing(fn: Callable[..., Any], x: Wire, condition: Wire) -> Wire:
@@ -290,13 +298,8 @@ def _passing(fn: Callable[..., Any], x: Wire, condition: Wire) -> Wire:
     return fn(*_arguments(x), *_arguments(condition)), condition
 
 
-def _passing_both(fn: Callable[..., Any], x: Wire, condition: Wire) -> tuple[Wire, Any]:
-    y, log_det = fn(*_arguments(x), *_arguments(condition))
-    return (y, condition), log_det
-
-
-def _passing_log_det(fn: Callable[..., Any], x: Wire, y: Wire) -> Any:
-    return _passing_both(fn, *x)[1]
+def _passing_log_det(both: Passing, x: tuple[Wire, Wire], y: Wire) -> Any:
+    return both(*x)[1]
 
 
 def _given_within(op: Checkpointed | Marked) -> Invertible:

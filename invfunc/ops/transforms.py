@@ -20,11 +20,32 @@ from ..core.combine import Plumbing, check_components, parallel, permute_wires
 from ..core.couple import sum_per_sample
 from ..core.op import Invertible, chain, check_op, invert, pair, saturating
 from ..debug import checking, require
+from ..engine.parts import version
+from ..engine.snapshot import Snapshot
 from ..errors import NotInvertibleError, OptionError, WireError
 from ..log_det import Joint, joint, with_log_det, zeros_for
 from ..wires import Wire, describe
 
 # ---- an op as a transform ----------------------------------------------------------------------------------------
+
+
+class Entry:
+    """An x and a y that belong together, with the log-determinant, and what they were computed under."""
+
+    def __init__(self, op: Invertible, x: Tensor, y: Tensor, log_det: Tensor) -> None:
+        self.x, self.y, self.log_det = x, y, log_det
+        self.has_graph, self.states = torch.is_grad_enabled(), [*map(_state, (x, y))]
+        self.snapshot = Snapshot(op.functions)
+        self.snapshot.note()
+
+    def holds(self) -> bool:
+        """Whether the same would be computed again: with its gradient, from the same numbers and parameters."""
+        is_enough = self.has_graph or not torch.is_grad_enabled()  # a sample has no graph, its density may need one
+        return is_enough and [*map(_state, (self.x, self.y))] == self.states and self.snapshot.is_same()
+
+
+def _state(x: Tensor) -> tuple[int, bool]:
+    return version(x), x.requires_grad
 
 
 class OpTransform(Transform):
@@ -35,7 +56,7 @@ class OpTransform(Transform):
     def __init__(self, op: Invertible, event_dim: int, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.op, self.counting, self.cached = op, with_log_det(op), cache_size
-        self.latest: tuple[Tensor, Tensor, Tensor, bool] | None = None  # x, y, the log-determinant; if with gradients
+        self.latest: Entry | None = None
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)
 
     def with_cache(self, cache_size: int = 1) -> Transform:
@@ -47,27 +68,43 @@ class OpTransform(Transform):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """``op(x)``."""
+        return self._call(x)  # torch's own cache does not ask whether a value still holds
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self._inverse(y)
+
     def _call(self, x: Tensor) -> Tensor:
-        if not self.cached:
+        if not self._keeps():
             return self._unbatched(x, self.op.forward(self._batched(x)))
-        y, total = self._counted(self.counting, x)
-        self.latest = x, y, total, torch.is_grad_enabled()
-        return y
+        known = self._known()
+        if known is None or known.x is not x:
+            known = self.latest = Entry(self.op, x, *self._counted(self.counting, x))
+        return known.y
 
     def _inverse(self, y: Tensor) -> Tensor:
-        if not self.cached:
+        if not self._keeps():
             return self._unbatched(y, self.op.inverse(self._batched(y)))
-        x, total = self._counted(invert(self.counting), y)
-        self.latest = x, y, -total, torch.is_grad_enabled()
-        return x
+        known = self._known()
+        # A graph that y has no part in may have been freed by the backward of another loss.
+        if known is None or known.y is not y or known.x.requires_grad > y.requires_grad:
+            x, total = self._counted(invert(self.counting), y)
+            known = self.latest = Entry(self.op, x, y, -total)
+        return known.x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log|det J|``, of the shape of x without its event."""
-        if self.latest is not None and self.latest[0] is x and self.latest[1] is y:
-            total, has_graph = self.latest[2:]
-            if has_graph or not torch.is_grad_enabled():  # a sample has none, and its density may need one
-                return total
+        known = self._known()
+        if known is not None and known.x is x and known.y is y:
+            return known.log_det
         return self._counted(self.counting, x)[1]
+
+    def _keeps(self) -> bool:
+        return self.cached > 0 and not torch.compiler.is_compiling()  # a graph computes what is the same once by itself
+
+    def _known(self) -> Entry | None:
+        return self.latest if self._keeps() and self.latest is not None and self.latest.holds() else None
 
     def _counted(self, counting: Invertible, x: Tensor) -> tuple[Tensor, Tensor]:
         batched = self._batched(x)
@@ -111,8 +148,8 @@ def as_transform(op: Invertible, *, event_dim: int = 1) -> Transform:
 
     Cost:
         That of the op, and one more evaluation for each log-determinant; none of it twice with a cache,
-        ``as_transform(op).with_cache()``, which keeps the latest x, y and log-determinant, with their graph. What was
-        made without gradients is computed again where they are on.
+        ``as_transform(op).with_cache()``, which keeps the latest x, y and log-determinant, with their graph. They are
+        computed again where gradients are on and they were made without, and where x, y or a parameter has changed.
 
     Limits:
         Domain and codomain are declared real; the op itself says what it takes under ``inv.debug(True)``.

@@ -14,6 +14,7 @@ import zuko
 from flows import NETWORKS, WIDTH, Theirs, lowered, mlp, nflows_maf, nflows_spline, sequence, step, trained
 from kit import assert_close
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 import invfunc as inv
 from invfunc.errors import OptionError, WireError
@@ -166,6 +167,27 @@ def nflows_context_layer() -> nn.Module:
 def test_a_context_of_zuko_is_given() -> None:
     flow = zuko.flows.NSF(WIDTH, context=3, transforms=2, hidden_features=(16,), passes=2)
     check_given(flow, lambda x, c: flow.transform(c).call_and_ladj(x), torch.randn(5, WIDTH), torch.randn(5, 3))
+
+
+def test_a_flow_of_zuko_and_its_base_read_one_context() -> None:
+    theirs, net = zuko.flows.NICE(WIDTH, context=3, transforms=2), nn.Linear(3, WIDTH)
+    x, c = torch.randn(5, WIDTH), torch.randn(5, 3)
+    op = inv.ops.given(inv.ops.from_transform(theirs))
+    z, log_det = theirs.transform(c).call_and_ladj(x)
+    found = inv.flow(op, lambda c: Independent(Normal(net(c), 1.0), 1)).log_prob(x, context=c)
+    assert_close(found, Normal(net(c), 1.0).log_prob(z).sum(1) + log_det)
+
+
+def test_samples_of_zuko_with_their_density_train_lowered() -> None:
+    theirs, c = zuko.flows.BPF(3, 2, transforms=2, hidden_features=(8,)), torch.randn(5, 2)
+    op = inv.ops.given(inv.ops.from_transform(theirs))
+
+    def gradients(wrap: Callable[[inv.Invertible], inv.Invertible]) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        x, log_prob = inv.flow(wrap(op), lambda: theirs.base()).rsample_and_log_prob((2,), context=c)
+        return torch.autograd.grad(x.square().sum() + log_prob.sum(), list(theirs.parameters()))
+
+    assert_close(gradients(inv.checkpoint), gradients(lambda op: op), 1e-6)
 
 
 def test_conditions_of_a_sequence_of_freia_are_given() -> None:
