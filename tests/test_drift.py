@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import WIDE, branch, leaf, network
+from kit import WIDE, Counted, branch, leaf, network
 from torch import Tensor, nn
 
 import invfunc as inv
@@ -504,6 +504,19 @@ def test_the_cause_is_looked_for_once() -> None:
             step(op, leaf(3, 4))
         counts.append(calls[0])
     assert counts == [5, 2, 2]  # forward and its replay; the first time three times more
+
+
+def test_the_cause_is_looked_for_once_where_functions_are_made_anew_for_each_call() -> None:
+    net, wrong, counts = Counted(nn.Linear(4, 4)), inv.parallel(wrong_by(0.01), inv.chain()), []
+    for _ in range(3):
+        net.count = 0
+        couplings = [inv.couple(lambda x: net(x).sin()), wrong, inv.couple(lambda x: net(x).cos()), inv.swap()]
+        op = inv.chain(inv.split(2), *couplings, inv.couple(torch.sin), inv.concat(2))
+        with pytest.warns(inv.errors.DriftWarning):
+            step(op, torch.ones(3, 8, requires_grad=True))
+        counts.append(net.count)
+    assert counts[0] > 4
+    assert counts[1:] == [4, 4]
 
 
 def test_looking_for_the_cause_changes_nothing() -> None:

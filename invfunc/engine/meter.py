@@ -20,28 +20,29 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
     judged when a later pipeline begins: a warning comes up to one step late. An error does not, since it belongs to the
     backward that drifts: with "raise", each trunk waits. While a graph is captured, there is no meter.
 6.  *Why.* Before it speaks it asks for the cause (NOTE [Cause]), once for the functions from there on, a place and an
-    order of magnitude; a few times where functions are made anew for each call. On a device what was rebuilt is gone by
-    then: the first message has no cause, and the next backward waits in order to find it.
+    order of magnitude. On a device what was rebuilt is gone by then: the first message has no cause, and the next
+    backward waits in order to find it.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _torch
 from ..core.compare import relative_error_of_numbers
 from ..errors import DriftError, DriftWarning, OptionError
 from ..wires import is_differentiable
 from .devices import Late, is_captured, place_on, when_here
+from .parts import Parts
 
 Drift: TypeAlias = str | float  # "warn", "raise", "off", or the tolerance from which on to warn
 Sample: TypeAlias = list[float] | Late  # numbers, which may be on their way
@@ -186,14 +187,13 @@ class Probe:
             if tensor is not None:
                 was.append(sample)
                 now.append(_sample(tensor, indices))
-        found = _known_causes(list(functions))
         late = [sample for sample in (*was, *now) if isinstance(sample, Late)]
-        if late and not found and self.drift != "raise":
-            when_here(late, partial(self.judge, was, now, found, lambda *_: _NOT_YET))
+        if late and self.drift != "raise" and not (found := _known_causes(list(functions))):
+            when_here(late, partial(self.judge, was, now, lambda: found, lambda *_: _NOT_YET))
             return False
-        return self.judge(was, now, found, why)
+        return self.judge(was, now, lambda: _known_causes(list(functions)), why)
 
-    def judge(self, was: Sequence[Sample], now: Sequence[Sample], found: Causes, why: Why) -> bool:
+    def judge(self, was: Sequence[Sample], now: Sequence[Sample], find: Callable[[], Causes], why: Why) -> bool:
         """Warn or raise if samples are further apart than they may be."""
         values = _numbers(was)
         self.error = error = relative_error_of_numbers(_numbers(now), values)
@@ -201,11 +201,10 @@ class Probe:
             return False
         # One digit: no more is known, and Python shows a warning of the same text once.
         size = f"off by about {error:.0e} of its size" if error < math.inf else "not finite where it was"
-        place = self.place()
+        place, found = self.place(), find()
         key = place, f"{error:.0e}".partition("e")[2]
         if found.get(key, _NOT_YET) is _NOT_YET:
-            found[key] = _latest(key) or _cause(why, error, values)
-            _LATEST.setdefault(key, []).append(found[key])
+            found[key] = _cause(why, error, values)
         self._speak(f"{place}, rebuilt in backward, is {size}", found[key])
         return True
 
@@ -225,32 +224,32 @@ def _cause(why: Why, error: float, was: Sequence[float]) -> Cause:
         return Cause("", f"{CURE}; {CHECK}")
 
 
-_CAUSES: WeakKeyDictionary[Any, dict[tuple[int, ...], Causes]] = WeakKeyDictionary()
+_CAUSES: MutableMapping[Any, dict[tuple[int, ...], Causes]] = WeakIdKeyDictionary()
 _MANY = 64  # pipelines that begin with one function
 
 
 def _known_causes(functions: Sequence[Any]) -> Causes:
-    """The causes that were found for these functions, kept with the first that one can remember."""
+    """The causes that were found for these functions: they are remembered with the first that stays."""
     for function in functions:
         try:
-            pipelines = _CAUSES.setdefault(function, {})
+            pipelines = _CAUSES.setdefault(_what_stays(function), {})
         except TypeError:  # a builtin
             continue
         if len(pipelines) > _MANY:
             pipelines.clear()
-        return pipelines.setdefault(tuple(map(id, functions)), {})
+        return pipelines.setdefault(tuple(map(_number_of, functions)), {})
     return {}
 
 
-_LATEST: dict[tuple[str, str], list[Cause]] = {}
-_OFTEN = 4  # causes of one place, where functions are made anew for each call and nothing is remembered of them
+def _what_stays(function: Any) -> Any:
+    """A module or a tensor of a function: it may itself be made anew for each call."""
+    parts = Parts([function])
+    return next(iter([*parts.modules, *parts.tensors]), function)
 
 
-def _latest(key: tuple[str, str]) -> Cause | None:
-    """What the cause was so often that nobody looks again."""
-    found = _LATEST.get(key, [])
-    del found[_OFTEN:]
-    return found[-1] if len(found) == _OFTEN else None
+def _number_of(function: Any) -> int:
+    """What tells a function from others, though it be made anew."""
+    return id(function if isinstance(function, nn.Module) else getattr(function, "__code__", type(function)))
 
 
 def probe(tensors: Sequence[Tensor], drift: Drift, place: Callable[[], str]) -> Probe | None:
