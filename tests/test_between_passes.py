@@ -28,9 +28,24 @@ class Config:
     table: dict[str, float] = field(default_factory=lambda: {"k": 2.0})
 
 
+class Private:
+    __slots__ = "__gain"
+
+    def __init__(self) -> None:
+        self.__gain = 1.0
+
+    def gain(self) -> float:
+        return self.__gain
+
+
 @dataclass(slots=True)
-class Slotted:
+class Slots:
     scale: float = 0.5
+
+
+@dataclass(slots=True)
+class Slotted(Slots):
+    private: Private = field(default_factory=Private)
 
 
 class Adapter(nn.Module):
@@ -64,6 +79,7 @@ class Net(nn.Module):
         if self.adapter.is_active():
             y = y + self.adapter.b(self.adapter.a(x))
         y = self.act(y) * self.scale * self.config.scale * self.config.table["k"] * self.slotted.scale
+        y = y * self.slotted.private.gain()
         y = y * self.scales[1] * self.nested["a"]["b"][0] * self.queue[0]
         y = y * self.objects.a.b.c.scale
         for mapping in self.mappings:
@@ -105,6 +121,7 @@ RESTORED: dict[str, Callable[[Net], Any]] = {
     "an attribute": lambda net: setattr(net, "scale", 7.0),
     "an attribute of an object": lambda net: setattr(net.config, "scale", 7.0),
     "a slot of an object": lambda net: setattr(net.slotted, "scale", 7.0),
+    "a private slot": lambda net: setattr(net.slotted.private, "_Private__gain", 7.0),
     "an item of a dict in an object": lambda net: net.config.table.update(k=7.0),
     "another object": lambda net: setattr(net, "config", Config(3.0)),
     "an item of a list": lambda net: net.scales.__setitem__(1, 9.0),

@@ -210,6 +210,25 @@ def test_random_numbers_that_are_drawn_between_blocks_change_no_gradient(model: 
     assert_close(step(model, x), expected)
 
 
+def test_flags_that_are_set_for_one_block_are_those_of_its_replay(model: Llama) -> None:
+    seen: list[bool] = []
+
+    def choose(on: bool) -> Callable[..., None]:
+        return lambda *_: torch.use_deterministic_algorithms(on)
+
+    inv.nn.reversible(model, "layers.*")
+    for layer in model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    model.layers[1].register_forward_pre_hook(choose(True))
+    model.layers[1].register_forward_hook(choose(False))
+    loss, others = model(words()).sum(), [False] * (len(model.layers) - 2)
+    assert seen == [False, True, *others]
+    seen.clear()
+    loss.backward()
+    assert seen == [*others, True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_module_that_takes_anothers_place_is_called(model: Llama) -> None:
     inv.nn.reversible(model, "layers.*")
     x = words()

@@ -3,16 +3,16 @@
 NOTE [Conditions] A function that runs again has to find what it found in forward, on whatever thread it runs.
 
 1.  *Random numbers* are replayed on the CPU and on every accelerator that is in sight of the call: those of its inputs,
-    of what its modules and closures hold, those that they name, the default one, or else the current one. States are
-    kept only if the call drew. Python's and NumPy's global generators count, too; a generator of one's own can not be
-    seen, and its values have to be pinned. While a graph is captured no state can be read, and a call that draws is
+    of what its modules and closures hold, a `torch.device` among it, the default one, or else the current one. States
+    are kept only if the call drew. Python's and NumPy's global generators count, too; a generator of one's own can not
+    be seen, and its values have to be pinned. While a graph is captured no state can be read, and a call that draws is
     refused.
 2.  *Autocast* of every type of device, the *default device* and, on the thread of forward, the number of *threads*:
     backward may run elsewhere, and no other thread's setting is touched. The *flags* of the process that choose a
     kernel (of attention, matrix products, cuDNN, determinism) are those of forward while a function runs again.
 3.  *Context variables*: a replay runs in a copy of forward's context, so that `invfunc.mode`, `invfunc.debug` and the
-    user's own are what they were. It is the context in which the pipeline was called, for each of its calls; autocast
-    and the default device may be others at a call: a model's own loop sets them between blocks.
+    user's own are what they were. It is the context in which the pipeline was called, for each of its calls; autocast,
+    the default device and the flags may be others at a call: a model's own loop sets them between blocks.
 4.  *Discrete decisions* are pinned by `pin`.
 5.  Generators belong to the process. A replay that draws sets them, for itself and all that is nested in it, on
     whatever thread. One that comes meanwhile waits a moment for its *turn*. If it does not come, its holder may be
@@ -44,10 +44,13 @@ T = TypeVar("T")
 class Conditions:
     """What surrounds a call, and the call again: rules 2 and 3 of NOTE [Conditions]."""
 
-    __slots__ = ("autocast", "context", "device", "flags", "has_same_flags", "snapshot", "task", "thread", "threads")
+    __slots__ = (
+        "autocast", "context", "device", "flags", "has_same_flags", "is_left", "snapshot", "task", "thread", "threads",
+    )  # fmt: skip
 
     def __init__(self, snapshot: Any = None) -> None:
         self.snapshot = snapshot  # the modules that are called, if they are to be as they were
+        self.is_left = False  # whether other code runs between the calls, which may set flags
         self.context = copy_context()
         self.autocast = autocast_state()
         self.device = _torch.default_device()
@@ -55,8 +58,9 @@ class Conditions:
         self.thread, self.threads = threading.get_ident(), torch.get_num_threads()
 
     def here(self) -> Conditions:
-        """The conditions of a call that begins now: themselves, unless autocast or the default device is another."""
-        if self.autocast == autocast_state() and self.device == _torch.default_device():
+        """The conditions of a call that begins now: themselves, unless something is another than at the beginning."""
+        same_flags = not self.is_left or self.flags == flags()
+        if same_flags and self.autocast == autocast_state() and self.device == _torch.default_device():
             return self
         found = Conditions(self.snapshot)
         found.context = self.context  # not a later one: that may hold what this graph computes, and is never let go

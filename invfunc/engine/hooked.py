@@ -56,6 +56,7 @@ class Hooked(Engine):
 
     def resume(self, state: OnTrunk) -> None:
         state.trunk.random = None
+        self.conditions.is_left = True
 
     def with_wire(self, state: OnTrunk, wire: Wire) -> OnTrunk:
         self.resume(state)

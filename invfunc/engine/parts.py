@@ -203,7 +203,9 @@ class Parts:
                     self._add_values(part, depth + 1)
         elif _has_values(item) and not isinstance(item, (nn.Module, Tensor)):
             self._add_values(getattr(item, "__dict__", None), depth)
-            self.places += _slots_of(item)
+            for place in _slots_of(item):
+                self.places.append(place)
+                self._add_values(place.value, depth + 1)
 
     def _note_contents(self, table: list[Any] | dict[Any, Any] | set[Any] | deque[Any]) -> bool:
         """Unless it is large: it is copied in every call."""
@@ -311,8 +313,17 @@ def _properties_of(kind: type) -> list[Attribute]:
 
 
 def _slots_of(item: Any) -> list[Attribute]:
-    names = getattr(type(item), "__slots__", ())
+    kinds = [kind for kind in type(item).__mro__ if "__slots__" in kind.__dict__]
+    names = [name for kind in kinds for name in _slot_names(kind)]
     return [Attribute(item, name, getattr(item, name)) for name in names if hasattr(item, name)]
+
+
+def _slot_names(kind: type) -> list[str]:
+    """The slots of a class, private ones under the names that they have outside."""
+    slots, owner = kind.__dict__["__slots__"], kind.__name__.lstrip("_")
+    names = [slots] if isinstance(slots, str) else [n for n in slots if n not in ("__dict__", "__weakref__")]
+    is_private = [name.startswith("__") and not name.endswith("__") for name in names]
+    return [f"_{owner}{name}" if hides else name for name, hides in zip(names, is_private, strict=True)]
 
 
 def _is_value(item: Any) -> bool:
