@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -26,6 +26,15 @@ WIDTH = 4
 class Config:
     scale: float = 1.5
     table: dict[str, float] = field(default_factory=lambda: {"k": 2.0})
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Pair(NamedTuple):
+    item: Any
 
 
 class Private:
@@ -70,6 +79,7 @@ class Net(nn.Module):
         parametrizations.weight_norm(self.adapter.a)
         self.act, self.dropout = nn.Tanh(), nn.Dropout(0.5)
         self.scale, self.kind, self.config, self.slotted = 1.5, "tanh", Config(), Slotted()
+        self.fixed = frozenset([Plain()]), Pair(Plain())
         self.mappings = [UserDict(k=1.0), ChainMap({"k": 1.0}), defaultdict(float, k=1.0)]
         self.objects = SimpleNamespace(a=SimpleNamespace(b=SimpleNamespace(c=SimpleNamespace(scale=1.0))))
         self.scales, self.nested, self.flags, self.queue = [1.0, 2.0], {"a": {"b": [1.0]}}, {1}, deque([1.0])
@@ -81,7 +91,7 @@ class Net(nn.Module):
         y = self.act(y) * self.scale * self.config.scale * self.config.table["k"] * self.slotted.scale
         y = y * self.slotted.private.gain()
         y = y * self.scales[1] * self.nested["a"]["b"][0] * self.queue[0]
-        y = y * self.objects.a.b.c.scale
+        y = y * self.objects.a.b.c.scale * next(iter(self.fixed[0])).scale * self.fixed[1].item.scale
         for mapping in self.mappings:
             y = y * mapping["k"]
         y = y.sin() if self.kind == "sin" else y
@@ -121,6 +131,8 @@ RESTORED: dict[str, Callable[[Net], Any]] = {
     "an attribute": lambda net: setattr(net, "scale", 7.0),
     "an attribute of an object": lambda net: setattr(net.config, "scale", 7.0),
     "a slot of an object": lambda net: setattr(net.slotted, "scale", 7.0),
+    "an object in a frozen set": lambda net: setattr(next(iter(net.fixed[0])), "scale", 7.0),
+    "an object in a named tuple": lambda net: setattr(net.fixed[1].item, "scale", 7.0),
     "a private slot": lambda net: setattr(net.slotted.private, "_Private__gain", 7.0),
     "an item of a dict in an object": lambda net: net.config.table.update(k=7.0),
     "another object": lambda net: setattr(net, "config", Config(3.0)),

@@ -201,6 +201,9 @@ class Parts:
             if self._note_contents(item):
                 for part in item.values() if isinstance(item, dict) else item:
                     self._add_values(part, depth + 1)
+        elif isinstance(item, (tuple, frozenset)):
+            for part in item:
+                self._add_values(part, depth + 1)
         elif _has_values(item) and not isinstance(item, (nn.Module, Tensor)):
             self._add_values(getattr(item, "__dict__", None), depth)
             for place in _slots_of(item):
@@ -226,7 +229,7 @@ class Parts:
         elif has_functions(item):
             for part in item.functions:
                 self.add(part, depth - 1)
-        elif isinstance(item, tuple):
+        elif isinstance(item, (tuple, frozenset)):
             for part in item:
                 self.add(part, depth - 1)
         elif isinstance(item, _TABLES):
