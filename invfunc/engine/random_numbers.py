@@ -88,6 +88,8 @@ class RandomState:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Draw the same numbers inside, and leave the generators as they were before."""
+        if not self.is_captured and any(map(is_captured, self.devices)):
+            raise _captured("a function that drew random numbers runs again")
         with ExitStack() as stack:
             if self.is_captured:
                 stack.enter_context(_NoDrawing())
@@ -139,12 +141,16 @@ class _NoDrawing(_torch.DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if _draws(func, args) and any([isinstance(t, Tensor) and not t.is_cpu for t in _torch.trees.tree_leaves(out)]):
-            raise ReplayError(
-                f"{func} draws random numbers while a graph is captured, when no generator can be read",
-                expected="a function that backward can run again with the same numbers",
-                cure="store that stage, as in invfunc.mark(stage, 'store'), or draw its numbers outside of the graph",
-            )
+            raise _captured(f"{func} draws random numbers")
         return out
+
+
+def _captured(what: str) -> ReplayError:
+    return ReplayError(
+        f"{what} while a graph is captured, when no generator can be read",
+        expected="a function that backward can run again with the same numbers",
+        cure="store that stage, as in invfunc.mark(stage, 'store'), or draw its numbers outside of the graph",
+    )
 
 
 def _run_without_drawing(fn: Callable[..., T], *args: Any) -> T:

@@ -522,6 +522,13 @@ def test_a_graph_is_not_captured_of_what_draws(how: str) -> None:
         LOWERINGS[how](op)(x)
 
 
+def test_what_has_drawn_outside_of_a_capture_is_not_run_again_inside() -> None:
+    x = torch.rand(4, 8, device=DEVICE, requires_grad=True)
+    y = inv.checkpoint(lambda x: nn.functional.dropout(x.sin(), 0.5))(x)
+    with sim.capture(), pytest.raises(ReplayError, match="drew random numbers runs again while a graph is captured"):
+        y.sum().backward()
+
+
 def test_a_graph_is_captured_of_what_draws_and_is_stored() -> None:
     op, x = network([branch() for _ in range(4)], dim=-1), torch.randn(6, 8, device=DEVICE, requires_grad=True)
     with sim.capture():
