@@ -129,6 +129,16 @@ def test_the_second_of_a_pair_of_normal_numbers_belongs_to_the_state(draw: Calla
     assert (now["state"]["key"] == array["state"]["key"]).all()
 
 
+def test_who_looks_at_a_function_leaves_the_hosts_generators_as_they_were() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return x * random.random() * float(numpy.random.rand())
+
+    before = random.getstate(), numpy.random.get_state()[1].copy()
+    inv.draw(inv.chain(inv.split(2), inv.couple(fn), inv.concat(2)), (3, 4))
+    assert random.getstate() == before[0]
+    assert (numpy.random.get_state()[1] == before[1]).all()
+
+
 def test_replays_that_draw_from_pythons_generator_wait_for_their_turn() -> None:
     def backward() -> Callable[[], tuple[Tensor, Tensor]]:
         x = torch.rand(64, requires_grad=True)

@@ -43,7 +43,9 @@ class RandomState:
         self.python = host_random.python_state(), host_random.python_second()
         self.numpy = host_random.numpy_state(), host_random.numpy_second()
         self.marks = host_random.python_mark(), host_random.numpy_mark()
-        self.draws_on_host = False  # whether it was seen to draw from Python's or NumPy's
+        self.draws_on_host = (
+            True  # whether it draws from Python's or NumPy's, as far as `has_moved` does not know better
+        )
 
     @property
     def nbytes(self) -> int:
