@@ -48,14 +48,20 @@ def _private(path: str, fallback: Any = None) -> Any:
         return fallback
 
 
-def _attribute(path: str, sample: Any, fallback: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _getter(path: str, sample: Any, fallback: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """What reads a private attribute that only instances have, as a sample has it; or the fallback."""
-    name = path.rpartition(".")[2]
     try:
-        attrgetter(name)(sample)
+        read = attrgetter(path.rpartition(".")[2])
+        read(sample)
     except AttributeError:
         return fallback
-    return lambda item: getattr(item, name)  # Dynamo knows no attrgetter
+    return read
+
+
+def _attribute(path: str, sample: Any, fallback: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same where Dynamo traces: it knows no attrgetter."""
+    name = path.rpartition(".")[2]
+    return fallback if _getter(path, sample, fallback) is fallback else lambda item: getattr(item, name)
 
 
 def _missing(path: str, feature: str) -> TorchNameError:
@@ -808,13 +814,13 @@ def is_view_of_leaf(tensor: Tensor, given: Sequence[Tensor] = ()) -> bool:
 
 
 # What runs when the gradient of a leaf is there. Otherwise every leaf is said to have some.
-_on_gradient = _attribute("torch.Tensor._backward_hooks", Tensor, _always)
-_after_accumulation = _attribute("torch.Tensor._post_accumulate_grad_hooks", Tensor, _always)
+_on_gradient = _getter("torch.Tensor._backward_hooks", Tensor, _always)
+_after_accumulation = _getter("torch.Tensor._post_accumulate_grad_hooks", Tensor, _always)
 
 
-def has_gradient_hooks(tensor: Tensor) -> bool:
-    """Whether hooks run when a tensor's gradient is there: they may write into the tensor."""
-    return bool(_on_gradient(tensor) or _after_accumulation(tensor))
+def have_gradient_hooks(tensors: Sequence[Tensor]) -> bool:
+    """Whether hooks run when the gradient of one of these tensors is there: they may write into the tensor."""
+    return any(map(_on_gradient, tensors)) or any(map(_after_accumulation, tensors))
 
 
 _DONATION = "the donation of an input"

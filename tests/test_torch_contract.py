@@ -29,7 +29,7 @@ CONTRACTS: dict[str, Callable[[], None]] = {}
 def looked_up() -> list[str]:
     """The names that `_torch.py` looks up, in order."""
     calls = [node for node in ast.walk(ast.parse(Path(_torch.__file__).read_text())) if isinstance(node, ast.Call)]
-    found = [call.args[0] for call in calls if ast.unparse(call.func) in ("_private", "_attribute")]
+    found = [call.args[0] for call in calls if ast.unparse(call.func) in ("_private", "_attribute", "_getter")]
     texts = [arg.value for arg in found if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
     return [*dict.fromkeys(texts), "torch._dynamo.variables.torch.get_overridable_functions"]  # a variable there
 
@@ -433,11 +433,11 @@ def _() -> None:
 def _() -> None:
     for kind in ["hook", "post_accumulate_grad_hook"]:
         weight = torch.zeros(2, requires_grad=True)
-        assert not _torch.has_gradient_hooks(weight)
+        assert not _torch.have_gradient_hooks([weight])
         handle = getattr(weight, f"register_{kind}")(lambda g: None)
-        assert _torch.has_gradient_hooks(weight)
+        assert _torch.have_gradient_hooks([weight])
         handle.remove()
-        assert not _torch.has_gradient_hooks(weight)
+        assert not _torch.have_gradient_hooks([weight])
 
 
 @contract("_check_input_dim")

@@ -13,7 +13,7 @@ from functools import cached_property, partial, update_wrapper
 from typing import Any, TypeAlias, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import NotInvertibleError, OptionError, place_error
 from ..wires import Wire, is_differentiable, leaves, map_wire, spread
@@ -572,6 +572,8 @@ def name_of(fn: Callable[..., Any]) -> str:
     """A user's function as ``repr`` shows it: a function by its name, a module by its class."""
     while isinstance(fn, partial):
         fn = fn.func
+    if isinstance(fn, nn.Module):  # to ask one for what it has not got takes long
+        return type(fn).__name__
     if isinstance(fn, Invertible):
         return repr(fn)
     owner = getattr(fn, "__self__", None)
@@ -706,7 +708,7 @@ def chain(*ops: Invertible | Callable[..., Any]) -> Invertible:
 
 
 def _flattens(op: Invertible) -> bool:
-    return isinstance(op, Chain) and op.labels is None
+    return type(op) is Chain and op.labels is None
 
 
 def invert(op: Invertible) -> Invertible:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
+from operator import attrgetter
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -153,7 +155,7 @@ class Frame:
             tensor = self._take(number)
         if isinstance(tensor, ReplayError):  # the function wrote into what its graph had saved
             raise self._with_place(tensor)
-        if torch.compiler.is_compiling() or _torch.keeps_graph():
+        if _torch.keeps_graph() or torch.compiler.is_compiling():
             self.saved[number] = weakref.ref(tensor)
         else:
             packed.append(tensor)
@@ -184,13 +186,18 @@ class Frame:
             given: The tensors among the arguments.
             rng: Whether random numbers are replayed.
         """
-        record, snapshot = self.record, self.owner.conditions.snapshot
+        record, snapshot, observer = self.record, self.owner.conditions.snapshot, OBSERVER.get()
         self._note_conditions(functions)
         copies = copies_of(functions) if snapshot.has_buffers else ()
         is_first = snapshot.is_lazy and is_lazy(functions)
         before = random_state(given, snapshot, self.owner.random) if rng else None
-        first = _torch.graph_position() if OBSERVER.get() is not None else 0
-        out, held = self._record(fn if before is None else before.watch(fn), args, given, copies, before)
+        first = 0 if observer is None else _torch.graph_position()
+        if before is not None and before.is_captured:
+            fn = before.watch(fn)
+        if is_any_sharded():
+            check_callees(functions)
+            fn = partial(checking_calls, fn)
+        out, held = self._record(fn, args, given, copies, before)
         if is_first:
             self.held = {number: _without_node(*item) for number, item in held.items()}  # rule 9
         if record.op is None and held:
@@ -200,14 +207,11 @@ class Frame:
         record.copies = [copy for copy in copies if worth_keeping(copy)] if copies else []
         if before is not None:
             self._note_drawn(before)
-        observer = OBSERVER.get()
         if observer is not None:
             observer.append(Observed(record, self.owner, first, _torch.graph_position()))
         return out
 
     def _note_conditions(self, functions: Iterable[Any]) -> None:
-        if is_any_sharded():
-            check_callees(functions)
         record, conditions = self.record, self.owner.conditions
         record.conditions, record.functions = conditions.here(), functions
         record.has_own_conditions = record.conditions is not conditions
@@ -228,7 +232,7 @@ class Frame:
         before: RandomState | None,
     ) -> tuple[Any, dict[int, Held]]:
         """``fn(*args)``, and what it has saved; raises where it has written into what it was given."""
-        versions = [t._version for t in given]
+        versions = list(map(_version_of, given))
         token = PINS.set(Recorder(PINS.get(), self.record.pins))
         try:
             out = self._call(fn, args)
@@ -243,16 +247,17 @@ class Frame:
         finally:
             PINS.reset(token)
             held, self.held = self.held, None
-        if [t._version for t in given] != versions:
+        if list(map(_version_of, given)) != versions:
             raise changed_input(_name_of_call(self.record))
         return out, held or {}
 
-    def forward(self, op: Invertible, x: Wire, show: Callable[[Sequence[Tensor]], None]) -> tuple[Wire, Residue]:
+    def forward(self, op: Invertible, x: Wire, show: Callable[[Sequence[Tensor]], None] | None) -> tuple[Wire, Residue]:
         """An op's forward; what its function has saved is shown, and let go before memory for the result is taken."""
         t = op.evaluate(x)
         if self.held and not self.record.conditions.snapshot.is_lazy:
             self.record.evaluated = len(self.held)
-            show([tensor for tensor, _ in self.held.values()])
+            if show is not None:
+                show([tensor for tensor, _ in self.held.values()])
             self.held.clear()
         return op.forward_by(t, x)
 
@@ -262,8 +267,8 @@ class Frame:
         try:
             if self.record.around is not None:
                 with self.record.around.forward():
-                    return checking_calls(fn, *args)
-            return checking_calls(fn, *args) if is_any_sharded() else fn(*args)
+                    return fn(*args)
+            return fn(*args)
         except RuntimeError as error:
             if "support saved tensor hooks" in str(error):
                 return _REFUSED
@@ -294,6 +299,7 @@ class Frame:
             before.put()
 
 
+_version_of = attrgetter("_version")
 _IN_PLACE = "is being used in an in-place operation", "is a view and is being modified inplace"  # what torch says
 _REFUSED = object()  # a transform of torch.func does not begin below hooks
 
@@ -328,7 +334,8 @@ class Like:
         except RuntimeError as error:
             raise without_shape() from error
         # A kernel may be chosen by the strides, and with it what is saved. A subclass (a DTensor) lays itself out.
-        self.stride = tensor.stride() if _has_storage(tensor) else None
+        has_storage = type(tensor) in _PLAIN and tensor.layout is torch.strided
+        self.stride = tensor.stride() if has_storage else None
 
 
 def like_of(leaf: Any) -> Like | None:

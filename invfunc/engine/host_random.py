@@ -10,7 +10,8 @@ import random
 import struct
 import sys
 from collections.abc import Callable
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 _WORDS = 624  # of a Mersenne Twister
 _SIZE = 4 * (_WORDS + 1)
@@ -46,16 +47,13 @@ def python_second() -> float | None:
     return getattr(_python, "gauss_next", None)
 
 
-# The place of the next number and the first word, live: one of the two is another after every draw.
-_python_marks = tuple([ctypes.c_uint32.from_address(id(_python) + _HEADER + 4 * i) for i in (0, 1)])
+# The place of the next number, and the first word, live: one of the two is another after every draw.
+_python_mark: Any = (ctypes.c_char * 8).from_address(id(_python) + _HEADER)
 
 
 def python_mark() -> Any:
-    """Numbers of the state, of which every draw changes one."""
-    if python_state is not _read_python:
-        return python_state(), python_second()
-    place, word = _python_marks
-    return place.value, word.value, python_second()
+    """What is another one after every draw."""
+    return (_python_mark.raw if python_state is _read_python else python_state()), python_second()
 
 
 def put_python_state(state: bytes, second: float | None) -> None:
@@ -68,31 +66,41 @@ def put_python_state(state: bytes, second: float | None) -> None:
 # ---- NumPy's ---------------------------------------------------------------------------------------------------------
 
 _Second = tuple[int, float]  # whether the second of a pair waits, and what it is
-_place: list[Any] = [None, 0, (), None]  # NumPy's global RandomState, where its generator's state lies, marks, its pair
+
+
+class _Numpy(NamedTuple):
+    """NumPy's global RandomState."""
+
+    current: Any = None
+    address: int = 0  # where its generator's state lies
+    mark: Callable[[], Any] = tuple
+    second: Callable[[], _Second] = lambda: (0, 0.0)
+
+
+_numpy = _Numpy()
 
 
 def numpy_state() -> bytes:
     """The state of NumPy's global generator; nothing where nobody has imported NumPy, or it has another one."""
+    global _numpy
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return b""
     current = numpy.random.mtrand._rand
-    if current is not _place[0]:
+    if current is not _numpy.current:
         generator = _numpy_generator()
-        address = 0 if generator is None else generator.ctypes.state_address
-        marks = [ctypes.c_uint32.from_address(address + 4 * i) for i in (_WORDS, 0)] if address else ()
-        _place[:] = current, address, marks, _pair_of(current) if address else None
-    return ctypes.string_at(_place[1], _SIZE) if _place[1] else b""
+        _numpy = _Numpy(current) if generator is None else _numpy_at(current, generator.ctypes.state_address)
+    return ctypes.string_at(_numpy.address, _SIZE) if _numpy.address else b""
 
 
 def numpy_second() -> _Second:
     """Whether the second normal number of a pair waits, and which it is."""
-    return (0, 0.0) if _place[3] is None else _place[3]()
+    return _numpy.second()
 
 
 def numpy_mark() -> Any:
-    """Numbers of the state, of which every draw changes one."""
-    return [mark.value for mark in _place[2]], numpy_second()[0]
+    """What is another one after every draw."""
+    return _numpy.mark()
 
 
 def put_numpy_state(state: bytes, second: _Second) -> None:
@@ -118,15 +126,23 @@ def _numpy_generator() -> Any:
     return generator if type(generator).__name__ == "MT19937" else None
 
 
-def _pair_of(current: Any) -> Callable[[], _Second]:
-    """What reads a RandomState's pair: where it lies, if that is found in one of our own; or else the whole state."""
+def _numpy_at(current: Any, address: int) -> _Numpy:
+    """Read a RandomState where it lies; its pair too, if that is found in one of our own, or else it is asked for."""
     kind = type(current)
-    place = _find_pair(kind(0)) if kind.__name__ == "RandomState" else -1
-    if place < 0:
-        return lambda: _asked(current)
-    waits = ctypes.c_int.from_address(id(current) + place - 8)
-    number = ctypes.c_double.from_address(id(current) + place)
-    return lambda: (waits.value, number.value)
+    pair = _find_pair(kind(0)) if kind.__name__ == "RandomState" else -1
+    words = [_word_at(address + 4 * i) for i in (_WORDS, 0)]  # the place of the next number, and the first word
+    if pair < 0:
+        return _Numpy(current, address, lambda: (*map(_raw, words), _asked(current)[0]), lambda: _asked(current))
+    waits, number = ctypes.c_int.from_address(id(current) + pair - 8), ctypes.c_double.from_address(id(current) + pair)
+    marks = [*words, _word_at(id(current) + pair - 8)]
+    return _Numpy(current, address, lambda: list(map(_raw, marks)), lambda: (waits.value, number.value))
+
+
+def _word_at(address: int) -> Any:
+    return (ctypes.c_char * 4).from_address(address)
+
+
+_raw = attrgetter("raw")
 
 
 def _asked(random: Any) -> _Second:

@@ -181,8 +181,10 @@ class Parts:
         for child in attributes["_modules"].values():
             if child is not None:
                 self._add_module(child)
-        for value in islice(attributes.values(), _OWN_ATTRIBUTES, None):  # a list hides modules from torch
-            if type(value) in _CONTAINERS or isinstance(value, _TABLES):
+        for value in islice(attributes.values(), _OWN_ATTRIBUTES, None):
+            if type(value) in _NUMBERS:
+                continue
+            if type(value) in _CONTAINERS or isinstance(value, _TABLES):  # a list hides modules from torch
                 self.add(value, 1)
             elif isinstance(value, Tensor):
                 name = next(name for name, item in attributes.items() if item is value)
@@ -294,6 +296,7 @@ _CONTAINERS = frozenset((tuple, FunctionType, MethodType, partial))
 _PLAIN = frozenset((
     int, float, str, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device, torch.Generator,
 ))  # fmt: skip
+_NUMBERS = frozenset((int, float, str, bool, type(None)))
 _INTERESTING = (nn.Module, Tensor, FunctionType, MethodType, partial)
 _CLOSED = sys.stdlib_module_names - {
     "types",

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
-from operator import is_, itemgetter
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ _HOOKS = (
 
 _HOOKS_THAT_RUN = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _tables_of = itemgetter("_parameters", "_buffers", "_modules")
+_slots_of_tensors = itemgetter("_parameters", "_buffers")
+_is_there = partial(is_not, None)
 _chained, _values = chain.from_iterable, dict.values
 _END = (object(),)
 
@@ -64,6 +67,11 @@ def _flat(tables: Iterable[dict[str, Any]]) -> tuple[Any, ...]:
 def _is_flat(tables: Iterable[dict[str, Any]], flat: tuple[Any, ...]) -> bool:
     """Whether dicts hold the same objects as when `_flat` was asked; without a line of Python for each."""
     return all(map(is_, chain(_chained(map(_values, tables)), _END), chain(flat, _END)))
+
+
+def _have_hooks(owned: Iterable[dict[str, Any]]) -> bool:
+    """Whether a module has any, by the attributes of each."""
+    return any(_chained(map(_HOOKS_THAT_RUN, owned)))
 
 
 def _by_table(names: Sequence[str], sizes: Sequence[int], flat: Sequence[Any]) -> list[dict[str, Any]]:
@@ -91,14 +99,14 @@ class Snapshot:
         self.attributes = _flat(owned)
         # As they are before the call, which may assign one.
         self.buffers = {id(d["_buffers"]): d["_buffers"].copy() for d in owned if d["_buffers"]}
-        self.has_buffers = any(map(may_write, self.parts.modules))
+        self.has_buffers = bool(self.buffers) and any(map(may_write, self.parts.modules))
         self.is_lazy = any(["_initialize_hook" in attributes for attributes in owned])
-        self.has_gradient_hooks = any(map(_torch.has_gradient_hooks, self.tensors_in_sight()))
+        self.has_gradient_hooks = _torch.have_gradient_hooks(self.tensors_in_sight())
 
-    def tensors_in_sight(self) -> Iterator[Tensor]:
+    def tensors_in_sight(self) -> list[Tensor]:
         """The tensors that a call may read, beside its arguments."""
-        yield from self.parts.tensors
-        yield from [t for t in _flat([t for d in self.owned for t in _tables_of(d)[:2]]) if t is not None]
+        slots = _chained(map(_values, _chained(map(_slots_of_tensors, self.owned))))
+        return [*self.parts.tensors, *filter(_is_there, slots)]
 
     def note(self) -> None:
         """Note what there is behind the call: rule 2 of NOTE [Snapshot]."""
@@ -112,19 +120,19 @@ class Snapshot:
             self._note_written()
         unwritten = self._unwritten()
         self.attributes = _flat(unwritten)
-        self.tables = tables = [table for attributes in owned for table in _tables_of(attributes)]
+        self.tables = tables = list(_chained(map(_tables_of, owned)))
         was = [_replaced(table, self.buffers.get(id(table), table)) for table in tables] if self.buffers else tables
         self.buffers = {}
         self.slots = slots = _flat(was)
         self.sizes = list(map(len, unwritten)), list(map(len, was))
         self.names = tuple(_chained(unwritten)), tuple(_chained(was))
-        has_hooks = any([table for attributes in owned for table in _HOOKS_THAT_RUN(attributes)])
+        has_hooks = _have_hooks(owned)
         self.hooks = [{name: attributes[name].copy() for name in _HOOKS} for attributes in owned] if has_hooks else None
         self.tensors = tensors = [t for t in slots if isinstance(t, Tensor)]
         if parts.tensors:
             tensors += parts.tensors
         self.versions = _versions_of(tensors)
-        self.flags, self.dtypes = [t.requires_grad for t in tensors], [t.dtype for t in tensors]
+        self.flags, self.dtypes = list(map(_wants_gradient, tensors)), list(map(_dtype_of, tensors))
         self.addresses = _addresses_of(tensors)
         self.classes = list(map(type, parts.modules))
         self.is_noted = True
@@ -187,7 +195,7 @@ class Snapshot:
             return False
         if self.hooks is not None:
             return False
-        if any([table for attributes in self.owned for table in _HOOKS_THAT_RUN(attributes)]):
+        if _have_hooks(self.owned):
             return False
         parts = self.parts
         return (
@@ -200,8 +208,8 @@ class Snapshot:
         tensors = self.tensors
         return (
             _versions_of(tensors) == self.versions
-            and [t.requires_grad for t in tensors] == self.flags
-            and [t.dtype for t in tensors] == self.dtypes
+            and list(map(_wants_gradient, tensors)) == self.flags
+            and list(map(_dtype_of, tensors)) == self.dtypes
             and _addresses_of(tensors) == self.addresses
         )
 
@@ -352,22 +360,29 @@ def _ids_in_sight(snapshot: Snapshot) -> set[int]:
 
 def _versions_of(tensors: list[Tensor]) -> list[int]:
     try:
-        return [t._version for t in tensors]
+        return list(map(_version_of, tensors))
     except RuntimeError:  # an inference tensor
-        return [version(t) for t in tensors]
+        return list(map(version, tensors))
 
 
 def _addresses_of(tensors: list[Tensor]) -> list[tuple[int, int | torch.SymInt] | None]:
     """Where tensors live: in a storage, and not at a pointer, since FSDP empties a storage, and fills it again."""
-    return [
-        (_torch.storage_of(t), t.storage_offset())
-        if type(t) in _WITH_ADDRESS and t.layout is torch.strided and not _torch.is_wrapped(t)
-        else None
-        for t in tensors
-    ]
+    if _WITH_ADDRESS.issuperset(map(type, tensors)):
+        try:
+            storages = map(_torch.storage_id, map(Tensor.untyped_storage, tensors))
+            return list(zip(storages, map(Tensor.storage_offset, tensors), strict=True))
+        except RuntimeError:  # one of them is sparse, or belongs to a transform
+            pass
+    return [_address_of(t) if type(t) in _WITH_ADDRESS else None for t in tensors]
 
 
-_WITH_ADDRESS = (Tensor, nn.Parameter, nn.Buffer)
+def _address_of(tensor: Tensor) -> tuple[int, int | torch.SymInt] | None:
+    is_strided = tensor.layout is torch.strided and not _torch.is_wrapped(tensor)
+    return (_torch.storage_of(tensor), tensor.storage_offset()) if is_strided else None
+
+
+_version_of, _wants_gradient, _dtype_of = map(attrgetter, ("_version", "requires_grad", "dtype"))
+_WITH_ADDRESS = frozenset((Tensor, nn.Parameter, nn.Buffer))
 
 
 @contextmanager

@@ -168,7 +168,10 @@ class Stage(Record):
                 again.count = 0  # functions run with gradients on all the same, as they ran in forward
             x = op.rebuild(self._residue(), y, again)
             (again.finish if hands_over else again.abandon)()
-            return x if self._is_alike(x, self.like) else map_wire(_narrowed, x, self.like)
+            if _is_alike(x, self.like):
+                return x
+            self._check_width(x, self.like)
+            return map_wire(_narrowed, x, self.like)
         except Stop:
             assert again is not None
             again.finish()
@@ -182,25 +185,22 @@ class Stage(Record):
 
     def keep_residue(self, residue: Residue) -> None:
         """Keep what the inverse needs: as autograd keeps what it saves, so that a region around it keeps nothing."""
-        self.residue = _detach_residue(residue)
-        if residue is not None:
-            self.kept = Kept(leaves(self.residue))
-            self.residue = blank(self.residue)
+        own = _detach_residue(residue)
+        self.residue, self.kept = blank(own), Kept(leaves(own))
 
     def _residue(self) -> Residue:
         return self.residue if self.kept is None else unflatten(self.residue, self.kept.tensors())
 
-    def _is_alike(self, x: Wire, like: Wire) -> bool:
-        """Whether x is as it was in forward; not where the op has made it wider. Raises where it is otherwise."""
+    def _check_width(self, x: Wire, like: Wire) -> None:
+        """Raise unless x is as it was in forward, or the op has made it wider."""
         if type(like) is tuple:
             if type(x) is not tuple or len(x) != len(like):
                 raise _rebuilt_otherwise(self.op, leaves(x), leaves(like))
-            return all([self._is_alike(part, part_like) for part, part_like in zip(x, like, strict=True)])
-        if like is None or (isinstance(x, Tensor) and x.shape == like.shape and x.dtype == like.dtype):
-            return True
-        if isinstance(x, Tensor) and x.shape == like.shape and is_wider(x.dtype, like.dtype):
-            return False
-        raise _rebuilt_otherwise(self.op, leaves(x), [like])
+            for part, part_like in zip(x, like, strict=True):
+                self._check_width(part, part_like)
+        elif not _is_alike(x, like):
+            if not (isinstance(x, Tensor) and x.shape == like.shape and is_wider(x.dtype, like.dtype)):
+                raise _rebuilt_otherwise(self.op, leaves(x), [like])
 
     def hand_over(self, x: Wire) -> None:
         """Its frame gets the tensors that it has saved, from its input."""
@@ -217,6 +217,13 @@ class Stage(Record):
         frame = self.frame()
         if frame is not None and frame.saved:
             frame.saved = {}
+
+
+def _is_alike(x: Wire, like: Wire) -> bool:
+    """Whether x has the structure, shapes and dtypes that it had in forward."""
+    if type(like) is tuple:
+        return type(x) is tuple and len(x) == len(like) and all(map(_is_alike, x, like))
+    return like is None or (isinstance(x, Tensor) and x.shape == like.shape and x.dtype == like.dtype)
 
 
 def _narrowed(leaf: Any, like: Like | None) -> Any:
@@ -499,12 +506,13 @@ class Trunk:
         record.like = map_wire(like_of, x)
         given = [leaf for leaf in flat if isinstance(leaf, Tensor)]
         is_first = levels.probed < 0 and options.drift != "off"
-        show = partial(self._watch, record, options.drift, given) if is_first else _ignore
+        show = partial(self._watch, record, options.drift, given) if is_first else None
         y, residue = frame.run(frame.forward, (op, x, show), op.functions, given, options.preserve_rng_state)
         if is_first and record.kinds:
             levels.probed = frame.level
             levels.probe = self._probe(record, options.drift, given, y)
-        record.keep_residue(residue)
+        if residue is not None:
+            record.keep_residue(residue)
         if frame.held is not None:  # rule 9 of NOTE [Trunk]
             record.stored = Kept(leaves(detach(x)))
         levels.items.append(record)
@@ -642,10 +650,6 @@ class Trunk:
             self._go_to_top()
         self.levels.go_down(0)
         return self.levels.state[1]
-
-
-def _ignore(saved: Sequence[Tensor]) -> None:
-    return None
 
 
 def _detach_residue(residue: Residue) -> Residue:
