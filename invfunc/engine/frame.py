@@ -192,7 +192,7 @@ class Frame:
         is_first = snapshot.is_lazy and is_lazy(functions)
         before = random_state(given, snapshot, self.owner.random) if rng else None
         first = 0 if observer is None else _torch.graph_position()
-        if before is not None and before.is_captured:
+        if before is not None:
             fn = before.watch(fn)
         if is_any_sharded():
             check_callees(functions)

@@ -84,8 +84,8 @@ class RandomState:
         return RandomState(self.devices)
 
     def watch(self, fn: Callable[..., T]) -> Callable[..., T]:
-        """Where a state could not be read: ``fn``, which raises if it draws."""
-        return partial(_run_without_drawing, fn)
+        """``fn``; where a state could not be read, one that raises if it draws."""
+        return partial(_run_without_drawing, fn) if self.is_captured else fn
 
     @contextmanager
     def restored(self) -> Iterator[None]:
