@@ -18,7 +18,7 @@ from ..debug import require
 from ..errors import OptionError, WireError, check_option
 from ..wires import Wire, describe, is_differentiable, leaves, map_wire, spread
 from .combine import check_components
-from .op import VJP, Again, Chain, Invertible, Pair, Residue, chain, invert, name_of, named, pair
+from .op import VJP, Again, Chain, Invertible, Pair, Residue, invert, name_of, named, pair
 from .precision import at_least, real_dtype, widely
 
 # ---- ops that are laws as well -------------------------------------------------------------------------------------
@@ -507,7 +507,8 @@ class Half(Invertible):
     label: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "law", as_law(self.law))
+        if not isinstance(self.law, Law):
+            object.__setattr__(self, "law", as_law(self.law))
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return self.forward_by(self.evaluate(x), x)
@@ -683,9 +684,11 @@ def couple(
     for role, fn in ("f", f), ("g", g), ("law", law):
         if not callable(fn) and not (role == "g" and fn is None):
             raise OptionError(f"couple: {role} is {type(fn).__name__}", expected="a function or a module")
-    halves = [Half(f, law, 0, "f")] + ([Half(g, law, 1, "g")] if g is not None else [])
-    shown = [name_of(fn) for fn in (f, g) if fn is not None]
-    return named(chain(*halves), f"couple({', '.join(shown)}{as_law(law).suffix})")
+    law = as_law(law)
+    if g is None:
+        return named(Half(f, law, 0, "f"), f"couple({name_of(f)}{law.suffix})")
+    halves = Chain((Half(f, law, 0, "f"), Half(g, law, 1, "g")))
+    return named(halves, f"couple({name_of(f)}, {name_of(g)}{law.suffix})")
 
 
 def is_coupling(op: Invertible) -> bool:
