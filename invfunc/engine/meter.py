@@ -10,10 +10,14 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
 2.  *What.* The root of the sum of squared errors over that of the squared values, as a norm would give it, from values
     at fixed places that are spread over the whole wire. On chains that drift, that lands within a factor of 2 of the
     true error. It does not find a single wrong element: it measures rounding, it does not search for bugs. Nor would
-    a sum of all values: it takes two passes over the wire, errors of rounding that point one way move it by as much,
-    and the largest value tells of a wrong one only where that is larger. `invfunc.exact` compares every bit.
-3.  *Cost.* One small gather in forward and one in backward for each tensor of the wire; nothing is evaluated again, and
-    nothing of the size of an activation is kept. A stage that is not rebuilt, because it is frozen, is not compared.
+    a sum of all values: errors of rounding that point one way move it by as much, and the largest value tells of a
+    wrong one only where that is larger. `invfunc.exact` compares every bit. But a sum finds every number that is not
+    finite, and such numbers only become more on the way down: where one is rebuilt that was finite, masks that
+    functions make of it differ, and gradients may be finite and wrong. On a device that is told of any such number,
+    since the input's would have to be waited for.
+3.  *Cost.* One small gather and one sum in forward and in backward for each tensor of the wire; nothing is evaluated
+    again, and nothing of the size of an activation is kept, nor made where all numbers are finite. A stage that is not
+    rebuilt, because it is frozen, is not compared.
 4.  *When.* In the ordinary backward of an ordinary forward. Under a transform, in a gradient that is differentiated
     again, and while compiling, there is no meter.
 5.  *Devices.* Reading a number from a device would wait for it. The samples travel to the host on their own, and are
@@ -26,6 +30,7 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
 
 from __future__ import annotations
 
+import cmath
 import math
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
@@ -138,6 +143,17 @@ def _sample(tensor: Tensor, indices: Tensor) -> Sample:
     return found.tolist() if found.is_cpu else Late(found)
 
 
+def _count_lost(tensor: Tensor) -> int:
+    """How many numbers are not finite; a sum is enough where all are."""
+    tensor = tensor.detach()
+    return 0 if cmath.isfinite(tensor.sum().item()) else tensor.numel() - int(tensor.isfinite().sum())
+
+
+def _losses(tensor: Tensor) -> Sample:
+    """`_count_lost`, as a sample; of what is on another device 0 or NaN, on its way."""
+    return [_count_lost(tensor)] if tensor.is_cpu else Late(tensor.detach().sum().mul(0).abs().view(1))
+
+
 def _can_be_sampled(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     if not plain or tensor.is_meta or not tensor.numel():
@@ -169,6 +185,7 @@ class Probe:
     drift: Drift
     places: Places
     samples: list[Sample]
+    lost: int  # how many numbers were not finite, on the host
     error: float = 0.0  # of the latest comparison, as far as it has come
 
     def compare(self, rebuilt: Sequence[Tensor | None], functions: Iterable[Any], why: Why) -> bool:
@@ -182,21 +199,25 @@ class Probe:
         Returns:
             Whether it has spoken.
         """
-        was, now = [], []
+        was, now, lost = [], [], []
         for sample, tensor, indices in zip(self.samples, rebuilt, self.places.indices, strict=True):
             if tensor is not None:
                 was.append(sample)
                 now.append(_sample(tensor, indices))
-        late = [sample for sample in (*was, *now) if isinstance(sample, Late)]
+                lost.append(_losses(tensor))
+        late = [sample for sample in (*was, *now, *lost) if isinstance(sample, Late)]
         if late and self.drift != "raise" and not (found := _known_causes(list(functions))):
-            when_here(late, partial(self.judge, was, now, lambda: found, lambda *_: _NOT_YET))
+            when_here(late, partial(self.judge, was, now, lost, lambda: found, lambda *_: _NOT_YET))
             return False
-        return self.judge(was, now, lambda: _known_causes(list(functions)), why)
+        return self.judge(was, now, lost, lambda: _known_causes(list(functions)), why)
 
-    def judge(self, was: Sequence[Sample], now: Sequence[Sample], find: Callable[[], Causes], why: Why) -> bool:
+    def judge(
+        self, was: Sequence[Sample], now: Sequence[Sample], lost: Sequence[Sample], find: Callable[[], Causes], why: Why
+    ) -> bool:
         """Warn or raise if samples are further apart than they may be."""
         values = _numbers(was)
-        self.error = error = relative_error_of_numbers(_numbers(now), values)
+        error = relative_error_of_numbers(_numbers(now), values)
+        self.error = error = error if sum(_numbers(lost)) <= self.lost else math.inf
         if error <= self.places.tolerance:
             return False
         # One digit: no more is known, and Python shows a warning of the same text once.
@@ -257,4 +278,5 @@ def probe(tensors: Sequence[Tensor], drift: Drift, place: Callable[[], str]) -> 
     if torch.compiler.is_compiling() or _torch.active() or not all(map(_can_be_sampled, tensors)):
         return None
     places = _places(drift, *[(t.numel(), t.dtype, t.device) for t in tensors])
-    return Probe(place, drift, places, list(map(_sample, tensors, places.indices)))
+    lost = sum(map(_count_lost, [t for t in tensors if t.is_cpu]))
+    return Probe(place, drift, places, list(map(_sample, tensors, places.indices)), lost)

@@ -1,0 +1,143 @@
+"""Numbers that are not finite in a pipeline whose loss leaves them out: no gradient is finite and wrong in silence."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import invfunc as inv
+from invfunc.errors import DriftError, DriftWarning
+
+NAN, INF = float("nan"), float("inf")
+WHERE = (
+    "keep what is not finite out of the pipeline (mask its input, not its loss alone), or run it with mode='recompute'"
+)
+
+
+class Embed(nn.Module):
+    """A function that takes decisions from x and multiplies nothing with it: its gradients are finite, whatever x is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = (nn.Parameter(torch.randn(4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One of two parameters for each number."""
+        return torch.where(x > 0, self.high, self.low)
+
+
+class Clamped(nn.Module):
+    """A function whose gradient by its bias is masked by x."""
+
+    def __init__(self, squash: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.squash, self.bias = squash, nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the size of x."""
+        return self.squash(x + self.bias)
+
+
+def mixed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def over_samples() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU6(), nn.Linear(4, 4))
+
+
+FUNCTIONS: dict[str, Callable[[], nn.Module]] = {
+    "where": Embed,
+    "clamp": lambda: Clamped(lambda x: x.clamp(-9, 9)),
+    "max": lambda: Clamped(lambda x: torch.maximum(x, torch.zeros(()))),
+    "relu": lambda: Clamped(torch.relu),
+    "nan_to_num": lambda: Clamped(torch.nan_to_num),
+    "linear and relu": mixed,
+    "batch norm": over_samples,
+}
+
+
+def pipeline(name: str) -> inv.Invertible:
+    """The function is evaluated on what a mixing one makes NaN on the way back."""
+    couplings = [inv.couple(FUNCTIONS[name](), mixed()), inv.couple(FUNCTIONS[name](), mixed())]
+    return inv.chain(inv.split(2, -1), *couplings, inv.concat(2, -1))
+
+
+def gradients(way: Callable[..., Any], op: inv.Invertible, x: Tensor) -> list[Tensor]:
+    """Of a loss that leaves out what is not finite."""
+    x = x.clone().requires_grad_()
+    y = way(op)(x)
+    loss = torch.where(y.isfinite(), y, 0).square().sum()
+    parts = inv.nn.Lowered(op).parameters()
+    return list(torch.autograd.grad(loss, [x, *parts], allow_unused=True, materialize_grads=True))
+
+
+def images(samples: int, at: int, value: float) -> Tensor:
+    """Random numbers, of which one in the half that comes first is not finite."""
+    x = torch.randn(samples, 8)
+    x[at, 1] = value
+    return x
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def has_wrong(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether a number is finite and not that of plain."""
+    return any((a.isfinite() & ~a.isclose(b, equal_nan=True)).any() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("samples", [4, 300])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_one_number_that_is_not_finite_gives_no_wrong_gradient_without_a_word(
+    name: str, samples: int, value: float
+) -> None:
+    op, x = pipeline(name), images(samples, samples // 3, value)
+    expected = gradients(lambda op: op, op, x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = gradients(inv.checkpoint, op, x)
+    assert caught or not has_wrong(found, expected)
+    assert all(issubclass(warning.category, DriftWarning) for warning in caught)
+
+
+def test_such_a_gradient_may_be_finite_and_wrong() -> None:
+    op, x = pipeline("where"), images(300, 7, NAN)
+    with pytest.warns(DriftWarning) as caught:
+        found = gradients(inv.checkpoint, op, x)
+    assert has_wrong(found, gradients(lambda op: op, op, x))
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "is not finite where it was: the inverses undo what is finite: in forward some numbers were not" in text
+    assert WHERE in text
+
+
+def test_where_it_should_raise_it_raises() -> None:
+    with pytest.raises(DriftError, match="is not finite where it was: the inverses undo what is finite"):
+        gradients(lambda op: inv.checkpoint(op, drift="raise"), pipeline("where"), images(300, 7, NAN))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "way", [lambda op: inv.checkpoint(op, mode="recompute"), lambda op: inv.checkpoint(op, mode="store")]
+)
+def test_recomputed_and_stored_all_gradients_are_those_of_plain(name: str, way: Callable[..., Any]) -> None:
+    op, x = pipeline(name), images(300, 7, NAN)
+    assert_same(gradients(way, op, x), gradients(lambda op: op, op, x), 1e-12)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_with_its_input_masked_all_gradients_are_those_of_plain(name: str) -> None:
+    op, x = pipeline(name), images(300, 7, NAN).nan_to_num()
+    assert_same(gradients(inv.checkpoint, op, x), gradients(lambda op: op, op, x), 1e-9)
+
+
+def test_what_is_not_finite_and_stays_where_it_is_is_no_drift() -> None:
+    op = inv.chain(inv.ops.sinh(), inv.affine(nn.Parameter(torch.tensor(2.0)), torch.tensor(1.0)), inv.ops.asinh())
+    x = images(300, 7, NAN)
+    assert_same(gradients(inv.checkpoint, op, x), gradients(lambda op: op, op, x), 1e-9)
