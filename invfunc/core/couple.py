@@ -52,7 +52,7 @@ def check_meets(subject: str, t: Tensor, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise WireError(f"{subject.partition(':')[0]}: the input", expected="a tensor", got=describe(x))
     if not isinstance(t, Tensor):
-        raise WireError(f"{subject} is {describe(t)}", expected="a tensor", cure="wrap a number: torch.tensor(...)")
+        raise WireError(subject, expected="a tensor", got=describe(t), cure="wrap a number: torch.tensor(...)")
     if t.shape != x.shape and not broadcasts(t.shape, x.shape):
         expected = f"{describe(x)} like the input, or what broadcasts to it"
         raise WireError(f"{subject} is {describe(t)}", expected=expected)
