@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import invfunc as inv
-from invfunc.errors import DriftError, DriftWarning
+from invfunc.errors import DomainError, DriftError, DriftWarning
 
 NAN, INF = float("nan"), float("inf")
-WHERE = (
-    "keep what is not finite out of the pipeline (mask its input, not its loss alone), or run it with mode='recompute'"
-)
+WHERE = "keep what is not finite out of the pipeline (mask its input, not its loss alone), recompute it (mode='recompute'), or keep what it misses (inv.exact(op, 'codes'))"
 
 
 class Embed(nn.Module):
@@ -129,6 +127,16 @@ def test_where_it_should_raise_it_raises() -> None:
 def test_recomputed_and_stored_all_gradients_are_those_of_plain(name: str, way: Callable[..., Any]) -> None:
     op, x = pipeline(name), images(300, 7, NAN)
     assert_same(gradients(way, op, x), gradients(lambda op: op, op, x), 1e-12)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_with_codes_all_gradients_are_those_of_plain_and_a_grid_refuses(name: str, value: float) -> None:
+    op, x = pipeline(name), images(40, 7, value)
+    coded = gradients(lambda op: inv.checkpoint(inv.exact(op, "codes")), op, x)
+    assert_same(coded, gradients(lambda op: op, op, x), 0)
+    with pytest.raises(DomainError, match="a state left the range of the grid"):
+        gradients(lambda op: inv.checkpoint(inv.exact(op)), op, x)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -148,8 +148,8 @@ _ANOTHER = Cause(
 _NOT_FINITE = Cause(
     "the inverses undo what is finite: in forward some numbers were not, of which an inverse makes NaN, or a function "
     "did something else",
-    "keep what is not finite out of the pipeline (mask its input, not its loss alone), or run it with "
-    f"mode='recompute'; {CHECK}",
+    "keep what is not finite out of the pipeline (mask its input, not its loss alone), recompute it "
+    f"(mode='recompute'), or keep what it misses (inv.exact(op, 'codes')); {CHECK}",
 )
 
 
