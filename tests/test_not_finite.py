@@ -149,3 +149,31 @@ def test_what_is_not_finite_and_stays_where_it_is_is_no_drift() -> None:
     op = inv.chain(inv.ops.sinh(), inv.affine(nn.Parameter(torch.tensor(2.0)), torch.tensor(1.0)), inv.ops.asinh())
     x = images(300, 7, NAN)
     assert_same(gradients(inv.checkpoint, op, x), gradients(lambda op: op, op, x), 1e-9)
+
+
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_a_condition_with_infinite_numbers_rides_along_without_a_word(value: float) -> None:
+    net = nn.Linear(4, 4)
+    op = inv.ops.given(
+        inv.chain(inv.split(2, -1), inv.couple(lambda x, mask: (net(x) + mask).softmax(-1)), inv.concat(2, -1))
+    )
+    mask = torch.zeros(300, 4)
+    mask[:, 1] = value if value < 0 else 0
+    mask[7, 2] = value
+    x = torch.randn(300, 8, requires_grad=True)
+    found = torch.autograd.grad(inv.checkpoint(op)(x, mask)[0][:7].sin().sum(), [x, *net.parameters()])
+    expected = torch.autograd.grad(op(x, mask)[0][:7].sin().sum(), [x, *net.parameters()])
+    assert_same(list(found), list(expected), 1e-9)
+
+
+def test_below_a_transform_where_there_is_no_meter_nobody_tells() -> None:
+    mix, high, low = mixed(), torch.randn(4), torch.randn(4)
+    x = images(300, 7, NAN)
+
+    def loss(low: Tensor, way: Callable[..., Any]) -> Tensor:
+        f = inv.couple(lambda x: torch.where(x > 0, high, low), mix)
+        y = way(inv.chain(inv.split(2, -1), f, f, inv.concat(2, -1)))(x)
+        return torch.where(y.isfinite(), y, 0).square().sum()
+
+    found, expected = (torch.func.grad(lambda low, w=way: loss(low, w))(low) for way in (inv.checkpoint, lambda op: op))
+    assert has_wrong([found], [expected])
