@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from catalogue import EXAMPLES
+from test_saturation import is_elementwise
 from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc.errors import DomainError, DriftError, DriftWarning
+from invfunc.testing import needs_no_residue
+from invfunc.wires import is_differentiable, leaves, map_wire
 
 NAN, INF = float("nan"), float("inf")
 WHERE = "keep what is not finite out of the pipeline (mask its input, not its loss alone), recompute it (mode='recompute'), or keep what it misses (inv.exact(op, 'codes'))"
@@ -177,3 +181,36 @@ def test_below_a_transform_where_there_is_no_meter_nobody_tells() -> None:
 
     found, expected = (torch.func.grad(lambda low, w=way: loss(low, w))(low) for way in (inv.checkpoint, lambda op: op))
     assert has_wrong([found], [expected])
+
+
+# ---- every op ------------------------------------------------------------------------------------------------------
+
+DROP = "pad", "leave_streams", "enter_streams"  # in one direction, by their docstrings
+OF_USERS = "pair", "one_way", "checkpoint"  # whose functions saturate
+MIXING = [n for n in EXAMPLES if not is_elementwise(n) and n.partition(",")[0] not in (*DROP, *OF_USERS)]
+
+
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize("name", MIXING)
+def test_of_an_infinity_an_op_on_several_numbers_makes_not_only_finite_ones(name: str, value: float) -> None:
+    """In both directions; NaN, see `test_saturation.py`."""
+    op, x = EXAMPLES[name].make(), EXAMPLES[name].inputs()[1]
+    for way in op, inv.checkpoint(op):
+        assert not is_finite(way.forward(with_number(x, value)))
+    if needs_no_residue(op, x) and not name.startswith(("residual_flow", "autoregressive")):  # which raise
+        assert not is_finite(op.inverse(with_number(op.forward(x), value)))
+
+
+def with_number(wire: Any, value: float) -> Any:
+    """A wire whose first number is another."""
+    wire = map_wire(
+        lambda leaf: leaf.detach().clone(memory_format=torch.contiguous_format) if is_differentiable(leaf) else leaf,
+        wire,
+    )
+    next(filter(is_differentiable, leaves(wire))).view(-1)[:1] = value
+    return wire
+
+
+def is_finite(wire: Any) -> bool:
+    """Whether all numbers of a wire are."""
+    return all(leaf.isfinite().all() for leaf in leaves(wire) if is_differentiable(leaf))
