@@ -280,10 +280,10 @@ def checkpoint(
         cuts: In place of a number: before which of the chain's parts to cut. `invfunc.look.calibrate` finds the fewest
             that keep what is rebuilt within a tolerance.
         drift: What to do when the first wire of a trunk is rebuilt too far from what it was, estimated from 64 of its
-            values: ``"warn"`` (a `DriftWarning`), ``"raise"`` (a `DriftError`) or ``"off"``; from a relative error of
-            1e-6 on in float64, 1e-3 in float32, 3e-2 in half precision. A number warns from that on. On a device
-            nothing waits for the numbers: a warning may come in the next step. Only ``"raise"`` waits, in the backward
-            of each trunk, since its error belongs there.
+            values, or any of its numbers is no longer finite: ``"warn"`` (a `DriftWarning`), ``"raise"`` (a
+            `DriftError`) or ``"off"``; from a relative error of 1e-6 on in float64, 1e-3 in float32, 3e-2 in half
+            precision. A number warns from that on. On a device nothing waits for the numbers: a warning may come in the
+            next step. Only ``"raise"`` waits, in the backward of each trunk, since its error belongs there.
         donate: Free the storage of the input, too, until backward rebuilds it: True, or the places on the wire.
         preserve_rng_state: Replay the random numbers of forward. Switch off where nothing is random.
         determinism_check: Whether the shapes and dtypes of what a function saves when it runs again are compared with
@@ -324,6 +324,8 @@ def checkpoint(
     Limits:
         Rebuilding by inverse rounds: `invfunc.check` measures how far, stage by stage. Keep streams in fp32.
         With a stream of its own, values are those of the op whose stream is as wide: not those of ``f`` itself.
+        Of what is not finite an inverse makes NaN, also in finite numbers beside it. Where a loss leaves them out,
+        gradients may be NaN, or finite and wrong, which the drift meter tells: mask the input, not the loss alone.
 
     Example:
         >>> import torch, invfunc as inv

@@ -530,7 +530,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "recursive_couple": Example(
         lambda: inv.ops.recursive_couple(
-            mlp(2), inv.ops.recursive_couple(torch.sin, dim=-1), scale_by(weight(2)), dim=-1
+            mlp(2), inv.ops.recursive_couple(torch.sin, dim=-1), inv.affine(weight(2) + 2, weight(2)), dim=-1
         ),
         wide(*ON_PAIRS),
     ),

@@ -301,6 +301,14 @@ def test_what_it_can_not_start_from_is_named_and_starts_nothing(bad: Any, messag
     assert not layer.initialised and not layer.bias.any()
 
 
+def test_a_first_batch_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, checked, check = [inn.ActNorm(3), inn.ActNorm(3)], [], inn.ActNorm._check
+    monkeypatch.setattr(inn.ActNorm, "_check", lambda layer, x: [checked.append(x), check(layer, x)])
+    x = batch(4, 3)
+    layers[0](x), layers[0](x), layers[1].initialise(x)
+    assert len(checked) == 2
+
+
 def test_the_op_of_a_module_has_a_log_determinant_that_follows_the_module() -> None:
     norm, x = inv.nn.ActNorm(3), torch.randn(64, 3) * 5 + 7
     flow = inv.flow(norm.op, torch.distributions.Normal(torch.zeros(3), 1.0))

@@ -74,6 +74,12 @@ WIRES: dict[str, Call] = {
     "affine(s, t): s is (5, 2), expected (2,) like the input, or what broadcasts to it": lambda: inv.affine(
         zeros(5, 2), zeros(2)
     )(zeros(2)),
+    "additive(t): t, expected a tensor, got float; wrap a number: torch.tensor(...)": lambda: inv.additive(2.0)(
+        zeros(2)
+    ),
+    "affine(s, t): t, expected a tensor, got int; wrap a number: torch.tensor(...)": lambda: inv.affine(zeros(2), 1)(
+        zeros(2)
+    ),
     "parallel of 2 ops received the wrong number of components, expected a tuple of 2, got 3 components "
     "((1,), (1,), (1,)); pass a tuple of 2, or put split(2) before it": lambda: inv.parallel(exp, exp)(
         zeros(1), zeros(1), zeros(1)

@@ -623,6 +623,14 @@ def test_noise_that_draws_something_else_is_named(drawn: Any) -> None:
     assert_refused(OptionError, message, lambda: ops.dequantize(8, Normal(0.0, 1.0)))  # pyright: ignore
 
 
+@pytest.mark.parametrize("density", [None, 0.5, torch.zeros(2, dtype=torch.int64)])
+def test_noise_that_has_no_density_is_named(density: Any) -> None:
+    noise = Fixed(0.0)
+    noise.log_prob = lambda x, context=None: density
+    message = "dequantize: the noise's log_prob(...), expected a number for each sample, got "
+    assert_refused(WireError, message, lambda: inv.log_det(ops.dequantize(8, noise), torch.ones(2, 3)), anywhere=True)
+
+
 def test_uniform_noise_alone_costs_the_logarithm_of_the_levels() -> None:
     density = inv.flow(ops.dequantize(256), Uniform(torch.zeros(2, 3), 1.0))
     found = density.log_prob(torch.randint(256, (5, 2, 3)).double())

@@ -176,6 +176,21 @@ def test_an_exact_log_determinant_takes_samples_one_by_one() -> None:
     assert not torch.allclose(found, torch.linalg.slogdet(whole)[1], rtol=1e-3)
 
 
+def test_an_exact_log_determinant_takes_no_function_that_writes_into_a_buffer() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.copy_(torch.linalg.matrix_norm(self.weight, 2).detach())
+            return super().forward(x).tanh() / (2 * self.scale)
+
+    net, x = Scaled(3, 3).double(), torch.randn(4, 3, dtype=torch.float64)
+    net.register_buffer("scale", torch.ones((), dtype=torch.float64))
+    op = ops.residual_flow(net)
+    assert torch.allclose(op.inverse(op(x)), x)
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        inv.log_det(op, x)
+    inv.log_det(ops.residual_flow(ops.residual_branch(nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double())), x)
+
+
 # ---- what is kept, and where -----------------------------------------------------------------------------------------
 
 

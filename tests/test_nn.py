@@ -385,6 +385,13 @@ LAYERS = {
 ALL = pytest.mark.parametrize("name", LAYERS)
 
 
+def test_every_layer_is_tested():
+    """But for those that hold what they are given, and bases."""
+    classes = {name for name in inn.__all__ if isinstance(getattr(inn, name), type)}
+    of_others = {"Lowered", "Module", "Coupling", "InvertibleModule", "Layer", "Sequential"}
+    assert classes - {name.partition(" ")[0] for name in LAYERS} == of_others
+
+
 @ALL
 def test_layers_undo_themselves_and_have_the_gradients_of_plain_autograd(name):
     make, shape = LAYERS[name]

@@ -62,6 +62,21 @@ def test_a_module_and_its_stream_in_half_precision_stay_there(name: str, dtype: 
     assert y.dtype == layer.inverse(y).dtype == dtype
 
 
+WITHOUT_VOLUME = "OrthogonalLinear tall", "Linear tall", "Conv2d groups", "Conv2d padded", "Conv2d overlapping", "Pad"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in (*WITHOUT_VOLUME, "SplineCoupling")])
+def test_the_log_determinant_of_a_module_in_half_precision_is_that_in_float64(name: str, dtype: torch.dtype) -> None:
+    make, shape = LAYERS[name]
+    layer, x = make().to(dtype), torch.randn(shape)
+    layer(x)  # what starts from a batch has started
+    _, found = inv.log_det(layer.op, x)
+    _, expected = inv.log_det(copy.deepcopy(layer).double().op, x.double())
+    assert found.dtype == F32
+    assert_close(found.double(), expected, 1e-4)
+
+
 # ---- orthogonal ------------------------------------------------------------------------------------------------------
 
 MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {

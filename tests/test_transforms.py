@@ -282,3 +282,23 @@ def test_a_transform_has_a_domain():
         op(-torch.ones(2))
     assert math.isnan(op(-torch.ones(1)).item())
     assert is_differentiable(map_wire(op.forward, torch.ones(1)))
+
+
+SATURATING = {
+    "tanh": (T.TanhTransform(), [-12.0, -9.0, 4.0, 8.0, 12.0, 40.0]),
+    "sigmoid": (T.SigmoidTransform(), [-90.0, -12.0, 8.0, 20.0]),
+    "softplus": (T.SoftplusTransform(), [-90.0, -20.0, 3.0, 30.0]),
+    "exp": (T.ExpTransform(), [-90.0, -20.0, 30.0]),
+}
+
+
+@pytest.mark.parametrize("name", SATURATING)
+def test_a_parameter_before_a_transform_that_saturates_has_the_gradient_of_plain(name):
+    transform, points = SATURATING[name]
+    x, found = torch.tensor(points, dtype=torch.float32)[:, None], []
+    for way in (lambda op: op, inv.checkpoint):
+        scale = torch.ones(1, dtype=torch.float32, requires_grad=True)
+        op = inv.chain(inv.affine(scale, torch.zeros(1, dtype=torch.float32)), inv.ops.from_transform(transform))
+        y, total = inv.log_det(way(op), x)
+        found.append([torch.autograd.grad(t.sum(), scale, retain_graph=True)[0] for t in (y, total)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)

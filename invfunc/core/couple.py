@@ -48,9 +48,11 @@ def match(gradient: Tensor, t: Tensor) -> Tensor:
 
 
 def check_meets(subject: str, t: Tensor, x: Tensor) -> None:
-    """Raise unless x is a tensor, and t broadcasts to its shape."""
+    """Raise unless both are tensors, and t broadcasts to the shape of x."""
     if not isinstance(x, Tensor):
         raise WireError(f"{subject.partition(':')[0]}: the input", expected="a tensor", got=describe(x))
+    if not isinstance(t, Tensor):
+        raise WireError(subject, expected="a tensor", got=describe(t), cure="wrap a number: torch.tensor(...)")
     if t.shape != x.shape and not broadcasts(t.shape, x.shape):
         expected = f"{describe(x)} like the input, or what broadcasts to it"
         raise WireError(f"{subject} is {describe(t)}", expected=expected)
@@ -90,7 +92,7 @@ def additive(t: Tensor) -> Invertible:
         Everything; the range, too.
 
     Raises:
-        WireError: When t does not broadcast to x.
+        WireError: When t is no tensor, or does not broadcast to x.
 
     Example:
         >>> import torch
@@ -149,7 +151,7 @@ def affine(s: Tensor, t: Tensor) -> Invertible:
         Everything; the range, too.
 
     Raises:
-        WireError: When s or t does not broadcast to x.
+        WireError: When s or t is no tensor, or does not broadcast to x.
         DomainError: Under ``inv.debug(True)``, when a scale is 0.
 
     Limits:

@@ -12,7 +12,8 @@ again from there, each twice forward and twice back, and nothing of the size of 
     An inverse gives for what is lost a value that it keeps; and what has drifted by more than its size comes back well
     from where it has drifted to.
 5.  Where an output that a block behind has rebuilt came back with an error that would grow to this one, it is *theirs*.
-6.  Else *a function was another one in forward*, or what it lost is gone.
+6.  Else *a function was another one in forward*, or what it lost is gone. Where what was rebuilt is not finite, though
+    all that runs from finite values is, some numbers were *not finite in forward*: an inverse makes NaN of them.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ class Trips:
 
 def cause_of(levels: Levels, first: int, x: Wire, error: float, was: Sequence[float]) -> Cause:
     """Why backward has rebuilt the input of a level with an error: it is x, and values of it were ``was``."""
-    there = unflatten(x, [_with_values(leaf, was) for leaf in leaves(x)])
-    starts, error = ((x, there), error) if error < math.inf else ((there,), 1.0)
+    finite = list(filter(math.isfinite, was)) or [0.0]
+    there = unflatten(x, [_with_values(leaf, finite) for leaf in leaves(x)])
+    starts, error, otherwise = ((x, there), error, _ANOTHER) if error < math.inf else ((there,), 1.0, _NOT_FINITE)
     moved = 0.0
     for start in starts:
         trips = Trips()
@@ -110,7 +112,7 @@ def cause_of(levels: Levels, first: int, x: Wire, error: float, was: Sequence[fl
         moved = relative_error(nudged, back)
         if max(relative_error(back, start), moved) >= error / 30:
             return _grown(trips.trips, moved / _rounding(x))
-    return _from_behind(levels.behind, moved / _rounding(x), error) or _ANOTHER
+    return _from_behind(levels.behind, moved / _rounding(x), error) or otherwise
 
 
 def _grown(trips: Sequence[Trip], growth: float) -> Cause:
@@ -140,6 +142,14 @@ _ANOTHER = Cause(
     "forward, or lost values by saturation",
     "do not change what a function reads before backward, decide what is discrete once (inv.pin), and bound what "
     f"saturates; {CHECK}",
+)
+
+
+_NOT_FINITE = Cause(
+    "the inverses undo what is finite: in forward some numbers were not, of which an inverse makes NaN, or a function "
+    "did something else",
+    "keep what is not finite out of the pipeline (mask its input, not its loss alone), recompute it "
+    f"(mode='recompute'), or keep what it misses (inv.exact(op, 'codes')); {CHECK}",
 )
 
 

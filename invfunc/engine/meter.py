@@ -10,10 +10,14 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
 2.  *What.* The root of the sum of squared errors over that of the squared values, as a norm would give it, from values
     at fixed places that are spread over the whole wire. On chains that drift, that lands within a factor of 2 of the
     true error. It does not find a single wrong element: it measures rounding, it does not search for bugs. Nor would
-    a sum of all values: it takes two passes over the wire, errors of rounding that point one way move it by as much,
-    and the largest value tells of a wrong one only where that is larger. `invfunc.exact` compares every bit.
-3.  *Cost.* One small gather in forward and one in backward for each tensor of the wire; nothing is evaluated again, and
-    nothing of the size of an activation is kept. A stage that is not rebuilt, because it is frozen, is not compared.
+    a sum of all values: errors of rounding that point one way move it by as much, and the largest value tells of a
+    wrong one only where that is larger. `invfunc.exact` compares every bit. But a sum finds every number that is not
+    finite, and such numbers only become more on the way down: where one is rebuilt that was finite, masks that
+    functions make of it differ, and gradients may be finite and wrong. On the host they are counted where a sum is
+    not finite. On a device, where that would have to be waited for, any NaN is told, and a sum that was not infinite.
+3.  *Cost.* One small gather and one sum in forward and in backward for each tensor of the wire; nothing is evaluated
+    again, and nothing of the size of an activation is kept, nor made where all numbers are finite. A stage that is not
+    rebuilt, because it is frozen, is not compared.
 4.  *When.* In the ordinary backward of an ordinary forward. Under a transform, in a gradient that is differentiated
     again, and while compiling, there is no meter.
 5.  *Devices.* Reading a number from a device would wait for it. The samples travel to the host on their own, and are
@@ -26,6 +30,7 @@ NOTE [Drift] An inverse rounds, and a chain of them amplifies what the one befor
 
 from __future__ import annotations
 
+import cmath
 import math
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
@@ -138,6 +143,36 @@ def _sample(tensor: Tensor, indices: Tensor) -> Sample:
     return found.tolist() if found.is_cpu else Late(found)
 
 
+def _count_lost(tensor: Tensor) -> int:
+    """How many numbers are not finite; a sum is enough where all are."""
+    tensor = tensor.detach()
+    return 0 if cmath.isfinite(tensor.sum().item()) else tensor.numel() - int(tensor.isfinite().sum())
+
+
+def _total(tensor: Tensor) -> Tensor:
+    total = tensor.detach().sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else None)
+    return (total.abs() if total.is_complex() else total).view(1)
+
+
+class Reading(NamedTuple):
+    """Values of a tensor; and how many of its numbers are not finite, or on another device their sum."""
+
+    values: Sample
+    total: Sample
+
+    def has_lost(self, was: Reading) -> bool:
+        """Whether a number is not finite that was."""
+        (before,), (after,) = _numbers([was.total]), _numbers([self.total])
+        if isinstance(self.total, Late):
+            return math.isnan(after) or (math.isinf(after) and after != before)
+        return after > before
+
+
+def _read(tensor: Tensor, indices: Tensor) -> Reading:
+    total = [float(_count_lost(tensor))] if tensor.is_cpu else Late(_total(tensor))
+    return Reading(_sample(tensor, indices), total)
+
+
 def _can_be_sampled(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     if not plain or tensor.is_meta or not tensor.numel():
@@ -168,7 +203,7 @@ class Probe:
     place: Callable[[], str]
     drift: Drift
     places: Places
-    samples: list[Sample]
+    readings: list[Reading]
     error: float = 0.0  # of the latest comparison, as far as it has come
 
     def compare(self, rebuilt: Sequence[Tensor | None], functions: Iterable[Any], why: Why) -> bool:
@@ -183,20 +218,22 @@ class Probe:
             Whether it has spoken.
         """
         was, now = [], []
-        for sample, tensor, indices in zip(self.samples, rebuilt, self.places.indices, strict=True):
+        for reading, tensor, indices in zip(self.readings, rebuilt, self.places.indices, strict=True):
             if tensor is not None:
-                was.append(sample)
-                now.append(_sample(tensor, indices))
-        late = [sample for sample in (*was, *now) if isinstance(sample, Late)]
+                was.append(reading)
+                now.append(_read(tensor, indices))
+        late = [sample for reading in (*was, *now) for sample in reading if isinstance(sample, Late)]
         if late and self.drift != "raise" and not (found := _known_causes(list(functions))):
             when_here(late, partial(self.judge, was, now, lambda: found, lambda *_: _NOT_YET))
             return False
         return self.judge(was, now, lambda: _known_causes(list(functions)), why)
 
-    def judge(self, was: Sequence[Sample], now: Sequence[Sample], find: Callable[[], Causes], why: Why) -> bool:
-        """Warn or raise if samples are further apart than they may be."""
-        values = _numbers(was)
-        self.error = error = relative_error_of_numbers(_numbers(now), values)
+    def judge(self, was: Sequence[Reading], now: Sequence[Reading], find: Callable[[], Causes], why: Why) -> bool:
+        """Warn or raise if values are further apart than they may be."""
+        values = _numbers([reading.values for reading in was])
+        error = relative_error_of_numbers(_numbers([reading.values for reading in now]), values)
+        has_lost = any([after.has_lost(before) for before, after in zip(was, now, strict=True)])
+        self.error = error = math.inf if has_lost else error
         if error <= self.places.tolerance:
             return False
         # One digit: no more is known, and Python shows a warning of the same text once.
@@ -257,4 +294,4 @@ def probe(tensors: Sequence[Tensor], drift: Drift, place: Callable[[], str]) -> 
     if torch.compiler.is_compiling() or _torch.active() or not all(map(_can_be_sampled, tensors)):
         return None
     places = _places(drift, *[(t.numel(), t.dtype, t.device) for t in tensors])
-    return Probe(place, drift, places, list(map(_sample, tensors, places.indices)))
+    return Probe(place, drift, places, list(map(_read, tensors, places.indices)))

@@ -112,12 +112,12 @@ class ActNorm(Layer):
         Raises:
             DomainError: When a value of the batch, or of its statistics, is not finite; nothing is set then.
         """
+        self._check(x)
         self._start(x, torch.zeros_like(self.started))
 
     @torch.no_grad()
     def _start(self, x: Tensor, has_started: Tensor) -> None:
-        """`initialise`, unless that is done: a graph does not know it while it is traced."""
-        self._check(x)
+        """`initialise` of a batch that is checked, unless that is done: a graph does not know it while it is traced."""
         found = start_of(x, self.dim, self.log_scale.dtype, partial(_total, self.process_group))
         found = [_of_first_rank(self.process_group, value) for value in found]
         for parameter, value in zip((self.log_scale, self.bias), _finite(found), strict=True):

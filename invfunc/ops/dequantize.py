@@ -90,7 +90,12 @@ def _bound(levels: int, noise: Noise | None, x: Tensor, y: Tensor) -> Tensor:
         return sum_per_sample(0 * _levels_of(levels, x.detach())) + scale
     edge = torch.finfo(x.dtype).eps
     drawn = ((levels * y - x - margin) / (1 - 2 * margin)).clamp(edge, 1 - edge)
-    return scale - noise.log_prob(drawn, context=x / levels).to(at_least(x.dtype))
+    found = noise.log_prob(drawn, context=x / levels)
+    if not is_differentiable(found):
+        raise WireError(
+            "dequantize: the noise's log_prob(...)", expected="a number for each sample", got=describe(found)
+        )
+    return scale - found.to(at_least(x.dtype))
 
 
 def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
@@ -123,7 +128,7 @@ def dequantize(levels: int = 256, noise: Noise | None = None) -> Invertible:
     Raises:
         OptionError: When there are fewer than two levels, or the noise is no density.
         WireError: When the dtype can not tell levels and noise apart, as half precision those of 256, or the noise
-            draws no tensor of the shape of x.
+            draws no tensor of the shape of x, or has no density for each sample.
         DomainError: Under ``inv.debug(True)``, when x has other numbers.
 
     Limits:

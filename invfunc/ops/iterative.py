@@ -598,7 +598,8 @@ def exact_log_det() -> Callable[..., Tensor]:
         For D elements in a sample: D vjps of f, :math:`N D^2` numbers, and N factorisations of :math:`O(D^3)`.
 
     Limits:
-        f must treat samples independently.
+        f must treat samples independently, and write into no buffer, as spectral norms of other packages do in every
+        call: it runs below `torch.func`, which refuses that. `residual_branch` makes a branch that does not.
 
     Example:
         >>> import torch

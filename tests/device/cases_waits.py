@@ -220,3 +220,25 @@ def test_other_bits_are_an_error_when_their_hash_has_come() -> None:
     torch.accelerator.synchronize()
     with pytest.raises(ReplayError, match="was not rebuilt with the bits of forward"):
         fast(torch.randn(6, 8, device=DEVICE))
+
+
+def spreading(x: Tensor, mask: Tensor) -> tuple[Any, list[Tensor]]:
+    """A pipeline that reads a condition, lowered: its value without the last row, and what has a gradient."""
+    net = torch.nn.Linear(4, 4).to(DEVICE)
+    f = inv.couple(lambda x, mask: (net(x) + mask).softmax(-1), lambda x, mask: net(x))
+    op = inv.ops.given(inv.chain(inv.split(2, -1), f, f, inv.concat(2, -1)))
+    x = x.to(DEVICE).requires_grad_()
+    return inv.checkpoint(op)(x, mask.to(DEVICE))[0][:-1].sin().sum(), [x, *net.parameters()]
+
+
+def test_a_number_that_is_no_longer_finite_is_told_and_a_mask_of_infinity_is_not() -> None:
+    x, mask = torch.randn(300, 8), torch.zeros(300, 4)
+    mask[:, 1] = -torch.inf
+    torch.autograd.grad(*spreading(x, mask))
+    torch.accelerator.synchronize()
+    drift_of(*wrong_by(0.0))
+    x[-1, 1] = torch.nan
+    torch.autograd.grad(*spreading(x, mask))
+    torch.accelerator.synchronize()
+    with pytest.warns(DriftWarning, match="is not finite where it was"):
+        drift_of(*wrong_by(0.0))
