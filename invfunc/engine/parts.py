@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice
-from operator import is_
+from operator import attrgetter, is_
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -340,6 +340,17 @@ def _is_value(item: Any) -> bool:
 def version(tensor: Tensor) -> int:
     """A tensor's version counter; inference tensors have none and can not change under autograd."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Those of several."""
+    try:
+        return list(map(_version_of, tensors))
+    except RuntimeError:  # an inference tensor
+        return list(map(version, tensors))
+
+
+_version_of = attrgetter("_version")
 
 
 def is_lazy(functions: Iterable[Any]) -> bool:
