@@ -24,7 +24,7 @@ from ..errors import OptionError, ReplayError
 from .combine import Parallel
 from .couple import Half
 from .op import ByKind, Chain, Inverse, Invertible, OneWay, Pair, name_of
-from .structure import has_functions
+from .structure import has_functions, slots_of
 
 Context: TypeAlias = Mapping[str, Any]
 
@@ -211,8 +211,7 @@ def has_state(item: Any) -> bool:
 
 
 def _attributes_of(item: Any) -> dict[str, Any]:
-    slots = [name for name in getattr(type(item), "__slots__", ()) if hasattr(item, name)]
-    return {**getattr(item, "__dict__", {}), **{name: getattr(item, name) for name in slots}}
+    return {**getattr(item, "__dict__", {}), **{name: getattr(item, name) for name in slots_of(item)}}
 
 
 def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.structure import cells_of, defaults_of, globals_of, has_functions, is_empty, is_of_library
+from ..core.structure import cells_of, defaults_of, globals_of, has_functions, is_empty, is_of_library, slots_of
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
@@ -319,17 +319,7 @@ def _properties_of(kind: type) -> list[Attribute]:
 
 
 def _slots_of(item: Any) -> list[Attribute]:
-    kinds = [kind for kind in type(item).__mro__ if "__slots__" in kind.__dict__]
-    names = [name for kind in kinds for name in _slot_names(kind)]
-    return [Attribute(item, name, getattr(item, name)) for name in names if hasattr(item, name)]
-
-
-def _slot_names(kind: type) -> list[str]:
-    """The slots of a class, private ones under the names that they have outside."""
-    slots, owner = kind.__dict__["__slots__"], kind.__name__.lstrip("_")
-    names = [slots] if isinstance(slots, str) else [n for n in slots if n not in ("__dict__", "__weakref__")]
-    is_private = [name.startswith("__") and not name.endswith("__") for name in names]
-    return [f"_{owner}{name}" if hides else name for name, hides in zip(names, is_private, strict=True)]
+    return [Attribute(item, name, getattr(item, name)) for name in slots_of(item)]
 
 
 def _is_value(item: Any) -> bool:
