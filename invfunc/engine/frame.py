@@ -426,8 +426,9 @@ class Kept:
     def tensors(self, what: str = "a tensor") -> list[Any]:
         """They, unless one has been written in place; what they are, for the error."""
         for tensor, before in zip(self.own, self.versions, strict=True):
-            if version(tensor) != before:
-                error = was_changed(tensor, what=what)
+            how = WRITTEN if version(tensor) != before else "emptied" if _is_emptied(tensor) else ""
+            if how:
+                error = was_changed(tensor, how, what)
                 error.about = self
                 raise error
         found = list(self.items)
@@ -443,6 +444,10 @@ def _shared(packed: Any, tensor: Any) -> list[Tensor]:
         return []
     kept = filter(_has_storage, _torch.trees.tree_leaves(packed))
     return [leaf for leaf in kept if _torch.storage_of(leaf) == _torch.storage_of(tensor)]
+
+
+def _is_emptied(tensor: Tensor) -> bool:
+    return _has_storage(tensor) and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
 
 
 def _has_storage(item: Any) -> bool:
