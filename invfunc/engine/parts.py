@@ -193,10 +193,14 @@ class Parts:
                 self._add_values(value, 1)
 
     def _add_values(self, item: Any, depth: int) -> None:
-        """What an object that a module holds consists of; what it calls is not looked for."""
+        """What an object that a module holds consists of; the functions that it calls are not looked for."""
         if type(item) is torch.device:
             self.devices.append(item)
         if type(item) in _PLAIN or id(item) in self.seen or depth > _DEPTH:
+            return
+        if isinstance(item, nn.Module):
+            if not self._is_around(item):
+                self._add_near(item, depth)
             return
         self.seen.add(id(item))
         if isinstance(item, _TABLES):
@@ -206,11 +210,15 @@ class Parts:
         elif isinstance(item, (tuple, frozenset)):
             for part in item:
                 self._add_values(part, depth + 1)
-        elif _has_values(item) and not isinstance(item, (nn.Module, Tensor)):
+        elif _has_values(item) and not isinstance(item, Tensor):
             self._add_values(getattr(item, "__dict__", None), depth)
             for place in _slots_of(item):
                 self.places.append(place)
                 self._add_values(place.value, depth + 1)
+
+    def _is_around(self, module: nn.Module) -> bool:
+        """Whether a module has one of ours in it: a trainer's model, that an object of ours happens to know."""
+        return not self.seen.isdisjoint(map(id, module.modules()))
 
     def _note_contents(self, table: list[Any] | dict[Any, Any] | set[Any] | deque[Any]) -> bool:
         """Unless it is large: it is copied in every call."""
