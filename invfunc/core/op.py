@@ -162,7 +162,7 @@ class Invertible(abc.ABC):
             (tensor([11.]), tensor([1.]))
         """
         try:
-            return self.forward(_pack(xs)) if context is None else self._told(context).forward(_pack(xs))
+            return self.forward(_pack(xs)) if context is None else self._with_context(context).forward(_pack(xs))
         except TraceError as error:  # values of `torch.fx.symbolic_trace` have neither shapes nor parts
             raise OptionError(
                 f"{self!r} is traced by torch.fx.symbolic_trace",
@@ -170,7 +170,7 @@ class Invertible(abc.ABC):
                 cure="let is_leaf_module of the torch.fx.Tracer say True of its module, or use torch.export",
             ) from error
 
-    def _told(self, context: Mapping[str, Any]) -> Invertible:
+    def _with_context(self, context: Mapping[str, Any]) -> Invertible:
         from .context import with_context
 
         return with_context(self, context)
