@@ -561,6 +561,15 @@ def fake_mode() -> FakeTensorMode | None:
     return _get_mode(_FAKE)
 
 
+# Where `make_fx` writes down what is called. Otherwise its graph has no gradients of what is lowered.
+_proxy_mode = _private("torch.fx.experimental.proxy_tensor.get_proxy_mode", lambda: None)
+
+
+def is_making_graph() -> bool:
+    """Whether `make_fx` writes down what is called."""
+    return _proxy_mode() is not None
+
+
 def on_fake_tensors() -> bool:
     """Whether tensors have shapes and no data: a compiled function would read what is not there."""
     return fake_mode() is not None

@@ -6,14 +6,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import WRAPPER_ASSIGNMENTS
+from functools import WRAPPER_ASSIGNMENTS, partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from . import _torch
-from .core.context import copy_state, functions_in, has_state
+from .core.context import contents_in, copy_state, has_state
 from .core.copies import copy_object
 from .core.op import OneWay, missing_attribute, name_of
 from .engine.interface import Options, Run
@@ -50,9 +51,10 @@ class CheckpointedFunction:
         arguments = Arguments.of(args, kwargs)
         for leaf in arguments.others:
             self._check_argument(leaf)
-        functions = (self.__wrapped__, *arguments.functions())
+        found, within = arguments.contents()
+        functions = (self.__wrapped__, *found)
         region = Region(self._call, arguments.build, (None, self, 0), conditions_of(functions), self.options)
-        out = region.run((args, kwargs), arguments.tensors, functions)
+        out = region.run((args, kwargs), arguments.tensors, functions, within)
         region.conditions.snapshot.note()
         return out
 
@@ -131,14 +133,18 @@ class Arguments:
         self.others.append(item)
         return Stateful(copy_state(item)) if has_state(item) else item
 
-    def functions(self) -> list[Any]:
-        """The modules and functions among the arguments, which the function may call."""
+    def contents(self) -> tuple[list[Any], list[Tensor]]:
+        """The modules and functions among the arguments, which it may call, and the tensors inside of others."""
         seen: set[int] = set()
-        return [fn for item in self.others for fn in functions_in(item, seen)]
+        found = [part for item in self.others for part in contents_in(item, seen)]
+        return [p for p in found if isinstance(p, _FUNCTIONS)], [p for p in found if isinstance(p, Tensor)]
 
     def build(self, tensors: Iterable[Tensor]) -> Sequence[Any]:
         """``(args, kwargs)`` with these tensors."""
         return _with_tensors(self.spec, iter(tensors))
+
+
+_FUNCTIONS = (nn.Module, FunctionType, MethodType, partial)
 
 
 @dataclass(slots=True)

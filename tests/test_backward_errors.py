@@ -47,6 +47,22 @@ def test_an_output_that_is_changed_in_place(make: Callable[[], inv.Invertible], 
     assert said(z) == f"{path}: {text}, {CURE}"
 
 
+@pytest.mark.parametrize("make, path", [(network, "chain stage 2 (couple)"), (inv.ops.exp, "exp()")])
+def test_an_output_whose_memory_was_freed(make: Callable[[], inv.Invertible], path: str) -> None:
+    y = inv.checkpoint(make())(leaf(3, 8))
+    z = y * 1
+    y.untyped_storage().resize_(0)
+    assert said(z) == f"{path}: an output of shape (3, 8) that backward needs has been emptied, {CURE}"
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+def test_a_stored_input_whose_memory_was_freed(mode: str) -> None:
+    x = leaf(3, 8) * 1
+    y = inv.checkpoint(torch.tanh, mode=mode)(x)
+    x.untyped_storage().resize_(0)
+    assert said(y) == f"checkpoint(tanh): an input of shape (3, 8) that backward needs has been emptied, {CURE}"
+
+
 @AROUND
 def test_the_stored_input_of_a_segment_that_is_changed_in_place(around: Any) -> None:
     x = leaf(3, 8) * 1

@@ -186,7 +186,20 @@ FACES: dict[str, tuple[int, Callable[[Net], Any]]] = {  # how wide the input is,
     "recomputed pipeline": (2 * WIDTH, lambda net: inv.checkpoint(pipeline(net), mode="recompute")),
     "module": (2 * WIDTH, lambda net: nn.Sequential(inv.nn.Coupling(net), inv.nn.Coupling(nn.Tanh()))),
     "lowered module": (2 * WIDTH, lambda net: inv.nn.Lowered(pipeline(net))),
+    "object of a module": (WIDTH, lambda net: inv.checkpoint(Knows(SimpleNamespace(net=net)))),
+    "object of a coupling": (2 * WIDTH, lambda net: inv.nn.Lowered(pipeline(Knows(SimpleNamespace(net=net))))),
 }
+
+
+class Knows(nn.Module):
+    """A module that calls what an object has, of which torch does not know."""
+
+    def __init__(self, known: Any) -> None:
+        super().__init__()
+        self.known = known
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.known.net(x)
 
 
 def pipeline(f: Callable[..., Tensor]) -> inv.Invertible:
@@ -204,6 +217,15 @@ def gradients(face: str, change: Callable[[Net], Any]) -> list[Tensor | None]:
     change(net)
     y.sin().sum().backward()
     return [x.grad, *(p.grad for p in parameters)]
+
+
+def test_the_model_that_a_block_s_trainer_knows_is_no_part_of_the_block() -> None:
+    trainer = SimpleNamespace(net=nn.Softplus(), model=None)
+    trainer.model = nn.Sequential(Knows(trainer), nn.Linear(WIDTH, WIDTH))
+    x = torch.ones(3, WIDTH, requires_grad=True)
+    y = inv.checkpoint(trainer.model[0])(x.sin())
+    trainer.model[1].weight.data = torch.zeros(WIDTH, WIDTH)
+    assert_close(torch.autograd.grad(y.sum(), x)[0], x.sin().sigmoid() * x.cos())
 
 
 @pytest.mark.parametrize("face", FACES)

@@ -357,6 +357,66 @@ def test_an_argument_that_is_written_is_found_again_as_it_was(name: str) -> None
     assert_close(run(inv.checkpoint(f)), run(f))
 
 
+IN_PLACE: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "itself": (lambda t: t, lambda a: a),
+    "list": (lambda t: [t], lambda a: a[0]),
+    "dict": (lambda t: {"h": (t,)}, lambda a: a["h"][0]),
+    "named tuple": (lambda t: Point(t, 1), lambda a: a.a),
+    "object": (InSlots, lambda a: a.h),
+    "list of objects": (lambda t: [InSlots(t)], lambda a: a[0].h),
+}
+
+
+@pytest.mark.parametrize("has_graph", [False, True])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_tensor_among_the_arguments_is_written_through(name: str, has_graph: bool) -> None:
+    make, read = IN_PLACE[name]
+    net, x, before = nn.Linear(A, A), leaf(2, A), leaf(2, A)
+
+    def f(x: Tensor, holder: Any) -> Tensor:
+        read(holder).mul_(net(x)).add_(1)
+        return torch.tanh(net(x) * read(holder))
+
+    def run(fn: Callable[..., Tensor]) -> Any:
+        holder = make(before * 1 if has_graph else before.detach().clone())
+        y = fn(x, holder)
+        loss = (y * read(holder)).sum()
+        wrt = [x, *net.parameters(), *[before] * has_graph]
+        first = torch.autograd.grad(loss, wrt, create_graph=True)
+        return read(holder), first, torch.autograd.grad(first[0].sin().sum(), wrt)
+
+    with pytest.warns(
+        UserWarning, match="f writes into a tensor that it is given, .*; to free it, clone the tensor first"
+    ):
+        found = run(inv.checkpoint(f))
+    assert_close(found, run(f))
+    with torch.no_grad():
+        holders = [make(torch.ones(2, A)) for _ in range(2)]
+        assert_close(inv.checkpoint(f)(x, holders[0]), f(x, holders[1]))
+    assert_close(read(holders[0]), read(holders[1]))
+
+
+def test_what_was_overwritten_in_an_argument_and_is_needed_raises_as_in_plain_autograd() -> None:
+    def f(x: Tensor, cache: list[Tensor]) -> Tensor:
+        y = x * cache[0]
+        cache[0].zero_()
+        return y
+
+    with pytest.warns(UserWarning, match="writes into"):
+        y = inv.checkpoint(f)(leaf(A), [torch.ones(A)])
+    with pytest.raises(
+        ReplayError, match=r"checkpoint\(f\): a tensor of shape \(3,\) .* modified by an inplace operation"
+    ):
+        y.sum().backward()
+
+
+def test_an_inference_tensor_may_be_an_argument() -> None:
+    with torch.inference_mode():
+        mask = torch.ones(A)
+    x = leaf(A)
+    assert_same(lambda x, mask: (x + mask).sin(), inv.checkpoint(lambda x, mask: (x + mask).sin()), [x], x, mask)
+
+
 def test_what_is_no_method_is_none_under_checkpoint() -> None:
     class Net:
         module, part = inv.checkpoint(nn.Linear(A, A)), inv.checkpoint(functools.partial(torch.mul, 2))

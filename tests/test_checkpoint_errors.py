@@ -106,14 +106,11 @@ def test_an_error_in_backward_puts_the_modules_weights_back() -> None:
     assert all(p is before[k] for k, p in linear.named_parameters())
 
 
-def test_a_function_that_changes_its_input_is_refused() -> None:
-    for given in leaf(A), leaf(A) * 2:
-        with pytest.raises(ReplayError, match=r"changed its input in place, .*; use the out-of-place operation"):
-            inv.checkpoint(lambda x: x.mul_(2))(given)
+def test_a_function_that_changes_its_input_is_refused_where_backward_has_to_rebuild_it() -> None:
+    with pytest.raises(ReplayError, match=r"changed its input in place, .*; use the out-of-place operation"):
+        inv.checkpoint(lambda x: x.mul_(2))(leaf(A))  # as by torch: it is a leaf
     with pytest.raises(ReplayError, match="changed its input in place"):
         inv.checkpoint(inv.couple(lambda x: x.mul_(2)))(leaf(A), leaf(A) * 2)
-    with pytest.raises(ReplayError, match="changed its input in place"):
-        inv.checkpoint(lambda i, x: x * i.add_(1))(torch.tensor(1), leaf(A))
 
 
 # ---- a function that does something else in backward -----------------------------------------------------------------

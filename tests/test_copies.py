@@ -5,6 +5,8 @@ import functools
 import io
 import pickle
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -143,7 +145,71 @@ FUNCTIONS: dict[str, Callable[[Any], Function]] = {
     "method of a tensor": lambda m: m.f.bias.add,
     "transform": lambda m: torch.func.vmap(of_layer(m.f)),
     "compiled": lambda m: torch.compile(of_layer(m.f), backend="eager"),
+    "weak reference": lambda m: (lambda r: lambda x: r().f(x))(weakref.ref(m)),
+    "weak method": lambda m: (lambda r: lambda x: r()(x))(weakref.WeakMethod(m.layer)),
+    "cached": lambda m: functools.lru_cache(of_layer(m.f)),
+    "partial of a cached method": lambda m: functools.partial(functools.lru_cache(m.layer)),
+    "a set": lambda m: (lambda nets: lambda x: next(iter(nets))(x))({of_layer(m.f)}),
+    "a queue": lambda m: (lambda nets: lambda x: nets[0](x))(deque([m.f])),
+    "slots": lambda m: (lambda holder: lambda x: holder.net(x))(Slots(m.f)),
+    "an attribute": lambda m: with_attribute(m.f),
 }
+
+
+class Slots:
+    __slots__ = ("net",)
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+
+def with_attribute(net: nn.Module) -> Function:
+    def call(x: Tensor) -> Tensor:
+        return call.net(x)
+
+    call.net = net
+    return call
+
+
+def method_of_a_local_class(m: Any) -> Function:
+    class Local:
+        def run(self, x: Tensor) -> Tensor:
+            return m.f(x)
+
+    return Local().run
+
+
+def attribute_of_a_local_class(m: Any) -> Function:
+    class Local:
+        net = m.f
+
+    return lambda x: Local.net(x)
+
+
+def weak_dict(m: Any) -> Function:
+    nets = weakref.WeakValueDictionary(f=m.f)
+    return lambda x: nets["f"](x)
+
+
+HIDING = {
+    "the class Local": [method_of_a_local_class, attribute_of_a_local_class],
+    "a WeakValueDictionary": [weak_dict],
+    "a WeakSet": [lambda m: (lambda nets: lambda x: next(iter(nets))(x))(weakref.WeakSet([m.f]))],
+}
+
+
+@pytest.mark.parametrize("face", ["lowered", "function"])
+@pytest.mark.parametrize("place", HIDING)
+def test_what_a_function_finds_in_what_can_not_be_copied_is_refused(place: str, face: str) -> None:
+    for function in HIDING[place]:
+        with pytest.raises(OptionError, match=f"a function finds a .* by {place}, and a copy has another, .*; pass"):
+            copy.deepcopy(Owner(function, FACES[face]))
+
+
+def test_a_weak_reference_out_of_the_copy_is_refused() -> None:
+    owner = Owner(FUNCTIONS["weak reference"], FACES["lowered"])
+    with pytest.raises(OptionError, match="a function finds a Owner by a weak reference"):
+        copy.deepcopy(nn.ModuleDict({"part": inv.nn.Lowered(owner.op)}))
 
 
 def of_layer(layer: Function) -> Function:

@@ -500,6 +500,6 @@ def test_a_donated_tensor_is_described() -> None:
     x = net.made()
     donating(net.op)(x)
     text = "<donated tensor of shape (5, 8), float64: empty until backward rebuilds it>"
-    assert [repr(x), str(x), f"{x}", f"{x!r}", format(x)] == [text] * 5
+    assert [repr(x), str(x), f"{x}", f"{x!r}", format(x), f"{x:.2f}"] == [text] * 6
     assert f"{x:>80}" == text.rjust(80)
     assert repr([x]) == f"[{text}]"

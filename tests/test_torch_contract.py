@@ -16,6 +16,7 @@ import torch
 from kit import traced_by_jit
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from without import is_tried
 
 import invfunc as inv
@@ -376,6 +377,13 @@ def _() -> None:
     fake = mode.from_tensor(torch.ones(2, 3))
     assert type(fake) is tensor_class and fake.shape == (2, 3)
     assert _torch.fake_device(fake) == torch.device("cpu") and _torch.fake_device(torch.ones(2)) is None
+
+
+@contract("torch.fx.experimental.proxy_tensor.get_proxy_mode")
+def _() -> None:
+    seen: list[bool] = []
+    make_fx(lambda x: seen.append(_torch.is_making_graph()) or x.sin())(torch.ones(2))
+    assert seen == [True] and not _torch.is_making_graph()
 
 
 @contract(

@@ -11,6 +11,7 @@ from kit import WIDTH, assert_close, bowl, traced_by_jit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.pipelining import SplitPoint, pipeline
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import invfunc as inv
 from invfunc.compat import memcnn
@@ -171,6 +172,29 @@ def test_an_exported_program_trains_in_every_mode(own: str, strict: bool, mode: 
         program = exported(strict)(module, torch.randn(5, SIZE))
     with inv.mode("store"):
         assert_close(step(program, program), step(module, module))
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("name", ["Lowered", "Sequential", "closures", "memcnn"])
+def test_what_make_fx_makes_trains(name: str, mode: str) -> None:
+    module = MODULES[name]()
+    with inv.mode(mode):
+        program = make_fx(module)(torch.randn(5, SIZE))
+    with inv.mode("store"):
+        assert_close(step(program, module), step(module, module))
+
+
+class WithLeaves(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, inv.nn.Module) or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_symbolic_trace_is_told_to_take_a_module_as_a_leaf() -> None:
+    module = nn.Sequential(nn.Linear(SIZE, SIZE), coupling())
+    with pytest.raises(OptionError, match=r"couple.* is traced by torch.fx.symbolic_trace, .*; let is_leaf_module"):
+        torch.fx.symbolic_trace(module)
+    program = torch.fx.GraphModule(module, WithLeaves().trace(module))
+    assert_close(step(program, module), step(module, module))
 
 
 def test_a_compiled_module_follows_the_mode() -> None:

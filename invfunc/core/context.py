@@ -20,11 +20,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import OptionError, ReplayError
 from .combine import Parallel
 from .couple import Half
 from .op import ByKind, Chain, Inverse, Invertible, OneWay, Pair, name_of
-from .structure import has_functions
+from .structure import has_functions, slots_of
 
 Context: TypeAlias = Mapping[str, Any]
 
@@ -166,6 +166,7 @@ class Told:
     fn: Callable[..., Any]
     context: dict[str, Any]
     before: list[dict[str, Any]] = field(default_factory=list, init=False)  # the first call, if it may run again
+    written: list[Tensor] = field(default_factory=list, init=False)  # what the first call wrote in place
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -173,10 +174,25 @@ class Told:
         return (self.fn,)
 
     def __call__(self, *xs: Any) -> Any:
-        context = copy_state(self.before[0]) if self.before else self.context
-        if not self.before and torch.is_grad_enabled():
-            self.before.append(copy_state(self.context))
-        return self.fn(*xs, **context)
+        if self.written:
+            raise ReplayError(
+                f"{name_of(self.fn)} wrote in place into a tensor {tuple(self.written[0].shape)} of its context",
+                expected="tensors that it leaves alone: backward runs it again",
+                cure="replace the tensor in its object, or mark the stage 'store'",
+            )
+        if self.before or not torch.is_grad_enabled():
+            return self.fn(*xs, **(copy_state(self.before[0]) if self.before else self.context))
+        self.before.append(copy_state(self.context))
+        versions = [(t, t._version) for t in self._tensors()]
+        out = self.fn(*xs, **self.context)
+        self.written.extend([t for t, version in versions if t._version != version])
+        return out
+
+    def _tensors(self) -> list[Tensor]:
+        if torch.compiler.is_compiling():
+            return []
+        found = contents_in(tuple(self.context.values()), set())
+        return [t for t in found if isinstance(t, Tensor) and not t.is_inference()]
 
     @property
     def __name__(self) -> str:
@@ -195,8 +211,7 @@ def has_state(item: Any) -> bool:
 
 
 def _attributes_of(item: Any) -> dict[str, Any]:
-    slots = [name for name in getattr(type(item), "__slots__", ()) if hasattr(item, name)]
-    return {**getattr(item, "__dict__", {}), **{name: getattr(item, name) for name in slots}}
+    return {**getattr(item, "__dict__", {}), **{name: getattr(item, name) for name in slots_of(item)}}
 
 
 def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
@@ -219,18 +234,11 @@ def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
 
 
 def contents_in(item: Any, seen: set[int]) -> list[Any]:
-    """What an argument is made of, down to what a copy of its state shares."""
+    """What an argument is made of, down to what a copy of its state shares: tensors, modules, functions."""
     if id(item) in seen:
         return []
     seen.add(id(item))
-    if not has_state(item):
+    if not (has_state(item) or isinstance(item, tuple)):
         return [item]
     values = item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list, set, deque)) else ()
     return [leaf for part in (*values, *_attributes_of(item).values()) for leaf in contents_in(part, seen)]
-
-
-def functions_in(item: Any, seen: set[int]) -> list[Any]:
-    """The modules and functions among that."""
-    return [
-        leaf for leaf in contents_in(item, seen) if isinstance(leaf, (nn.Module, FunctionType, MethodType, partial))
-    ]

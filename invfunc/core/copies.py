@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from functools import partial
+import weakref
+from collections import deque
+from functools import lru_cache, partial
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .structure import contents_of, globals_of, is_empty
+from .structure import contents_of, globals_of, is_empty, slots_of
 
 
 def deep_copy(item: Any, memo: dict[int, Any]) -> Any:
@@ -31,6 +33,10 @@ def deep_copy(item: Any, memo: dict[int, Any]) -> Any:
         return _copy_function(item, memo)
     if kind is MethodType or (kind is BuiltinMethodType and isinstance(item.__self__, Tensor)):
         return _copy_method(item, memo)
+    if isinstance(item, weakref.ref):
+        return _copy_reference(item, memo)
+    if kind is _CACHED:
+        return lru_cache(**item.cache_parameters())(deep_copy(item.__wrapped__, memo))
     if kind is partial:
         return partial(*[deep_copy(part, memo) for part in (item.func, *item.args)], **deep_copy(item.keywords, memo))
     if kind is tuple:
@@ -40,10 +46,16 @@ def deep_copy(item: Any, memo: dict[int, Any]) -> Any:
         memo[id(item)] = parts = []
         parts += [deep_copy(part, memo) for part in item]
         return parts
+    if kind in (set, frozenset, deque):
+        parts = [deep_copy(part, memo) for part in item]
+        memo[id(item)] = again = deque(parts, item.maxlen) if kind is deque else kind(parts)
+        return again
     if kind is dict:
         memo[id(item)] = named = {}
         named.update({deep_copy(name, memo): deep_copy(part, memo) for name, part in item.items()})
         return named
+    if not isinstance(item, nn.Module):
+        _check_class(kind, memo)
     return copy_object(item, memo) if _is_plain(item) else copy.deepcopy(item, memo)
 
 
@@ -76,6 +88,29 @@ def _copy_method(method: MethodType | BuiltinMethodType, memo: dict[int, Any]) -
     return getattr(owner, method.__name__)  # of what has been put in the owner's place
 
 
+def _copy_reference(reference: weakref.ref[Any], memo: dict[int, Any]) -> Any:
+    """A weak reference to the copy, which somebody else holds."""
+    found = reference()
+    if not _needs_copy(found, memo):
+        return reference
+    owner = found.__self__ if isinstance(found, MethodType) else found
+    if id(owner) not in memo:
+        raise _hidden("a weak reference", owner)
+    return type(reference)(deep_copy(found, memo))
+
+
+def _hidden(place: str, item: Any) -> OptionError:
+    return OptionError(
+        f"a function finds a {type(item).__name__} by {place}, and a copy has another",
+        expected="a function that is told what to use",
+        cure=_CURE,
+    )
+
+
+_CURE = "pass the module itself, a bound method or a functools.partial, or let the function close over it"
+_CACHED = type(lru_cache(len))
+
+
 def _copy_function(fn: FunctionType, memo: dict[int, Any]) -> FunctionType:
     """A function with cells of its own for what is copied; others, such as a counter's, stay shared with the first."""
     if not _needs_copy(fn, memo):
@@ -89,7 +124,7 @@ def _copy_function(fn: FunctionType, memo: dict[int, Any]) -> FunctionType:
     again.__qualname__ = fn.__qualname__
     again.__defaults__ = _copy_if_needed(fn.__defaults__, memo)
     again.__kwdefaults__ = _copy_if_needed(fn.__kwdefaults__, memo)
-    again.__dict__.update(_copy_if_needed(fn.__dict__, memo))
+    again.__dict__.update({name: _copy_if_needed(value, memo) for name, value in fn.__dict__.items()})
     return again
 
 
@@ -115,24 +150,55 @@ def _needs_copy(item: Any, memo: dict[int, Any]) -> bool:
             return True
         elif id(part) not in seen:
             seen.add(id(part))
-            left += _parts_of(part)
+            parts = _parts_of(part)
+            left += parts
             if isinstance(part, FunctionType):
                 _check_globals(part, memo, set())
+            elif isinstance(part, _WEAK):
+                _check_found(f"a {type(part).__name__}", parts, memo)
+            else:
+                _check_class(part if isinstance(part, type) else type(part), memo)
     return False
 
 
 def _parts_of(item: Any) -> list[Any]:
     if isinstance(item, FunctionType):
-        return list(contents_of(item).values())
+        return [*contents_of(item).values(), *item.__dict__.values()]
     if isinstance(item, (MethodType, BuiltinMethodType)):
         return [item.__self__]
     if isinstance(item, partial):
         return [item.func, *item.args, *item.keywords.values()]
-    if isinstance(item, (tuple, list)):
+    if isinstance(item, weakref.ref):
+        return [item()]
+    if isinstance(item, (tuple, list, set, frozenset, deque, weakref.WeakSet)):
         return list(item)
-    if isinstance(item, dict):
+    if isinstance(item, (dict, weakref.WeakValueDictionary)):
         return list(item.values())
-    return [] if isinstance(item, (type, ModuleType)) else list(getattr(item, "__dict__", {}).values())
+    if isinstance(item, weakref.WeakKeyDictionary):
+        return [*item.keys(), *item.values()]
+    if isinstance(item, (type, ModuleType)):
+        return []
+    return [*getattr(item, "__dict__", {}).values(), *[getattr(item, name) for name in slots_of(item)]]
+
+
+_WEAK = weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet
+
+
+def _check_found(place: str, items: list[Any], memo: dict[int, Any]) -> None:
+    """Raise where a function finds by something that can not be copied what the copy has another of."""
+    for item in items:
+        if memo.get(id(item), item) is not item:
+            raise _hidden(place, item)
+
+
+def _check_class(kind: type, memo: dict[int, Any]) -> None:
+    """Likewise, of a class that is made in a function."""
+    if "<locals>" not in kind.__qualname__:
+        return
+    for item in vars(kind).values():
+        fn = getattr(item, "__func__", item)
+        parts = list(contents_of(fn).values()) if isinstance(fn, FunctionType) else [item]
+        _check_found(f"the class {kind.__name__}", parts, memo)
 
 
 def _check_globals(fn: FunctionType, memo: dict[int, Any], seen: set[int]) -> None:
@@ -142,7 +208,7 @@ def _check_globals(fn: FunctionType, memo: dict[int, Any], seen: set[int]) -> No
             raise OptionError(
                 f"{fn.__name__} finds {name}, a {type(value).__name__}, among its globals, and a copy has another",
                 expected="a function that is told what to use",
-                cure="pass the module itself, a bound method or a functools.partial, or let the function close over it",
+                cure=_CURE,
             )
         if type(value) is FunctionType and id(value) not in seen:
             seen.add(id(value))

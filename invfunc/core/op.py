@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 
 from ..errors import NotInvertibleError, OptionError, place_error
 from ..wires import Wire, is_differentiable, leaves, map_wire, spread
@@ -160,11 +161,19 @@ class Invertible(abc.ABC):
             >>> couple(f)(torch.ones(1), torch.ones(1), context={"scale": 10.0})
             (tensor([11.]), tensor([1.]))
         """
-        if context is None:
-            return self.forward(_pack(xs))
+        try:
+            return self.forward(_pack(xs)) if context is None else self._with_context(context).forward(_pack(xs))
+        except TraceError as error:  # values of `torch.fx.symbolic_trace` have neither shapes nor parts
+            raise OptionError(
+                f"{self!r} is traced by torch.fx.symbolic_trace",
+                expected="tensors: an op looks at their shapes",
+                cure="let is_leaf_module of the torch.fx.Tracer say True of its module, or use torch.export",
+            ) from error
+
+    def _with_context(self, context: Mapping[str, Any]) -> Invertible:
         from .context import with_context
 
-        return with_context(self, context).forward(_pack(xs))
+        return with_context(self, context)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy whose functions use copies of what they close over."""

@@ -67,3 +67,16 @@ def _loaded_names(code: CodeType) -> tuple[str, ...]:
     own = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     inner = [name for part in code.co_consts if isinstance(part, CodeType) for name in _loaded_names(part)]
     return tuple(dict.fromkeys([*own, *inner]))
+
+
+def slots_of(item: Any) -> list[str]:
+    """The slots of an object that hold something, private ones under the names that they have outside."""
+    kinds = [kind for kind in type(item).__mro__ if "__slots__" in kind.__dict__]
+    return [name for kind in kinds for name in _slot_names(kind) if hasattr(item, name)]
+
+
+def _slot_names(kind: type) -> list[str]:
+    slots, owner = kind.__dict__["__slots__"], kind.__name__.lstrip("_")
+    names = [slots] if isinstance(slots, str) else [n for n in slots if n not in ("__dict__", "__weakref__")]
+    is_private = [name.startswith("__") and not name.endswith("__") for name in names]
+    return [f"_{owner}{name}" if hides else name for name, hides in zip(names, is_private, strict=True)]

@@ -48,7 +48,10 @@ class Donated(Tensor):
         return f"<donated tensor of shape {shape}, {dtype}: empty until backward rebuilds it>"
 
     def __format__(self, spec: str) -> str:
-        return format(repr(self), spec)
+        try:
+            return format(repr(self), spec)
+        except ValueError:  # what fits a number, such as ".2f", fits no description
+            return repr(self)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
-from operator import attrgetter
 from textwrap import shorten
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -21,7 +21,7 @@ from .buffers import BufferCopy, copies_of, worth_keeping
 from .conditions import PINS, Conditions, Recorder
 from .interface import Options, Path, places_on
 from .keep import Around
-from .parts import Parts, is_lazy, version
+from .parts import Parts, is_lazy, version, versions_of
 from .random_numbers import RandomState, random_state
 from .sharding import check_callees, checking_calls, is_any_sharded
 
@@ -199,7 +199,7 @@ class Frame:
             fn = partial(checking_calls, fn)
         out, held = self._record(fn, args, given, copies, before)
         if is_first:
-            self.held = {number: _without_node(*item) for number, item in held.items()}  # rule 9
+            self.held = {number: _without_node(*item) for number, item in held.items()}  # rule 9 of NOTE [Trunk]
         if record.op is None and held:
             self.owner.watch([tensor for tensor, _ in held.values()])
         if snapshot.has_gradient_hooks:
@@ -231,8 +231,8 @@ class Frame:
         copies: Iterable[BufferCopy],
         before: RandomState | None,
     ) -> tuple[Any, dict[int, Held]]:
-        """``fn(*args)``, and what it has saved; raises where it has written into what it was given."""
-        versions = list(map(_version_of, given))
+        """``fn(*args)``, and what it has saved; rule 11 of NOTE [Trunk] where it has written into what it was given."""
+        versions = versions_of(given)
         token = PINS.set(Recorder(PINS.get(), self.record.pins))
         try:
             out = self._call(fn, args)
@@ -247,9 +247,20 @@ class Frame:
         finally:
             PINS.reset(token)
             held, self.held = self.held, None
-        if list(map(_version_of, given)) != versions:
-            raise changed_input(_name_of_call(self.record))
+        if versions_of(given) != versions:
+            self._hold_on(held or {})
         return out, held or {}
+
+    def _hold_on(self, held: dict[int, Held]) -> None:
+        """Keep what the call has saved, since it can not run again."""
+        if self.record.op is not None:  # backward has to run it again, for its input
+            raise changed_input(_name_of_call(self.record))
+        self.held = {number: _without_node(*item) for number, item in held.items()}
+        warnings.warn(
+            f"{_name_of_call(self.record)} writes into a tensor that it is given, so that it can not run again: what "
+            "it saves is kept until backward; to free it, clone the tensor first",
+            stacklevel=2,
+        )
 
     def forward(self, op: Invertible, x: Wire, show: Callable[[Sequence[Tensor]], None] | None) -> tuple[Wire, Residue]:
         """An op's forward; what its function has saved is shown, and let go before memory for the result is taken."""
@@ -299,7 +310,6 @@ class Frame:
             before.put()
 
 
-_version_of = attrgetter("_version")
 _IN_PLACE = "is being used in an in-place operation", "is a view and is being modified inplace"  # what torch says
 _REFUSED = object()  # a transform of torch.func does not begin below hooks
 
@@ -416,8 +426,9 @@ class Kept:
     def tensors(self, what: str = "a tensor") -> list[Any]:
         """They, unless one has been written in place; what they are, for the error."""
         for tensor, before in zip(self.own, self.versions, strict=True):
-            if version(tensor) != before:
-                error = was_changed(tensor, what=what)
+            how = WRITTEN if version(tensor) != before else "emptied" if _is_emptied(tensor) else ""
+            if how:
+                error = was_changed(tensor, how, what)
                 error.about = self
                 raise error
         found = list(self.items)
@@ -433,6 +444,10 @@ def _shared(packed: Any, tensor: Any) -> list[Tensor]:
         return []
     kept = filter(_has_storage, _torch.trees.tree_leaves(packed))
     return [leaf for leaf in kept if _torch.storage_of(leaf) == _torch.storage_of(tensor)]
+
+
+def _is_emptied(tensor: Tensor) -> bool:
+    return _has_storage(tensor) and tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
 
 
 def _has_storage(item: Any) -> bool:

@@ -70,7 +70,7 @@ def runs_plainly() -> bool:
     """Whether nothing has to be kept (no gradients, or forward mode), or a tracer takes forward and leaves backward."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() or compiled.runs_plainly()
-    return not torch.is_grad_enabled() or _torch.is_tracing() or _torch.forward_mode()
+    return not torch.is_grad_enabled() or _torch.is_tracing() or _torch.forward_mode() or _torch.is_making_graph()
 
 
 class Passage:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import islice
-from operator import is_
+from operator import attrgetter, is_
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..core.structure import cells_of, defaults_of, globals_of, has_functions, is_empty, is_of_library
+from ..core.structure import cells_of, defaults_of, globals_of, has_functions, is_empty, is_of_library, slots_of
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
@@ -193,10 +193,14 @@ class Parts:
                 self._add_values(value, 1)
 
     def _add_values(self, item: Any, depth: int) -> None:
-        """What an object that a module holds consists of; what it calls is not looked for."""
+        """What an object that a module holds consists of; the functions that it calls are not looked for."""
         if type(item) is torch.device:
             self.devices.append(item)
         if type(item) in _PLAIN or id(item) in self.seen or depth > _DEPTH:
+            return
+        if isinstance(item, nn.Module):
+            if not self._is_around(item):
+                self._add_near(item, depth)
             return
         self.seen.add(id(item))
         if isinstance(item, _TABLES):
@@ -206,11 +210,15 @@ class Parts:
         elif isinstance(item, (tuple, frozenset)):
             for part in item:
                 self._add_values(part, depth + 1)
-        elif _has_values(item) and not isinstance(item, (nn.Module, Tensor)):
+        elif _has_values(item) and not isinstance(item, Tensor):
             self._add_values(getattr(item, "__dict__", None), depth)
             for place in _slots_of(item):
                 self.places.append(place)
                 self._add_values(place.value, depth + 1)
+
+    def _is_around(self, module: nn.Module) -> bool:
+        """Whether a module has one of ours in it: a trainer's model, that an object of ours happens to know."""
+        return not self.seen.isdisjoint(map(id, module.modules()))
 
     def _note_contents(self, table: list[Any] | dict[Any, Any] | set[Any] | deque[Any]) -> bool:
         """Unless it is large: it is copied in every call."""
@@ -319,17 +327,7 @@ def _properties_of(kind: type) -> list[Attribute]:
 
 
 def _slots_of(item: Any) -> list[Attribute]:
-    kinds = [kind for kind in type(item).__mro__ if "__slots__" in kind.__dict__]
-    names = [name for kind in kinds for name in _slot_names(kind)]
-    return [Attribute(item, name, getattr(item, name)) for name in names if hasattr(item, name)]
-
-
-def _slot_names(kind: type) -> list[str]:
-    """The slots of a class, private ones under the names that they have outside."""
-    slots, owner = kind.__dict__["__slots__"], kind.__name__.lstrip("_")
-    names = [slots] if isinstance(slots, str) else [n for n in slots if n not in ("__dict__", "__weakref__")]
-    is_private = [name.startswith("__") and not name.endswith("__") for name in names]
-    return [f"_{owner}{name}" if hides else name for name, hides in zip(names, is_private, strict=True)]
+    return [Attribute(item, name, getattr(item, name)) for name in slots_of(item)]
 
 
 def _is_value(item: Any) -> bool:
@@ -340,6 +338,17 @@ def _is_value(item: Any) -> bool:
 def version(tensor: Tensor) -> int:
     """A tensor's version counter; inference tensors have none and can not change under autograd."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Those of several."""
+    try:
+        return list(map(_version_of, tensors))
+    except RuntimeError:  # an inference tensor
+        return list(map(version, tensors))
+
+
+_version_of = attrgetter("_version")
 
 
 def is_lazy(functions: Iterable[Any]) -> bool:

@@ -53,13 +53,15 @@ class Region:
         self.probe: Probe | None = None
         self.watched = -1  # which of the saved tensors is sampled
 
-    def run(self, args: Sequence[Any], tensors: Sequence[Any], functions: Iterable[Any]) -> Any:
-        """``fn(*args)``, recorded; the tensors are those among its arguments."""
+    def run(
+        self, args: Sequence[Any], tensors: Sequence[Any], functions: Iterable[Any], within: Sequence[Tensor] = ()
+    ) -> Any:
+        """``fn(*args)``, recorded; the tensors are those among its arguments, and those within objects among them."""
         frame, kept = Frame(self, 0, self.record), Kept(tensors)
         self.record.like = tuple(map(like_of, tensors))
-        given = [t for t in tensors if isinstance(t, Tensor)]
+        given = [t for t in (*tensors, *within) if isinstance(t, Tensor)]
         out = frame.run(self.fn, args, functions, given, self.options.preserve_rng_state)
-        if self.record.kinds:
+        if self.record.kinds and frame.held is None:
             self.kept = kept
         return out
 

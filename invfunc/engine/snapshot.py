@@ -35,7 +35,7 @@ from .. import _torch
 from ..errors import ReplayError
 from .buffers import BufferCopy, may_write, may_write_into
 from .devices import accelerators
-from .parts import ABSENT, Attribute, Contents, Parts, Place, Table, version
+from .parts import ABSENT, Attribute, Contents, Parts, Place, Table, version, versions_of
 from .random_numbers import RandomState
 from .sharding import is_any_sharded, is_sharded
 from .turns import patience, turn
@@ -131,7 +131,7 @@ class Snapshot:
         self.tensors = tensors = [t for t in slots if isinstance(t, Tensor)]
         if parts.tensors:
             tensors += parts.tensors
-        self.versions = _versions_of(tensors)
+        self.versions = versions_of(tensors)
         self.flags, self.dtypes = list(map(_wants_gradient, tensors)), list(map(_dtype_of, tensors))
         self.addresses = _addresses_of(tensors)
         self.classes = list(map(type, parts.modules))
@@ -207,7 +207,7 @@ class Snapshot:
     def _are_tensors_same(self) -> bool:
         tensors = self.tensors
         return (
-            _versions_of(tensors) == self.versions
+            versions_of(tensors) == self.versions
             and list(map(_wants_gradient, tensors)) == self.flags
             and list(map(_dtype_of, tensors)) == self.dtypes
             and _addresses_of(tensors) == self.addresses
@@ -358,13 +358,6 @@ def _ids_in_sight(snapshot: Snapshot) -> set[int]:
     return {id(tensor) for tensor in snapshot.tensors_in_sight()}
 
 
-def _versions_of(tensors: list[Tensor]) -> list[int]:
-    try:
-        return list(map(_version_of, tensors))
-    except RuntimeError:  # an inference tensor
-        return list(map(version, tensors))
-
-
 def _addresses_of(tensors: list[Tensor]) -> list[tuple[int, int | torch.SymInt] | None]:
     """Where tensors live: in a storage, and not at a pointer, since FSDP empties a storage, and fills it again."""
     if _WITH_ADDRESS.issuperset(map(type, tensors)):
@@ -381,7 +374,7 @@ def _address_of(tensor: Tensor) -> tuple[int, int | torch.SymInt] | None:
     return (_torch.storage_of(tensor), tensor.storage_offset()) if is_strided else None
 
 
-_version_of, _wants_gradient, _dtype_of = map(attrgetter, ("_version", "requires_grad", "dtype"))
+_wants_gradient, _dtype_of = map(attrgetter, ("requires_grad", "dtype"))
 _WITH_ADDRESS = frozenset((Tensor, nn.Parameter, nn.Buffer))
 
 

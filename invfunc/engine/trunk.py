@@ -26,6 +26,8 @@ of plain autograd: whatever the function closes over, leaves on ``self`` or hand
 9.  A call that can not run again, since it initialises lazy parameters, holds on to what it has saved, and its input.
 10. A hook on a leaf may write into it when its gradient is there, as optimizers that step in backward do. Where there
     are such hooks, a frame is rebuilt before the gradient of its result goes on.
+11. A region that has written into what it was given can not run again either: it holds on to what it has saved, and
+    warns. A stage has to: it raises.
 """
 
 from __future__ import annotations

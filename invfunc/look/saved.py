@@ -175,6 +175,9 @@ class _Book:
         for tensor in kept.tensors() if kept is not None else ():
             if isinstance(tensor, Tensor):
                 yield from self._row(where, "input", tensor, "the part runs again from it")
+        frame = record.frame()
+        for tensor, _ in (frame.held or {}).values() if frame is not None else ():
+            yield from self._row(where, "result", tensor, "the part can not run again")
         self.counted |= {_torch.storage_of(t) for t in record.leaves}
         for tensor in record.kept.tensors() if record.kept is not None else ():
             if isinstance(tensor, Tensor):
