@@ -31,8 +31,10 @@ Context: TypeAlias = Mapping[str, Any]
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
 
-def with_context(op: Invertible, context: Context) -> Invertible:
-    """An op whose functions are told what they take of a context; raises where nobody takes a name."""
+def with_context(op: Invertible, context: Context | None) -> Invertible:
+    """An op whose functions are told what they take of a context, if any; raises where nobody takes a name."""
+    if context is None:
+        return op
     unknown = [name for name in context if not any(takes(fn, name) for fn in op.functions)]
     if unknown:
         names = ", ".join(dict.fromkeys(map(name_of, op.functions))) or "no function"
