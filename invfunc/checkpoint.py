@@ -75,7 +75,7 @@ class Checkpointed(Wrapper):
             x = widen(x, stream)
         return lower(self.streamed, x, current(self.options))
 
-    def inverse(self, y: Wire) -> Wire:
+    def undo(self, y: Wire) -> Wire:
         return self.inverted().forward(y)
 
     @property
@@ -134,8 +134,8 @@ class Marked(Wrapper):
     def forward(self, x: Wire) -> Wire:
         return self.op.forward(x)
 
-    def inverse(self, y: Wire) -> Wire:
-        return self.op.inverse(y)
+    def undo(self, y: Wire) -> Wire:
+        return self.op.undo(y)
 
     def inverted(self) -> Invertible:
         return Marked(self.op.inverted(), self.mark)
@@ -191,8 +191,8 @@ class CompiledStages(Wrapper):
     def forward(self, x: Wire) -> Wire:
         return self.op.forward(x)
 
-    def inverse(self, y: Wire) -> Wire:
-        return self.op.inverse(y)
+    def undo(self, y: Wire) -> Wire:
+        return self.op.undo(y)
 
     def inverted(self) -> Invertible:
         return CompiledStages(self.op.inverted(), self.step)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checkpoint import Wrapper
 from .core.combine import Parallel, Plumbing, check_components, parallel
+from .core.context import Context, with_context
 from .core.couple import DerivedLaw, Half, InverseLaw, Law
 from .core.op import (
     VJP,
@@ -86,7 +87,9 @@ def with_log_det(op: Invertible, *, exact: str | None = None) -> Invertible:
     return Chain((lifted(op, exact),), labels)
 
 
-def log_det(op: Invertible, x: Wire, *, exact: str | None = None) -> tuple[Wire, Tensor]:
+def log_det(
+    op: Invertible, x: Wire, *, exact: str | None = None, context: Context | None = None
+) -> tuple[Wire, Tensor]:
     r"""The output of an op and the log-determinant of its Jacobian there.
 
     .. math:: (f(x),\; \log|\det J_f(x)|)
@@ -95,6 +98,7 @@ def log_det(op: Invertible, x: Wire, *, exact: str | None = None) -> tuple[Wire,
         op: The op.
         x: Its input, whose dim 0 is the batch.
         exact: See `with_log_det`.
+        context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
     Returns:
         ``(y, log_det)``, the second of shape (N,), in the dtype of x and at least in float32.
@@ -104,13 +108,15 @@ def log_det(op: Invertible, x: Wire, *, exact: str | None = None) -> tuple[Wire,
 
     Raises:
         NotDifferentiableError: When a primitive has no rule.
+        OptionError: When no function takes a name of the context.
 
     Example:
         >>> import invfunc as inv
         >>> log_det(inv.ops.exp(), torch.tensor([[1.0, 2.0]]))
         (tensor([[2.7183, 7.3891]]), tensor([3.]))
     """
-    return with_log_det(op, exact=exact)(x, zeros_for(x))
+    told = with_context(check_op("log_det", op), context)
+    return with_log_det(told, exact=exact)(x, zeros_for(x))
 
 
 def zeros_for(x: Wire) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .checkpoint import checkpoint
 from .core.combine import _concat, _split, parallel
 from .core.compare import largest, largest_difference
+from .core.context import Context, with_context
 from .core.couple import Half
 from .core.op import Inverse, Invertible, LiveVJP, OneWay, Rearrangement, chain, check_op, invert, pair
 from .engine.parts import Parts
@@ -110,7 +111,12 @@ def law(applies: Callable[[Invertible, Wire], bool] = _always) -> Callable[[Call
 
 
 def check_laws(
-    op: Invertible, x: Wire, *, laws: Iterable[Law | str] | None = None, tolerance: float | None = None
+    op: Invertible,
+    x: Wire,
+    *,
+    laws: Iterable[Law | str] | None = None,
+    tolerance: float | None = None,
+    context: Context | None = None,
 ) -> tuple[str, ...]:
     """Test the laws on an op of yours at an input of yours.
 
@@ -119,6 +125,7 @@ def check_laws(
         x: An input from its domain; float64 shows errors of the op, not of rounding.
         laws: Which laws, by value or by name; all of `LAWS` that apply to the op by default.
         tolerance: How far the two sides may be apart, for ops whose inverse is approximate; `TOLERANCES` by default.
+        context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
     Returns:
         The names of the laws that were tested.
@@ -129,6 +136,7 @@ def check_laws(
 
     Raises:
         LawError: The law, the op, the two terms and the largest difference.
+        OptionError: When no function takes a name of the context.
 
     Example:
         >>> import torch, invfunc as inv
@@ -141,7 +149,7 @@ def check_laws(
           f = pair(exp, neg)
           inverse(forward(x)) and x: leaf 0 differs by at most 3.72 (tolerance 1e-09)
     """
-    check_op("check_laws", op)
+    op = with_context(check_op("check_laws", op), context)
     chosen = [LAWS[item] if isinstance(item, str) else item for item in (LAWS.values() if laws is None else laws)]
     with untouched(op):
         tested = [item for item in chosen if item.applies(op, x)]

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .errors import WireError
+from .errors import OptionError, WireError
 
 Wire: TypeAlias = Any  # a Tensor, another leaf, or a tuple of wires: recursive types are not worth their errors here
 
@@ -89,18 +89,31 @@ def spread(fn: Callable[..., Any], wire: Wire, label: str | None = None) -> Any:
 
 
 def _check_arity(fn: Callable[..., Any], wire: tuple[Wire, ...], label: str | None, error: TypeError) -> None:
-    """Raise a named error where a function does not take as many components as it got."""
+    """Raise a named error where a function does not take as many components as it got, or needs more by name."""
     signature = _signature(fn)
     if "positional argument" not in str(error) if signature is None else _takes(signature, wire):
         return
     name = label or getattr(fn, "__name__", None) or type(fn).__name__
-    raise WireError(
-        f"{name} received {f'{len(wire)} components' if len(wire) != 1 else 'one component'} {describe(wire)}",
-        expected=f"as many as it takes: {signature or error}",
-        cure="a tuple wire becomes positional arguments: concat it first, or let the function take them all"
-        if len(wire) != 1
-        else "pass a tuple: its components become positional arguments",
-    ) from error
+    received = f"{name} received {f'{len(wire)} components' if len(wire) != 1 else 'one component'} {describe(wire)}"
+    expected = f"as many as it takes: {signature or error}"
+    lacking = _lacking(signature, wire)
+    if lacking:
+        raise OptionError(
+            f"{received} and no {', '.join(map(repr, lacking))}",
+            expected=expected,
+            cure=f"tell it by name: context={{{', '.join(f'{name!r}: ...' for name in lacking)}}}; or pass a tuple: "
+            "its components become positional arguments",
+        ) from error
+    cure = "a tuple wire becomes positional arguments: concat it first, or let the function take them all"
+    raise WireError(received, expected=expected, cure=cure) from error
+
+
+def _lacking(signature: inspect.Signature | None, wire: tuple[Wire, ...]) -> list[str]:
+    """The names that a function needs beside the components of a wire."""
+    needed = signature.parameters.values() if signature is not None else ()
+    needed = [p for p in needed if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    by_place = [p.name for p in needed if p.kind is not p.KEYWORD_ONLY]
+    return by_place[len(wire) :] + [p.name for p in needed if p.kind is p.KEYWORD_ONLY]
 
 
 def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:

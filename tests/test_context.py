@@ -171,3 +171,101 @@ def test_an_op_that_hides_its_functions_is_refused(context: dict[str, Any]) -> N
         "context: with_log_det(pair(<lambda>, <lambda>)) hides <lambda>, expected chain, parallel and couple around it",
         lambda: op(torch.ones(2, 3), torch.zeros(2), context={"by": 1.0}),
     )
+
+
+# ---- whatever takes an op and its input ------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        return torch.tanh(self.net(x)) * scale
+
+
+ENTRIES: dict[str, Callable[..., Any]] = {
+    "call": lambda op, x, **told: op(x, **told),
+    "inverse": lambda op, x, **told: op.inverse(x, **told),
+    "invert": lambda op, x, **told: inv.invert(op)(x, **told),
+    "log_det": inv.log_det,
+    "check": inv.check,
+    "calibrate": lambda op, x, **told: inv.look.calibrate(op, x, 1e-3, **told),
+    "draw": inv.draw,
+    "saved": inv.look.saved,
+    "print_saved": inv.look.print_saved,
+    "measure": inv.measure,
+    "check_laws": inv.testing.check_laws,
+    "plan": lambda op, x, **told: inv.plan(op, x, budget="1MiB", **told),
+    "plan.verify": lambda op, x, **told: inv.plan(op, x, budget="1MiB", context=SCALE).verify(x, **told),
+}
+SCALE = {"scale": torch.tensor(0.5)}
+
+
+def scaled(*, lowered: bool) -> inv.Invertible:
+    op = inv.chain(inv.split(2), inv.couple(Scaled(), Scaled()), inv.concat(2))
+    return inv.checkpoint(op) if lowered else op
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_takes_an_op_and_its_input_takes_a_context(entry: str, lowered: bool) -> None:
+    op, x, run = scaled(lowered=lowered), torch.randn(3, 4), ENTRIES[entry]
+    run(op, x, context=SCALE)
+    with pytest.raises(OptionError, match=r"context has 'masc', expected names that one of the op's functions takes"):
+        run(op, x, context={"masc": 1, **SCALE})
+    for told in ({}, {"context": {}}):
+        with pytest.raises(
+            OptionError, match=r"Scaled received one component \(\(3, 2\),\) and no 'scale'.* by name: con"
+        ):
+            run(op, x, **told)
+
+
+def test_what_looks_says_of_an_op_in_a_context_what_it_says_of_closures() -> None:
+    f, x = Scaled(), torch.randn(3, 4, requires_grad=True)
+
+    def around(fn: Callable[..., Any]) -> inv.Invertible:
+        return inv.checkpoint(inv.chain(inv.split(2), inv.couple(fn), inv.mark(inv.couple(fn), "store"), inv.concat(2)))
+
+    op, closed = around(f), around(partial(f, **SCALE))
+    assert_close(op.inverse(x, context=SCALE), closed.inverse(x), 0.0)
+    assert_close(inv.log_det(op, x, context=SCALE), inv.log_det(closed, x), 0.0)
+    assert str(inv.draw(op, x, context=SCALE)) == str(inv.draw(closed, x))
+    beside = [row for row in inv.look.saved(op, x, context=SCALE) if "()" not in row.what]  # it is an input, of 0 bytes
+    assert beside == inv.look.saved(closed, x)
+    assert inv.check(op, x, context=SCALE).to_dict() == inv.check(closed, x).to_dict()
+    assert inv.testing.check_laws(op, x.detach(), context=SCALE) == inv.testing.check_laws(closed, x.detach())
+
+
+def test_an_inverse_takes_a_tuple_wire_as_a_call_does(context: dict[str, Any]) -> None:
+    op, x = inv.couple(Masked()), streams()
+    assert_close(op.inverse(*op(*x, context=context), context=context), x)
+
+
+def test_a_plan_made_in_a_context_lowers_the_op() -> None:
+    op, x = scaled(lowered=False), torch.randn(3, 4)
+    planned = inv.checkpoint(op, plan=inv.plan(op, x, budget="1MiB", context=SCALE))
+    assert_close(planned(x, context=SCALE), op(x, context=SCALE))
+
+
+def test_a_model_that_is_planned_by_its_blocks_takes_no_context() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    assert_refused(
+        OptionError,
+        "plan: Model, which is planned block by block, got a context, expected an op, a function or an nn.Sequential; "
+        "pass a tuple as x: its components become the model's positional arguments",
+        lambda: inv.plan(Model(), torch.randn(2, 4), budget="1MiB", context={"mask": 1}),
+    )
+
+
+def test_functions_and_modules_are_looked_at_in_a_context() -> None:
+    f, x = Scaled(), torch.randn(3, 2, requires_grad=True)
+    assert bool(inv.check(f, x, context=SCALE))
+    assert sum(row.bytes for row in inv.look.saved(f, x, context=SCALE)) == 3 * 2 * 8  # what tanh returned
+    module = inv.nn.Lowered(inv.chain(inv.split(2), inv.couple(f), inv.concat(2)))
+    assert inv.look.saved(module, torch.randn(3, 4), context=SCALE)

@@ -66,8 +66,6 @@ WIRES: dict[str, Call] = {
     "wire becomes positional arguments: concat it first, or let the function take them all": lambda: inv.ops.exp()(
         zeros(2), zeros(2)
     ),
-    "rotate received one component ((2,),), expected as many as it takes: (a, b); pass a tuple: its components become "
-    "positional arguments": lambda: inv.pair(lambda a, b: (b, a), lambda a, b: (b, a), name="rotate")(zeros(2)),
     "additive(t): t is (5, 2), expected (2,) like the input, or what broadcasts to it": lambda: inv.additive(
         zeros(5, 2)
     )(zeros(2)),
@@ -150,6 +148,10 @@ def test_what_a_wire_must_be(text: str) -> None:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, Call] = {
+    "rotate received one component ((2,),) and no 'b', expected as many as it takes: (a, b); tell it by name: "
+    "context={'b': ...}; or pass a tuple: its components become positional arguments": lambda: inv.pair(
+        lambda a, b: (b, a), lambda a, b: (b, a), name="rotate"
+    )(zeros(2)),
     "pair: forward is int, expected a function": lambda: inv.pair(3, f),
     "pair: inverse is Tensor, expected a function": lambda: inv.pair(f, zeros(1)),
     "pair(two, f) returned Tensor, expected (y, residue), as pair(..., residue=True) promises": (

@@ -390,6 +390,29 @@ def test_retrofit_starts_at_a_distance_in_proportion_to_gamma(model: Llama) -> N
     assert all(1.6 < a / b < 2.4 for a, b in zip(distances, distances[1:], strict=False))
 
 
+def test_with_weight_zero_the_new_stream_leaves_the_pretrained_function_and_its_first_step(model: Llama) -> None:
+    x = words()
+    expected = step(model.train(), x)
+    inv.nn.reversible(model, "layers.*", scheme=partial(ops.momentum, gamma=0))
+    assert_close(step(model, x), expected, 1e-12)
+
+
+@pytest.mark.parametrize("is_batch_first", [False, True])
+def test_one_sample_of_torchs_encoder_is_refused_where_a_number_is_drawn_for_each(is_batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, norm_first=True, batch_first=is_batch_first)
+    encoder, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(5, 8)
+    with inv.nn.reversible(encoder, "layers.*", scheme="bdia"):
+        assert_refused(
+            WireError,
+            "reversible: layers.0 received (5, 8), one sample, expected a batch: the scheme draws a number for each "
+            "sample; x.unsqueeze(0), or x.unsqueeze(1) where positions come first",
+            lambda: encoder(x),
+        )
+        assert encoder(x.unsqueeze(int(not is_batch_first))).numel() == x.numel()
+    with inv.nn.reversible(encoder, "layers.*", scheme="retrofit"):  # its gamma is one number for all
+        assert encoder(x).shape == x.shape
+
+
 @pytest.mark.parametrize("scheme", ["couple", "hamiltonian", "momentum", "midpoint", "leapfrog", "bdia", "retrofit"])
 def test_every_scheme_is_the_model_where_branches_are_zero(model: Llama, scheme: str) -> None:
     for layer in model.layers:

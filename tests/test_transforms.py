@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from catalogue import mlp, weight
-from kit import assert_close
+from kit import assert_close, assert_refused
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions import transforms as T
@@ -302,3 +302,30 @@ def test_a_parameter_before_a_transform_that_saturates_has_the_gradient_of_plain
         y, total = inv.log_det(way(op), x)
         found.append([torch.autograd.grad(t.sum(), scale, retain_graph=True)[0] for t in (y, total)])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+class OneWayTransform(T.Transform):
+    """A transform of torch that says nothing of its inverse."""
+
+    domain = codomain = torch.distributions.constraints.real
+    bijective = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return x
+
+
+def test_a_transform_that_has_no_inverse_is_named_where_it_is_asked_for() -> None:
+    op = inv.chain(inv.ops.exp(), inv.ops.from_transform(OneWayTransform()))
+    expected = (
+        "chain stage 1 (from_transform): from_transform(OneWayTransform()) has no inverse; inv.mark(op, 'recompute') "
+        "runs it again in backward, from its stored input"
+    )
+    assert_refused(NotInvertibleError, expected, lambda: op.inverse(torch.ones(3)))
+    x = torch.randn(3, requires_grad=True)
+    assert_refused(NotInvertibleError, expected, lambda: inv.checkpoint(op)(x).sum().backward())
+    marked = inv.chain(inv.ops.exp(), inv.mark(inv.ops.from_transform(OneWayTransform()), "recompute"))
+    (found,) = torch.autograd.grad(inv.checkpoint(marked)(x).sum(), x)
+    assert_close(found, torch.autograd.grad(op(x).sum(), x)[0])

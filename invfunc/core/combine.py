@@ -35,8 +35,8 @@ class Parallel(Invertible):
     def forward(self, x: Wire) -> Wire:
         return self._each(lambda part, x: part.forward(x), x)
 
-    def inverse(self, y: Wire) -> Wire:
-        return self._each(lambda part, y: part.inverse(y), y)
+    def undo(self, y: Wire) -> Wire:
+        return self._each(lambda part, y: part.undo(y), y)
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         stepped = self._each(lambda part, x: part.forward_with_residue(x), x)

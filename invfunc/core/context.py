@@ -31,8 +31,10 @@ Context: TypeAlias = Mapping[str, Any]
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
 
-def with_context(op: Invertible, context: Context) -> Invertible:
-    """An op whose functions are told what they take of a context; raises where nobody takes a name."""
+def with_context(op: Invertible, context: Context | None) -> Invertible:
+    """An op whose functions are told what they take of a context, if any; raises where nobody takes a name."""
+    if context is None:
+        return op
     unknown = [name for name in context if not any(takes(fn, name) for fn in op.functions)]
     if unknown:
         names = ", ".join(dict.fromkeys(map(name_of, op.functions))) or "no function"
@@ -127,7 +129,7 @@ def _inner(fn: Any) -> dict[str, Any]:
 
 
 Keywords: TypeAlias = tuple[frozenset[str], bool]  # names, and whether any other name will do
-_KNOWN: WeakKeyDictionary[FunctionType, Keywords] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[FunctionType, dict[int, Keywords]] = WeakKeyDictionary()  # by how many arguments it has
 
 
 def _keywords(fn: Any) -> Keywords:
@@ -135,12 +137,15 @@ def _keywords(fn: Any) -> Keywords:
     if hasattr(fn, "keywords_taken"):
         return fn.keywords_taken
     fn = fn.forward if isinstance(fn, nn.Module) else fn
-    plain = fn.__func__ if isinstance(fn, MethodType) else fn
+    plain, given = (fn.__func__, 1) if isinstance(fn, MethodType) else (fn, 0)
+    if type(fn) is partial and not fn.keywords:
+        plain, given = fn.func, len(fn.args)
     if type(plain) is not FunctionType:
         return _read_keywords(fn, 1)
-    if plain not in _KNOWN:
-        _KNOWN[plain] = _read_keywords(plain, 1 + (plain is not fn))
-    return _KNOWN[plain]
+    known = _KNOWN.setdefault(plain, {})
+    if given not in known:
+        known[given] = _read_keywords(plain, 1 + given)
+    return known[given]
 
 
 def _read_keywords(fn: Any, skip: int) -> Keywords:

@@ -517,7 +517,7 @@ class Half(Invertible):
 
     def evaluate(self, x: Wire) -> Wire:
         _, x2 = self.target_first(x)
-        return self.fn(x2) if isinstance(x2, Tensor) else spread(self.fn, x2)
+        return spread(self.fn, x2)
 
     def forward_by(self, t: Wire, x: Wire) -> tuple[Wire, Residue]:
         x1, x2 = self.in_place(x)
@@ -528,7 +528,7 @@ class Half(Invertible):
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
         y1, x2 = self.target_first(y)
-        t = self.fn(x2) if isinstance(x2, Tensor) else spread(self.fn, x2)
+        t = spread(self.fn, x2)
         self.check_given(t, y1)
         return self.in_place((self.law.undo(t, residue, y1), x2))
 

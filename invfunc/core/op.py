@@ -87,9 +87,13 @@ class Invertible(abc.ABC):
         """``x -> y``."""
         return self.forward_with_residue(x)[0]
 
-    def inverse(self, y: Wire) -> Wire:
+    def undo(self, y: Wire) -> Wire:
         """``y -> x``."""
         return self.inverse_with_residue(None, y)
+
+    def inverse(self, *ys: Wire, context: Mapping[str, Any] | None = None) -> Wire:
+        """``y -> x``: what ``(~op)(y)`` is, of a wire and a context as a call of the op takes them."""
+        return self._with_context(context).undo(_pack(ys))
 
     def pullback(self, y: Wire, gy: Wire) -> tuple[Wire, Wire, tuple[tuple[Tensor, Tensor], ...]]:
         """``(y, gy) -> (x, gx, closed)``: reverse mode from the output, in ordinary autograd.
@@ -148,11 +152,11 @@ class Invertible(abc.ABC):
             xs: The wire.
             context: What functions of the op are told by name, each what it takes as a keyword argument: a mask,
                 positions, what an encoder has found. Tensors get their gradient; an object that a function writes
-                into, such as a cache, is seen as it was when the function runs again. An inverse is told by
-                ``(~op)(y, context=...)``.
+                into, such as a cache, is seen as it was when the function runs again. ``op.inverse``, ``log_det``,
+                ``check``, ``draw``, ``plan`` and all else that takes an op and its input take a context as well.
 
         Raises:
-            OptionError: When no function takes one of the names.
+            OptionError: When no function takes one of the names, or one lacks a name that it needs.
 
         Example:
             >>> def f(x, scale):
@@ -162,7 +166,7 @@ class Invertible(abc.ABC):
             (tensor([11.]), tensor([1.]))
         """
         try:
-            return self.forward(_pack(xs)) if context is None else self._with_context(context).forward(_pack(xs))
+            return self._with_context(context).forward(_pack(xs))
         except TraceError as error:  # values of `torch.fx.symbolic_trace` have neither shapes nor parts
             raise OptionError(
                 f"{self!r} is traced by torch.fx.symbolic_trace",
@@ -170,7 +174,9 @@ class Invertible(abc.ABC):
                 cure="let is_leaf_module of the torch.fx.Tracer say True of its module, or use torch.export",
             ) from error
 
-    def _with_context(self, context: Mapping[str, Any]) -> Invertible:
+    def _with_context(self, context: Mapping[str, Any] | None) -> Invertible:
+        if context is None:
+            return self
         from .context import with_context
 
         return with_context(self, context)
@@ -499,8 +505,8 @@ class Chain(Invertible):
     def forward(self, x: Wire) -> Wire:
         return self._fold(lambda x, part: part.forward(x), x, enumerate(self._parts))
 
-    def inverse(self, y: Wire) -> Wire:
-        return self._fold(lambda y, part: part.inverse(y), y, self._backwards())
+    def undo(self, y: Wire) -> Wire:
+        return self._fold(lambda y, part: part.undo(y), y, self._backwards())
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         residues: list[Residue] = []

@@ -53,11 +53,14 @@ def check_keep(keep: Any) -> Any:
     )
 
 
-def _policy(keep: Keep) -> Policy:
-    if callable(keep):
-        return keep
-    listed = frozenset(item for item in keep if not isinstance(item, str))
-    return lambda context, op, *args, **kwargs: op in listed or op.overloadpacket in listed
+class _Listed:
+    """Whether an operator is one of those that are listed; its own hash is Python's, and asked for every operator."""
+
+    def __init__(self, keep: Sequence[Any]) -> None:
+        self.ids = frozenset(id(item) for item in keep if not isinstance(item, str))
+
+    def __call__(self, op: Any) -> bool:
+        return id(op) in self.ids or id(op.overloadpacket) in self.ids
 
 
 _KEEPING: ContextVar[tuple[Keeping, ...]] = ContextVar("keeping", default=())  # the calls that are running
@@ -128,10 +131,10 @@ class Keeping(_torch.DispatchMode):
 
     def __init__(self, keep: Keep) -> None:
         super().__init__()
-        self.policy = _policy(keep)
+        self.policy, self.listed = (keep, None) if callable(keep) else (None, _Listed(keep))
         self.names = frozenset() if callable(keep) else frozenset(item for item in keep if isinstance(item, str))
         self.results: dict[Call, Result] = {}
-        self.counts: Counter[Any] = Counter()
+        self.counts: Counter[int] = Counter()  # by the operator's id
         self.made: dict[int, tuple[Call, Any, int]] = {}  # by storage: who made it, all its results, and its version
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,18 +142,23 @@ class Keeping(_torch.DispatchMode):
         out = func(*args, **kwargs)
         if func is _IGNORED:
             return out
-        call = func, self.counts[func]
-        self.counts[func] += 1
-        context = SelectiveCheckpointContext(is_recompute=False)
-        context.op_output = out
-        is_kept = self.policy(context, func, *args, **kwargs) in _KEPT
-        if is_kept:
+        call = func, self.counts[id(func)]
+        self.counts[id(func)] += 1
+        if self._is_kept(func, out, args, kwargs):
             self._keep(call, out, _gives_views(func))
         elif self.names:
             old = {_torch.storage_of(t) for t in _tensors((args, kwargs))}
             new = {_torch.storage_of(t): t._version for t in _tensors(out)}
             self.made.update({storage: (call, out, new[storage]) for storage in new.keys() - old})
         return out
+
+    def _is_kept(self, func: Any, out: Any, args: Any, kwargs: Any) -> bool:
+        if self.listed is not None:
+            return self.listed(func)
+        assert self.policy is not None
+        context = SelectiveCheckpointContext(is_recompute=False)
+        context.op_output = out
+        return self.policy(context, func, *args, **kwargs) in _KEPT
 
     def keep(self, tensor: Tensor) -> None:
         """Keep the results of the operator that made a tensor."""
@@ -191,13 +199,14 @@ class Giving(_torch.DispatchMode):
 
     def __init__(self, results: dict[Call, Result]) -> None:
         super().__init__()
-        self.results, self.counts = results, Counter[Any]()
+        self.results = results
+        self.counts = dict.fromkeys([id(func) for func, _ in results], 0)  # of the operators that have some
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _IGNORED:
+        if id(func) not in self.counts:
             return func(*args, **(kwargs or {}))
-        result = self.results.get((func, self.counts[func]))
-        self.counts[func] += 1
+        result = self.results.get((func, self.counts[id(func)]))
+        self.counts[id(func)] += 1
         if result is None:
             return func(*args, **(kwargs or {}))
         if _versions_of(result.out) != result.versions:
@@ -267,7 +276,8 @@ class Around:
         """Around the call when it runs again."""
         if self.again is not None:
             self.again.names = []
-        giving = None if self.keeping is None else Giving(self.keeping.results)
+        results = {} if self.keeping is None else self.keeping.results
+        giving = Giving(results) if results else None
         return _within(self.contexts and self.contexts[1], giving, self.again)
 
     def let_go(self) -> None:

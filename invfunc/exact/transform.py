@@ -169,11 +169,11 @@ class ExactHalf(Exact, Half):
         self.check_given(t, x1)
         return self.in_place((self.law.op(t).forward(x1), x2))
 
-    def inverse(self, y: Wire) -> Wire:
+    def undo(self, y: Wire) -> Wire:
         y1, x2 = self.target_first(map_wire(dense, y))
         t = spread(self.fn, x2)
         self.check_given(t, y1)
-        return self.in_place((self.law.op(t).inverse(y1), x2))
+        return self.in_place((self.law.op(t).undo(y1), x2))
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return super().forward_with_residue(map_wire(dense, x))  # one copy, whose gradients add up as those of x do
@@ -330,8 +330,8 @@ class Coded(Exact):
     def forward(self, x: Wire) -> Wire:
         return self.op.forward(map_wire(dense, x))
 
-    def inverse(self, y: Wire) -> Wire:
-        return self.op.inverse(map_wire(dense, y))
+    def undo(self, y: Wire) -> Wire:
+        return self.op.undo(map_wire(dense, y))
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return self._undone(map_wire(dense, x), nullcontext())
@@ -552,14 +552,14 @@ class Gridded(Wrapper):
     def forward(self, x: Wire) -> Wire:
         return self._on_grid(lambda op, x: op.forward(x), x)
 
-    def inverse(self, y: Wire) -> Wire:
-        return self._on_grid(lambda op, y: op.inverse(y), y)
+    def undo(self, y: Wire) -> Wire:
+        return self._on_grid(lambda op, y: op.undo(y), y)
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return self.forward(x), None
 
     def inverse_with_residue(self, residue: Residue, y: Wire) -> Wire:
-        return self.inverse(y)
+        return self.undo(y)
 
     pull = Invertible.pull
 

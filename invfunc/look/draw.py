@@ -23,6 +23,7 @@ from .. import _torch
 from .._torch import LOOKS_AT_VALUES, storage_id, storage_of
 from ..checkpoint import Checkpointed, CompiledStages, Marked, Wrapper
 from ..core.combine import Parallel
+from ..core.context import Context, with_context
 from ..core.couple import Half, InverseLaw, is_coupling
 from ..core.op import Chain, Invertible, OneWay, lift, name_of, named
 from ..engine.frame import Frame
@@ -543,13 +544,14 @@ class Drawing:
         }
 
 
-def draw(op: Invertible | nn.Module | Callable[..., Any], *inputs: Any) -> Drawing:
+def draw(op: Invertible | nn.Module | Callable[..., Any], *inputs: Any, context: Context | None = None) -> Drawing:
     """Draw a pipeline: its structure and, for an input, the wires between its parts and what a training step keeps.
 
     Args:
         op: An op; a module of `invfunc.nn` stands for its op as it is lowered, any other callable for a `one_way`
             stage. A coupling shows its two steps, a named op is one box, equal neighbours are one with a count.
         inputs: As the op takes them: tensors, or shapes like ``(32, 64)``. None draws the structure alone.
+        context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
     Returns:
         A `Drawing`. Under ``backward`` stands how a lowered part finds its input again: ``invert`` by its inverse,
@@ -560,6 +562,9 @@ def draw(op: Invertible | nn.Module | Callable[..., Any], *inputs: Any) -> Drawi
     Cost:
         Without inputs nothing runs. With them the op runs forward twice on fake tensors, which takes milliseconds
         and no memory.
+
+    Raises:
+        OptionError: When no function takes a name of the context.
 
     Limits:
         An op that looks at its values (an iterative inverse, a batch normalisation) runs on real ones: on yours, or on
@@ -587,7 +592,7 @@ def draw(op: Invertible | nn.Module | Callable[..., Any], *inputs: Any) -> Drawi
         └─ tanh                 (16, 8)             store     2 KiB
                                                     in all    2 KiB
     """
-    value = _value(op)
+    value = with_context(_value(op), context)
     if not inputs:
         return Drawing(_part(value, "", iter(())))
     readings = iter(_readings(value, inputs[0] if len(inputs) == 1 else inputs))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpointed, CheckpointedFunction, checkpoint
+from ..core.context import Context, with_context
 from ..core.op import Invertible, OneWay, lift
 from ..engine.meter import CURE, TOLERANCES, resolvable
 from ..errors import OptionError
@@ -369,6 +370,7 @@ def check(
     *inputs: Wire,
     tolerance: float | None = None,
     dtypes: Sequence[torch.dtype] = DTYPES,
+    context: Context | None = None,
 ) -> Report:
     r"""Measure, stage by stage, whether an op can be trusted to be rebuilt in backward.
 
@@ -382,6 +384,7 @@ def check(
         tolerance: The relative error that is allowed; by default where the drift meter speaks, from 1e-6 in float64 and
             1e-3 in float32 to 3e-2 in half precision.
         dtypes: What to measure the growth of the error in, beside the dtype of the input.
+        context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
     Returns:
         A report: true if nothing is wrong, a table as ``str``, a picture by ``plot()``, data by ``to_dict()``; its
@@ -394,7 +397,7 @@ def check(
     Raises:
         DomainError: When an input holds NaN or infinity.
         WireError: When it is a nested tensor.
-        OptionError: When the tolerance is below the rounding of the dtype.
+        OptionError: When the tolerance is below the rounding of the dtype, or no function takes a name of the context.
 
     Limits:
         What is measured holds for this input and these parameters. Errors are of norms: one wrong number among a
@@ -413,7 +416,7 @@ def check(
     """
     x = _copied(inputs[0] if len(inputs) == 1 else inputs)
     refuse_nested("check", x)
-    lowered, plain = _both(op)
+    lowered, plain = [with_context(part, context) for part in _both(op)]
     dtype = dtype_of(x)
     require_finite("check", x)
     allowed = TOLERANCES[dtype] if tolerance is None else resolvable("check: tolerance", tolerance, dtype)
@@ -491,7 +494,7 @@ def _name(dtype: torch.dtype) -> str:
 # ---- calibrate -------------------------------------------------------------------------------------------------------
 
 
-def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
+def calibrate(op: Invertible, x: Wire, tolerance: float, *, context: Context | None = None) -> tuple[int, ...]:
     """The fewest cuts of a chain so that what is rebuilt stays close; ``checkpoint(op, cuts=calibrate(op, x, 1e-3))``.
 
     From the end of the chain, inverses go down as far as the tolerance lets them; there, a value is stored, and they
@@ -501,6 +504,7 @@ def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
         op: A chain, or a module of `invfunc.nn` that stands for one; each of its parts is taken whole.
         x: An input as in training.
         tolerance: How far what is rebuilt may be from what it was, as a relative error of the whole wire.
+        context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
     Returns:
         Before which parts to store, increasing, as ``checkpoint(cuts=...)`` takes them; empty where none is needed.
@@ -524,7 +528,7 @@ def calibrate(op: Invertible, x: Wire, tolerance: float) -> tuple[int, ...]:
         (3,)
         >>> fast = inv.checkpoint(op, cuts=cuts)
     """
-    plain = unlowered(lift(_op_of(op)))
+    plain = unlowered(with_context(lift(_op_of(op)), context))
     require_finite("calibrate", x)
     resolvable("calibrate: tolerance", tolerance, dtype_of(x))
     with untouched(plain):

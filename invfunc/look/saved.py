@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from .. import _torch
 from ..core.combine import Parallel
-from ..core.op import Chain, Invertible
+from ..core.context import Context, with_context
+from ..core.op import Chain, Invertible, lift
 from ..engine.frame import OBSERVER, Observed, Record
 from ..engine.interface import places_on
 from ..engine.parts import Parts
 from ..engine.trunk import is_tail, kept_by_tail
+from ..nn.module import Module
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ class Saved:
     why: str
 
 
-def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
+def saved(op: Callable[..., Any], *inputs: Any, context: Context | None = None) -> list[Saved]:
     """What one call of a lowered pipeline, or of any other function, keeps for backward.
 
     Args:
         op: An op, lowered or not, a checkpointed function, a module, or any callable.
         inputs: Its arguments; they require grad or not as in training.
+        context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
     Returns:
         A row for everything that is kept, in the order in which the call made the nodes that keep it; what a gradient
@@ -65,15 +68,17 @@ def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
     Source:
         JAX's ``saved_residuals``.
     """
+    call = op if context is None else _in_context(op, context)
     before, observed = _torch.graph_position(), list[Observed]()
     token = OBSERVER.set(observed)
     try:
         with torch.autograd.set_detect_anomaly(True, check_nan=False):  # tells which nodes a gradient inside has made
-            out = op(*inputs)
+            out = call(*inputs)
     finally:
         OBSERVER.reset(token)
-    given = {_torch.storage_of(t) for t in _torch.trees.tree_leaves(inputs) if isinstance(t, Tensor)}
-    book = _Book({_torch.storage_of(t) for t in _owned(op)}, given, _places(op))
+    arguments = _torch.trees.tree_leaves((inputs, dict(context or {})))
+    given = {_torch.storage_of(t) for t in arguments if isinstance(t, Tensor)}
+    book = _Book({_torch.storage_of(t) for t in _owned(op)}, given, _places(call))
     tensors = [leaf for leaf in _torch.trees.tree_leaves(out) if isinstance(leaf, Tensor)]
     calls = [(call.stop, partial(book.rows_of_call, call)) for call in observed]
     nodes = [
@@ -84,12 +89,13 @@ def saved(op: Callable[..., Any], *inputs: Any) -> list[Saved]:
     return [row for _, rows in sorted([*calls, *nodes], key=lambda item: item[0]) for row in rows()]
 
 
-def print_saved(op: Callable[..., Any], *inputs: Any) -> None:
+def print_saved(op: Callable[..., Any], *inputs: Any, context: Context | None = None) -> None:
     """Print what one call keeps for backward: a table of `saved`, and its total.
 
     Args:
         op: An op, lowered or not, a checkpointed function, a module, or any callable.
         inputs: Its arguments.
+        context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
     Example:
         >>> import torch, invfunc as inv
@@ -101,12 +107,16 @@ def print_saved(op: Callable[..., Any], *inputs: Any) -> None:
         ExpBackward0    result (3,) float32     12  stored by plain autograd
         total                                   24
     """
-    rows = saved(op, *inputs)
+    rows = saved(op, *inputs, context=context)
     rows.append(Saved("total", "", sum(row.bytes for row in rows), ""))
     cells = [("where", "what", "bytes", "why"), *((r.where, r.what, f"{r.bytes:,}", r.why) for r in rows)]
     where, what, size, _ = (max(map(len, column)) for column in zip(*cells, strict=True))
     for row in cells:
         print(f"{row[0]:{where}}  {row[1]:{what}}  {row[2]:>{size}}  {row[3]}".rstrip())
+
+
+def _in_context(op: Callable[..., Any], context: Context) -> Callable[..., Any]:
+    return partial(op, context=context) if isinstance(op, Module) else with_context(lift(op), context)
 
 
 # ---- the nodes of the call -----------------------------------------------------------------------------------------

@@ -162,12 +162,19 @@ class Scheme(NamedTuple):
             )
         return make(*functions)
 
+    def is_unbatched(self, block: nn.Module, x: Tensor) -> bool:
+        """Whether there is one sample alone where the scheme draws for each; torch's own layers take it as a matrix."""
+        return self.draws and x.dim() == 2 and _is_torchs(block)
+
     def _made_for(self, block: nn.Module) -> Callable[..., Invertible]:
         """What makes the op of a block: torch's own layers have positions first, unless they say otherwise."""
-        torchs = isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
-        is_batch_first = not torchs or getattr(block.self_attn, "batch_first", True)
+        is_batch_first = not _is_torchs(block) or getattr(block.self_attn, "batch_first", True)
         is_told = _given(self.make, "batch_dim", None) is not None
         return self.make if is_batch_first or is_told or not self.draws else partial(self.make, batch_dim=1)
+
+
+def _is_torchs(block: nn.Module) -> bool:
+    return isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
 
 
 def _take_turns(*branches: Callable[..., Any]) -> Invertible:
@@ -203,7 +210,8 @@ def _on_grid(scheme: Callable[..., Invertible]) -> Scheme:
     spacing, gammas = _given(scheme, "spacing", SPACING), _given(scheme, "gammas", (0.5, -0.5))
     is_random = not isinstance(gammas, (int, float)) and not sum(gammas)
     first, enter = partial(_euler_on_grid, spacing), partial(_twice_on_grid, spacing)
-    return Scheme(scheme, first=first, enter=enter, keeps_evaluation=is_random, draws=True)
+    draws = not isinstance(gammas, (int, float))
+    return Scheme(scheme, first=first, enter=enter, keeps_evaluation=is_random, draws=draws)
 
 
 def _given(scheme: Any, name: str, default: Any) -> Any:
@@ -481,6 +489,12 @@ class Stack:
         return passage.wire[self.scheme.shown]
 
     def _enter(self, x: Tensor) -> Passage:
+        if self.scheme.is_unbatched(self.blocks[0], x):
+            raise WireError(
+                f"reversible: {self.paths[0]} received {describe(x)}, one sample",
+                expected="a batch: the scheme draws a number for each sample",
+                cure="x.unsqueeze(0), or x.unsqueeze(1) where positions come first",
+            )
         return Passage(self.pipeline, self.scheme.enter(x), current(self.options))
 
     def _resume(self, index: int, x: Tensor, waiting: Waiting | None) -> Passage:
@@ -566,7 +580,8 @@ def reversible(
     - ``"couple"``: attention changes one stream and the feed-forward net the other. Another function from the second
       block on: to train from scratch, or to fine-tune for long. ``"hamiltonian"``: the same, with a step.
     - ``"momentum"``: ``partial(inv.ops.momentum, gamma=...)`` differs in proportion to gamma, and its rounding grows as
-      :math:`\gamma^{-depth}`.
+      :math:`\gamma^{-depth}`. With ``gamma=0`` the new stream has weight zero: *the model as it was*, in training, too,
+      but each block keeps one tensor of a stream's size.
     - ``"midpoint"``: near where neighbouring blocks add nearly the same. ``"leapfrog"``: another function, for which f
       is a force.
     - ``"bdia"``: *evaluation is the model as it was*, to the bit, when none of the blocks is in training. In training,

@@ -218,7 +218,7 @@ def from_transform(transform: Any) -> Invertible:
         another gradient, and a `DriftWarning`: `exp`, `softplus` and `power` keep their input.
 
     Raises:
-        NotInvertibleError: When it is not bijective.
+        NotInvertibleError: When it is not bijective; in a call of its inverse, when it says that it has none.
         OptionError: When it is none of these; `pair` and `log_det_pair` wrap any two functions.
         DomainError: Under ``inv.debug(True)``, when a value lies outside of a ``torch.distributions`` domain.
 
@@ -252,6 +252,20 @@ def _key(kind: type) -> str:
     return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
 
 
+def _told(layer: Any, inverted: bool, call: Callable[..., Any], *args: Any) -> Any:
+    """What a layer returns; a named error where it says that it has no inverse."""
+    try:
+        return call(*args)
+    except Exception as error:
+        is_missing = isinstance(error, NotImplementedError) or type(error).__name__ == "InverseNotAvailable"
+        if not (inverted and is_missing):
+            raise
+        raise NotInvertibleError(
+            f"{_shown(layer.inv if isinstance(layer, Transform) else layer)} has no inverse",
+            cure="inv.mark(op, 'recompute') runs it again in backward, from its stored input",
+        ) from error
+
+
 def _chained(transforms: Iterable[Any]) -> Invertible:
     return chain(*map(from_transform, transforms))
 
@@ -276,7 +290,8 @@ def _of_torch(transform: Transform) -> Invertible:
         op = _joint(partial(_itself, pure), _shown(transform), False)
     else:
         rule = partial(_transform_log_det, pure)
-        op = pair(partial(_through, pure), partial(_through, pure.inv), log_det=rule, name=_shown(transform))
+        there, back = partial(_through, pure), partial(_through, pure.inv, inverted=True)
+        op = pair(there, back, log_det=rule, name=_shown(transform))
     return op if _has_fine_ends(pure.domain) and _has_fine_ends(pure.codomain) else saturating(op)
 
 
@@ -304,13 +319,14 @@ def _made(make: Callable[..., Transform], inverted: bool, condition: tuple[Any, 
 
 
 def _value(make: Callable[..., Transform], inverted: bool, x: Tensor, *condition: Any) -> Tensor:
-    y = _through(_made(make, inverted, condition), x)
+    y = _through(_made(make, inverted, condition), x, inverted)
     _let_go(inverted)
     return y
 
 
 def _both(make: Callable[..., Any], inverted: bool, x: Tensor, *condition: Any) -> tuple[Tensor, Tensor]:
-    y, log_det = _made(make, inverted, condition).call_and_ladj(x)  # pyright: ignore[reportAttributeAccessIssue]
+    transform: Any = _made(make, inverted, condition)
+    y, log_det = _told(transform, inverted, transform.call_and_ladj, x)
     _let_go(inverted)
     return y, sum_per_sample(log_det)
 
@@ -325,11 +341,10 @@ def _log_det(make: Callable[..., Transform], x: Tensor, y: Tensor) -> Tensor:
     return _transform_log_det(make(), x, y)
 
 
-def _through(transform: Transform, x: Tensor) -> Tensor:
+def _through(transform: Transform, x: Tensor, inverted: bool = False) -> Tensor:
     if checking():
         require(repr(transform), x, transform.domain.check, f"its domain, {transform.domain}")
-    y: Any = transform(x)
-    return y
+    return _told(transform, inverted, transform, x)
 
 
 def _transform_log_det(transform: Transform, x: Tensor, y: Tensor) -> Tensor:
@@ -348,7 +363,8 @@ def _of_layer(layer: Any) -> Invertible:
 def _called(method: Any, takes_context: bool, *x: Any) -> tuple[Wire, Any]:
     """What a method tells, in wires: where theirs are lists, ours are tuples."""
     several = len(x) > 1 and not takes_context
-    y, log_det = method(list(x)) if several else method(*x)
+    given = (list(x),) if several else x
+    y, log_det = _told(getattr(method, "__self__", method), hasattr(method, "__self__"), method, *given)
     return tuple(y) if isinstance(y, list) else y, log_det
 
 
@@ -375,7 +391,7 @@ def _run(module: Any, rev: int, count: int, chosen: tuple[int, ...], *x: Any) ->
             cure="inv.ops.given(op)(x, condition), or a tuple of conditions",
         )
     conditions = {"c": [given[i] for i in chosen]} if chosen else {}
-    y, log_det = module(x[:count], rev=bool(rev), **conditions)
+    y, log_det = _told(module, bool(rev), partial(module, rev=bool(rev), **conditions), x[:count])
     return y[0] if len(y) == 1 else tuple(y), log_det
 
 

@@ -206,8 +206,8 @@ class Planned(Wrapper):
     def forward(self, x: Wire) -> Wire:
         return self.op.forward(x)
 
-    def inverse(self, y: Wire) -> Wire:
-        return self.op.inverse(y)
+    def undo(self, y: Wire) -> Wire:
+        return self.op.undo(y)
 
     def inverted(self) -> Invertible:
         """The inverse has no plan: it is lowered as its options say."""

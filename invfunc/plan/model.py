@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from .._torch import storage_of
-from ..core.context import contents_in, copy_state
+from ..core.context import Context, contents_in, copy_state, with_context
 from ..core.op import Invertible, chain, graph_leaves, lift
 from ..errors import OptionError
 from ..nn.module import Module, op_of
@@ -77,6 +77,22 @@ def planned_as(f: Any) -> Invertible | Blocks:
     if isinstance(f, Module):
         return lift(op_of(f))
     return Blocks(f, _longest(f)) if isinstance(f, nn.Module) else lift(f)
+
+
+def in_context(f: Any, context: Context) -> Invertible:
+    """What a plan sees, whose functions are told a context.
+
+    Raises:
+        OptionError: When a model is planned by its blocks, or no function takes a name.
+    """
+    found = planned_as(f)
+    if isinstance(found, Invertible):
+        return with_context(found, context)
+    raise OptionError(
+        f"plan: {type(f).__name__}, which is planned block by block, got a context",
+        expected="an op, a function or an nn.Sequential",
+        cure="pass a tuple as x: its components become the model's positional arguments",
+    )
 
 
 def _part(child: nn.Module) -> Invertible:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpointed, checkpoint
+from ..core.context import Context
 from ..core.op import Invertible, lift
 from ..engine.interface import Options
 from ..errors import OptionError
@@ -26,7 +27,7 @@ from .clock import least_seconds
 from .costs import Costs, parse_bytes, show_bytes
 from .executor import Planned, flat_ops, grouped, keeping_options
 from .inputs import check_is_real, is_real
-from .model import Blocks, function_of, planned_as, with_blocks, with_forward
+from .model import Blocks, function_of, in_context, planned_as, with_blocks, with_forward
 from .profiling import bytes_only, key_of, mean_square, profile, shape_key
 from .schedule import (
     Prediction,
@@ -129,13 +130,20 @@ class Plan:
         """The fixed strategies, for comparison."""
         return {name: predict(self.costs, schedule) for name, schedule in fixed_schedules(self.costs).items()}
 
-    def verify(self, x: Wire, f: Invertible | Callable[..., Any] | None = None, loss: Loss = mean_square) -> Verified:
+    def verify(
+        self,
+        x: Wire,
+        f: Invertible | Callable[..., Any] | None = None,
+        loss: Loss = mean_square,
+        context: Context | None = None,
+    ) -> Verified:
         """Run a plain and a planned step on a batch and compare.
 
         Args:
             x: The batch.
             f: The op, where the plan was made from costs alone.
             loss: What turns the output into a number.
+            context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
         Returns:
             The gradient error of the worst tensor, the measured peak, and the time over plain.
@@ -143,6 +151,7 @@ class Plan:
         given = self.f if f is None else f
         if given is None:
             raise OptionError("plan.verify: the plan was made from costs alone", cure="pass the op: plan.verify(x, f)")
+        given = given if context is None else in_context(given, context)
         check_is_real(x)
         x, fast, op = _leaves(x), lift(checkpoint(given, plan=self)), lift(given)
         with untouched(op):
@@ -361,6 +370,7 @@ def plan(
     max_time: float | None = None,
     max_error: float | None = None,
     loss: Loss = mean_square,
+    context: Context | None = None,
 ) -> Plan:
     """The best way to train a chain within limits: what to store, what to recompute, what to invert.
 
@@ -377,6 +387,7 @@ def plan(
         max_error: The largest relative gradient error of a run of inverses. An estimate, not a bound: with a real x the
             plan is verified on it and made stricter until it holds there; `Plan.verify` tries another batch.
         loss: What turns the output into a number.
+        context: What the functions are told by name beside the input, as in ``op(x, context=...)``.
 
     Returns:
         A frozen `Plan`; print it, and hand it to ``invfunc.checkpoint(f, plan=plan)``, which makes an op of an op, and
@@ -411,9 +422,11 @@ def plan(
     if x is None:
         raise OptionError("plan: no input", expected="plan(f, x, ...), or plan(costs, ...)", cure="x may be a shape")
     by_error = max_error is not None or (budget is not None and max_time is not None)
-    costs = profile(f, x, loss=loss, errors=by_error)
+    told = f if context is None else in_context(f, context)
+    costs = profile(told, x, loss=loss, errors=by_error)
     found = Plan(best(costs, limits), costs, limits, f)
-    return verified(found, lift(f), _leaves(x), loss) if max_error is not None and found.error and is_real(x) else found
+    is_bound = max_error is not None and found.error and is_real(x)
+    return verified(found, lift(told), _leaves(x), loss) if is_bound else found
 
 
 def _check_limits(limits: Limits) -> None:

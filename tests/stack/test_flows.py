@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 import invfunc as inv
-from invfunc.errors import OptionError, WireError
+from invfunc.errors import NotInvertibleError, OptionError, WireError
 from invfunc.testing import check_laws
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated:UserWarning")  # nflows calls it
@@ -272,3 +272,22 @@ def test_a_flow_of_nflows_is_not_a_transform() -> None:
     flow = nflows.flows.Flow(nflows_maf(1).net, nflows.distributions.StandardNormal([WIDTH]))
     with pytest.raises(OptionError, match=re.escape("expected its transform; pass what you gave to Flow(")):
         inv.ops.from_transform(flow)
+
+
+class NflowsOneWay(nflows.transforms.Transform):
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return inputs.sinh(), inputs.cosh().log().sum(1)
+
+
+class NormflowsOneWay(normflows.flows.Flow):
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z.sinh(), z.cosh().log().sum(1)
+
+
+@pytest.mark.parametrize("kind", [NflowsOneWay, NormflowsOneWay])
+def test_a_layer_that_has_no_inverse_is_named_and_trains_where_it_runs_again(kind: Callable[[], nn.Module]) -> None:
+    op, x = inv.ops.from_transform(kind()), torch.randn(6, WIDTH, requires_grad=True)
+    with pytest.raises(NotInvertibleError, match=r"OneWay\) has no inverse; inv.mark\(op, 'recompute'\) runs it again"):
+        inv.checkpoint(op)(x.sin()).sum().backward()
+    (found,) = torch.autograd.grad(inv.checkpoint(inv.mark(op, "recompute"))(x.sin()).sum(), x)
+    assert_close(found, x.sin().cosh() * x.cos())
