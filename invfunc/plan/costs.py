@@ -210,6 +210,13 @@ class Costs:
         """The costs of a chain that takes no time: what is impossible still is."""
         return replace(self, unit=0.0, enter=0.0, ops=tuple(op.without_seconds() for op in self.ops))
 
+    def with_like_seconds(self) -> Costs:
+        """The costs of a chain whose ops all take as long."""
+        found = self.without_seconds()
+        return replace(
+            found, ops=tuple(replace(op, forward=1.0, backward=2.0, inverse=3.0 + op.inverse) for op in found.ops)
+        )
+
     @property
     def seconds(self) -> float:
         """A plain step: every op forward and backward once."""
