@@ -141,8 +141,8 @@ class OpCosts:
     doubt: float = 0.0
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("forward", "backward", "region", "within", "opens", "ends", "begins"), 0.0)
-        least["inverse"] = self.backward
+        none = dict.fromkeys(("forward", "backward", "region", "within", "opens", "ends", "begins"), 0.0)
+        least: dict[str, float] = none | {"inverse": self.backward}
         most = {"ends": self.forward, "begins": self.inverse - self.backward}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:

@@ -256,7 +256,7 @@ class Profiler:
             found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), done + 1
         self.known.update({kind: reading.factors for kind, reading in found.items()})
         unit = unit_of(sum(found[kind].seconds["step"] for kind in kinds))
-        enter = whole(python.of_step(len(ops), found[kinds[0]].call), unit)
+        enter = whole(python.of_step(len(ops), next((reading.call for reading in found.values()), 0.0)), unit)
         return [(found[kind], costs_in(found[kind].seconds, unit)) for kind in kinds], enter, unit
 
     def _goes_on(self, done: int, spent: float, found: Sequence[Reading]) -> bool:
