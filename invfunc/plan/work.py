@@ -43,7 +43,7 @@ class Rates(NamedTuple):
 
 # Where processes share the CPU, they take turns of milliseconds, and find its caches full of what others left there.
 CPU, ACCELERATOR = Rates(10e-6, 150e9, 30e9, 2e-3), Rates(5e-6, 60e12, 3e12)
-CONVOLUTION = 8  # calls that one of them takes as long as: it chooses among kernels, and lays out its tensors anew
+CONVOLUTION = 10  # calls that one of them takes as long as: it chooses among kernels, and lays out its tensors anew
 KEEPING = 7  # calls for each operator of an op, to see in both passes which results are kept
 
 
