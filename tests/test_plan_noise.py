@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from torch import nn
 
 import invfunc as inv
 from invfunc.errors import OptionError
-from invfunc.plan import Costs, OpCosts, Plan, Recompute, Store
+from invfunc.plan import Costs, Invert, OpCosts, Plan, Recompute, Store, machine
 from invfunc.plan import profile as real_profile
 from invfunc.plan.costs import parse_bytes
 from invfunc.plan.profiling import Profiler
+from invfunc.plan.report import rows, timeline
 from invfunc.plan.schedule import fixed_schedules, predict, store_all
 from invfunc.plan.search import least
-from invfunc.plan.work import CPU, Rates, Work, costs_in, read, unit_of
+from invfunc.plan.solver import Table
+from invfunc.plan.work import CPU, Python, Rates, Work, costs_in, read, unit_of
 
 SPIKES = (1.0, 1.1, 1.3, 2.0, 20.0)  # what a busy machine makes of a second
 
@@ -116,7 +119,7 @@ def test_plans_on_a_busy_machine_agree(share):
 def test_a_turn_of_another_process_does_not_contradict_what_is_counted(longer, believed):
     counts = {"a": {"forward": Work(10), "step": Work(30), "again": Work(50)}}
     timed = {"a": {"forward": 40e-6, "step": 120e-6, "again": 200e-6 + longer}}
-    (reading,) = read(timed, counts, ["a"], CPU, {}).values()
+    (reading,) = read(timed, counts, ["a"], CPU, {}, Python()).values()
     assert (reading.off > 1) == believed
 
 
@@ -140,7 +143,7 @@ def test_what_was_found_once_stands_in_the_next_profile():
     known = {}
     for slow in (3.1, 2.9, 3.2, 2.8):
         timed = clock | {"b": {way: slow * seconds for way, seconds in clock["a"].items()}}
-        readings = read(timed, counts, ["a"] * 9 + ["b"], Rates(1.0, 1.0, 1.0), known)
+        readings = read(timed, counts, ["a"] * 9 + ["b"], Rates(1.0, 1.0, 1.0), known, Python())
         known = {kind: reading.factors for kind, reading in readings.items()}
         assert readings["b"].seconds["step"] == pytest.approx(2 * 3**1.5)
     assert not readings["b"].doubt == 0 and readings["a"].off == 1
@@ -176,6 +179,94 @@ def test_timing_leaves_the_number_of_threads():
         torch.set_num_threads(before)
 
 
+# ---- what Python takes -----------------------------------------------------------------------------------------------
+
+
+def steps_of(call, python):
+    """The seconds of whole steps where kernels and Python take so long."""
+    n, ops = machine.HALVES, machine.HALVES * machine.CALLS * call
+    forward, enter = machine.CALLS * call / 3, python.of_step(n, call)
+    within, level = python.within * call + forward, python.level * call + forward
+    region, opens = ops + enter + python.region * call, ops + enter + python.opens * call
+    return {
+        "plain": ops,
+        "region": region + n * within,
+        "short region": region + within,
+        "regions": region + (n - 1) * python.region * call + n * within,
+        "run": opens + n * level,
+        "short run": opens + level,
+        "runs": opens + (n - 1) * python.opens * call + n * level,
+    }
+
+
+@pytest.mark.parametrize("call", [1e-6, 5e-6])
+def test_what_python_takes_is_read_from_whole_steps(call):
+    python = Python(70.0, machine.USUAL.each, 50.0, 12.0, 25.0, 15.0)
+    assert machine.calls_in(steps_of(call, python)) == pytest.approx(python)
+
+
+@pytest.mark.parametrize(("factor", "found"), [(0.75, 1), (1.3, 1), (2.5, 2), (0.3, 0.25), (-1.0, 1 / 16), (99.0, 16)])
+def test_what_python_takes_is_as_usual_unless_that_is_contradicted(factor, found):
+    python = machine.believed(Python(*[factor * calls for calls in machine.USUAL]))
+    assert python == pytest.approx(tuple(found * calls for calls in machine.USUAL))
+
+
+def test_what_python_takes_here_is_a_number_of_calls():
+    python = machine.python_here()
+    assert machine.python_here() is python
+    assert python.region > python.within > 0 and python.enter > python.opens > 0 and python.level > 0
+
+
+def with_python(op, shape, python):
+    return Profiler(clock=given_seconds, python=lambda: python).costs(op, shape)
+
+
+def test_plans_promise_what_python_takes():
+    """Of the step, of each region and run, of each op that is run in a region, and of each that is undone."""
+    none, some = (with_python(couplings(3), (64, 64), python) for python in (Python(), Python(8, 1, 5, 2, 3, 4)))
+    count, last = len(none.ops), len(none.ops) - 1
+    calls = {
+        tuple(map(Store, range(count))): 0,
+        (Recompute(0, tuple(map(Store, range(last)))), Store(last)): 8 + count + 5 + 2 * last,
+        (*[Recompute(i, (Store(i),)) for i in range(last)], Store(last)): 8 + count + last * (5 + 2),
+        (Invert(0, last), Store(last)): 8 + count + 3 + 4 * last,
+        (Invert(0, 3), Invert(3, last), Store(last)): 8 + count + 2 * 3 + 4 * last,
+        (Recompute(0, (Recompute(0, (Store(0), Store(1))), Store(2))), *map(Store, range(3, count))): 8
+        + count + 2 * 5 + 2 * (3 + 2),
+    }  # fmt: skip
+    found = {s: predict(some, s).seconds - predict(none, s).seconds for s in calls}
+    one = some.ops[1].within / 2
+    assert {s: seconds / one for s, seconds in found.items()} == pytest.approx(calls, rel=0.01)
+    for schedule in calls:
+        plan = Plan(schedule, some)
+        assert list(timeline(some, schedule))[-1].seconds == pytest.approx(plan.predicted.seconds)
+        extra = sum(row.extra for row in rows(plan)) + some.enter * (calls[schedule] > 0)
+        assert 1 + extra / some.seconds == pytest.approx(plan.time)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.35])
+def test_the_solver_counts_what_python_takes_as_the_promise_does(share):
+    costs = with_python(couplings(), (64, 64), machine.USUAL)
+    budget = int(share * peak(costs))
+    table = Table(costs, budget, 400)
+    assert table.time(budget) == pytest.approx(predict(costs, table.schedule(budget)).seconds, rel=1e-5)
+
+
+def test_where_python_takes_most_there_are_fewer_regions():
+    def silent(*args):  # what is counted stands
+        y, found = given_seconds(*args)
+        return y, dict.fromkeys(found, 0.0)
+
+    pythons = Python(), machine.USUAL
+    many, few = (Profiler(clock=silent, python=partial(Python, *p)).costs(couplings(12), (64, 64)) for p in pythons)
+    counts = [
+        [sum(not isinstance(node, Store) for node in inv.plan(costs, budget=int(share * peak(costs))).schedule)
+         for share in (0.75, 0.5, 0.25)]
+        for costs in (few, many)
+    ]  # fmt: skip
+    assert sum(counts[0]) < sum(counts[1])
+
+
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +287,8 @@ class Cached(nn.Module):
 BYTES = [
     name
     for name in OpCosts.__dataclass_fields__
-    if name not in ("forward", "backward", "inverse", "region", "ends", "begins", "spares", "off", "doubt")
+    if name not in ("forward", "backward", "inverse", "region", "within", "opens", "ends", "begins", "spares")
+    and name not in ("off", "doubt")
 ]
 
 
@@ -234,6 +326,19 @@ def test_a_least_budget_that_was_named_is_accepted(shape):
         assert inv.plan(f, shape, budget=budget).peak_bytes <= parse_bytes(budget)
     first = str(inv.plan(f, shape, max_time=1.5)).split("curve    ")[1].split(" ")
     assert inv.plan(f, shape, budget=f"{first[0]} {first[1]}").time >= 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_least_budget_of_any_chain_is_accepted(seed):
+    """Whatever the seconds are."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    kinds = [rng.choice(["couple", "affine", "closure", "exp", "flip", "lossy"]) for _ in range(rng.randint(2, 6))]
+    costs = Profiler(clock=busy(seed)).costs(inv.chain(*[make_op(kind, 16) for kind in kinds]), (4, 16))
+    bound = int(str(refused(costs)).split("; ")[1].split(" ")[0])
+    assert inv.plan(costs, budget=bound).peak_bytes == bound
+    others = replace(costs, ops=tuple(shaken(seed, op) for op in costs.ops))
+    assert inv.plan(others, budget=bound).peak_bytes <= bound
 
 
 def test_profiles_with_other_seconds_name_the_same_least_budget():

@@ -81,6 +81,8 @@ class OpCosts:
         peak_first: The same where a run of inverses begins here, if that is less; otherwise 0.
         region: Seconds that it takes to begin a region here: to note down what runs in it, and to call it up again;
             infinite where none can begin.
+        within: Seconds of Python that it takes inside of a region, beside its forward, each time that runs again.
+        opens: Seconds of Python that it takes to begin a run of inverses here.
         ends: Seconds of a forward that a region which ends here does not run again: what comes behind the last tensor
             that is saved.
         begins: Seconds that the inverse takes less where a run of inverses begins here: nobody wants its input.
@@ -126,6 +128,8 @@ class OpCosts:
     peak_inverse: int = 0
     peak_first: int = 0
     region: float = 0.0
+    within: float = 0.0
+    opens: float = 0.0
     ends: float = 0.0
     begins: float = 0.0
     keep: str = ""
@@ -137,7 +141,8 @@ class OpCosts:
     doubt: float = 0.0
 
     def __post_init__(self) -> None:
-        least = {"forward": 0.0, "backward": 0.0, "region": 0.0, "inverse": self.backward, "ends": 0.0, "begins": 0.0}
+        none = dict.fromkeys(("forward", "backward", "region", "within", "opens", "ends", "begins"), 0.0)
+        least: dict[str, float] = none | {"inverse": self.backward}
         most = {"ends": self.forward, "begins": self.inverse - self.backward}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
@@ -154,15 +159,15 @@ class OpCosts:
 
     def in_units(self, unit: float) -> OpCosts:
         """The same with whole numbers of a unit in the place of seconds."""
-        names = ("forward", "backward", "inverse", "region", "ends", "begins")
+        names = ("forward", "backward", "inverse", "region", "within", "opens", "ends", "begins")
         found: dict[str, Any] = {name: _whole(getattr(self, name), unit) for name in names}
         return replace(self, spares=tuple(_whole(s, unit) for s in self.spares), **found)
 
     def without_seconds(self) -> OpCosts:
         """The same, if it took no time."""
         inverse, region = (0.0 if math.isfinite(seconds) else seconds for seconds in (self.inverse, self.region))
-        times = {"forward": 0.0, "backward": 0.0, "inverse": inverse, "region": region, "ends": 0.0, "begins": 0.0}
-        return replace(self, spares=(0.0, 0.0, 0.0), **times)
+        none: dict[str, Any] = dict.fromkeys(("forward", "backward", "within", "opens", "ends", "begins"), 0.0)
+        return replace(self, spares=(0.0, 0.0, 0.0), inverse=inverse, region=region, **none)
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,7 @@ class Costs:
         key: Which chain and which input shapes these are the costs of.
         errors: ``(i, k, error)``: undoing ops i+1..k from an exact output gives gradients with this relative error.
         scaled: How many times smaller the batch was on which the seconds were taken; they are scaled by it.
+        enter: Seconds of Python that a step takes beside those of its ops, if the plan does more than store.
         unit: The seconds are whole multiples of it, or it is 0.0. Sums of them are exact then, so that like ops tie.
 
     Example:
@@ -190,15 +196,26 @@ class Costs:
     key: tuple[str, ...] = ()
     errors: tuple[tuple[int, int, float], ...] | None = None
     scaled: float = 1.0
+    enter: float = 0.0
     unit: float = 0.0
 
     def in_units(self) -> Costs:
         """The costs with whole numbers in the place of seconds, if they have a unit."""
-        return replace(self, unit=0.0, ops=tuple(op.in_units(self.unit) for op in self.ops)) if self.unit else self
+        if not self.unit:
+            return self
+        ops = tuple(op.in_units(self.unit) for op in self.ops)
+        return replace(self, unit=0.0, ops=ops, enter=_whole(self.enter, self.unit))
 
     def without_seconds(self) -> Costs:
         """The costs of a chain that takes no time: what is impossible still is."""
-        return replace(self, unit=0.0, ops=tuple(op.without_seconds() for op in self.ops))
+        return replace(self, unit=0.0, enter=0.0, ops=tuple(op.without_seconds() for op in self.ops))
+
+    def with_like_seconds(self) -> Costs:
+        """The costs of a chain whose ops all take as long."""
+        found = self.without_seconds()
+        return replace(
+            found, ops=tuple(replace(op, forward=1.0, backward=2.0, inverse=3.0 + op.inverse) for op in found.ops)
+        )
 
     @property
     def seconds(self) -> float:

@@ -23,6 +23,9 @@ NOTE [Profile]
     and `OpCosts.doubt` says how far they are from what was timed. On the CPU, ops run on one thread meanwhile, and what
     counts, for the rounds as well, is the processor's time: what other processes take does not, and threads that wait
     for each other take any time.
+7.  *Python.* What it takes to run a plan, and where ops are short that is most of what a plan takes beyond plain
+    training, is measured once in a process, on a chain whose kernels take next to nothing, in the time of a kernel's
+    call: two processes find the same unless a machine is unusual. It is there whatever else was found of an op.
 """
 
 from __future__ import annotations
@@ -61,11 +64,12 @@ from .inputs import (
     storages,
     tensors_of,
 )
+from .machine import python_here
 from .model import Blocks, Shown, planned_as, show
 from .sizes import Books, Sizes, Subject
 from .sweeps import sweep
 from .trials import APART, Loss, Through, by_recompute, number_of, untouched
-from .work import ACCELERATOR, CPU, Counts, Factors, Rates, Reading, Seconds, costs_in, read, unit_of, whole
+from .work import ACCELERATOR, CPU, Counts, Factors, Python, Rates, Reading, Seconds, costs_in, read, unit_of, whole
 
 AGAIN = 3  # times as many rounds, and as much patience, where seconds contradict what is counted
 
@@ -120,7 +124,7 @@ def profile(
         >>> [op.bytes == 16 * 8 * torch.finfo(torch.get_default_dtype()).bits // 8 for op in costs.ops]
         [True, True]
     """
-    return Profiler(loss, errors, repeats, memory, known=_KNOWN).costs(planned_as(f), x)
+    return Profiler(loss, errors, repeats, memory, known=_KNOWN, python=python_here).costs(planned_as(f), x)
 
 
 _KNOWN: dict[Any, Factors] = {}  # of every kind of op that was profiled in this process
@@ -139,6 +143,7 @@ class Profiler:
         patience: How long the rounds may take: in plain steps, and in seconds of the processor where those are shorter.
         fine: Of chains of more ops, whose plans take longest to find, couplings are taken whole.
         known: What earlier profiles have found out about kinds of ops, which stands until it is contradicted.
+        python: What Python takes on the machine of that clock.
     """
 
     loss: Loss = mean_square
@@ -149,6 +154,7 @@ class Profiler:
     patience: tuple[float, float] = (8.0, 1.0)
     fine: int = 160
     known: dict[Any, Factors] = field(default_factory=dict)
+    python: Callable[[], Python] = Python
 
     def costs(self, op: Invertible | Blocks, x: Any) -> Costs:
         """What each op of a chain costs, on such an input."""
@@ -176,7 +182,7 @@ class Profiler:
         )
         ops = (before, *(replace(op, alone=True) for op in inner.ops), behind)
         key = " > ".join(blocks.names), shape_key(given)
-        return Costs(ops, nbytes(given), loss_bytes, key, None, inner.scaled, unit)
+        return Costs(ops, nbytes(given), loss_bytes, key, None, inner.scaled, inner.enter, unit)
 
     def _shown(self, blocks: Blocks, x: Any) -> tuple[Shown, Wire, int]:
         """What goes through a model, on fake tensors if it does not look at values; its input, and the loss's bytes."""
@@ -209,7 +215,7 @@ class Profiler:
         given = realised(x, fake, _part(found, inputs, memory))
         scale = rows(fake) / rows(given)
         with one_thread():
-            seconds, unit = self._seconds(chain, inputs, given, sizes)
+            seconds, enter, unit = self._seconds(chain, inputs, given, sizes)
         titles = iter([title for stage in flat_stages(op) for title in _titles(stage, fine)])
         costs = [
             replace(
@@ -226,19 +232,23 @@ class Profiler:
             for (unit, count), bytes_, (reading, times) in zip(units, found, seconds, strict=True)
         ]
         measured = sweep(chain, given, self.loss) if self.errors else None
-        return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale, scale * unit)
+        return Costs(tuple(costs), nbytes(fake), loss_bytes, key_of(op, fake), measured, scale, enter, scale * unit)
 
     def _seconds(
         self, ops: Sequence[Invertible], inputs: Sequence[Wire], given: Wire, sizes: Sequence[Sizes]
-    ) -> tuple[list[tuple[Reading, dict[str, Any]]], float]:
-        """What was read of each op, and its seconds, in whole numbers of a unit: rules 2 and 6 of NOTE [Profile]."""
+    ) -> tuple[list[tuple[Reading, dict[str, Any]]], float, float]:
+        """What was read of each op, and its seconds; a step's own; a unit that all are whole numbers of.
+
+        Rules 2, 6 and 7 of NOTE [Profile].
+        """
         kinds = [_kind_in_time(op, like) for op, like in zip(ops, inputs[:-1], strict=True)]
         ways: dict[Any, tuple[bool, Through]] = {}
         counts: dict[Any, Counts] = {}
         for op, kind, size in zip(ops, kinds, sizes, strict=True):
             ways.setdefault(kind, (math.isfinite(size.costs.inverse), by_recompute(op)))
             counts.setdefault(kind, size.counts)
-        look = partial(read, counts=counts, kinds=kinds, rates=_rates(given), known=self.known)
+        python = self.python()
+        look = partial(read, counts=counts, kinds=kinds, rates=_rates(given), known=self.known, python=python)
         begin, least = time.process_time(), self._round(ops, kinds, ways, given)
         found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), 1
         while self._goes_on(done, time.process_time() - begin, [found[kind] for kind in kinds]):
@@ -246,7 +256,8 @@ class Profiler:
             found, done = look({kind: beyond_idle(seconds) for kind, seconds in least.items()}), done + 1
         self.known.update({kind: reading.factors for kind, reading in found.items()})
         unit = unit_of(sum(found[kind].seconds["step"] for kind in kinds))
-        return [(found[kind], costs_in(found[kind].seconds, unit)) for kind in kinds], unit
+        enter = whole(python.of_step(len(ops), next((reading.call for reading in found.values()), 0.0)), unit)
+        return [(found[kind], costs_in(found[kind].seconds, unit)) for kind in kinds], enter, unit
 
     def _goes_on(self, done: int, spent: float, found: Sequence[Reading]) -> bool:
         """Whether there is another round: more of them where what was timed is not what was expected."""

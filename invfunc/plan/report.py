@@ -90,7 +90,7 @@ def _rows(costs: Costs, ledger: Ledger, schedule: Schedule, depth: int, j: int, 
         else:
             for q in range(i, node.stop):
                 row = _inverted(costs, q, depth, ledger.sizes[q + 1] * (q + 1 == node.stop < ledger.length))
-                row = row._replace(extra=row.extra - costs.ops[q].begins * (q == i))
+                row = row._replace(extra=row.extra + (costs.ops[q].opens - costs.ops[q].begins) * (q == i))
                 yield _with_results(row, costs.ops[q], 2 if q == i else 1) if q in node.keeps else row
             r = EXACT
 
@@ -106,11 +106,13 @@ def _stored(costs: Costs, i: int, depth: int, kept: int) -> Row:
     op = costs.ops[i]
     if depth == 0:
         return Row(i, op.name, "store", kept, 0.0, "")
-    return Row(i, op.name, "recompute" + f" x{depth}" * (depth > 1), kept, depth * op.forward, _why_again(op))
+    return Row(
+        i, op.name, "recompute" + f" x{depth}" * (depth > 1), kept, depth * (op.forward + op.within), _why_again(op)
+    )
 
 
 def _why_again(op: OpCosts) -> str:
-    dearer = op.inverse - op.backward - op.forward
+    dearer = op.inverse - op.backward - op.forward - op.within
     if math.isinf(op.inverse):
         return "has no inverse"
     return f"inverse would be {_milliseconds(dearer)}" if dearer > 0 else "an inverse would need its exact output"
@@ -118,7 +120,8 @@ def _why_again(op: OpCosts) -> str:
 
 def _inverted(costs: Costs, i: int, depth: int, kept: int) -> Row:
     op = costs.ops[i]
-    mode, extra = "recompute, invert" if depth else "invert", depth * op.forward + op.inverse - op.backward
+    mode = "recompute, invert" if depth else "invert"
+    extra = depth * (op.forward + op.within) + op.inverse - op.backward
     saved = "its input is not kept" if op.inverse > op.forward + op.backward else "cheaper than to run it again"
     return Row(i, op.name, mode, kept, extra, "bit-exact" if op.exact else saved)
 
@@ -262,6 +265,7 @@ def timeline(costs: Costs, schedule: Schedule) -> Iterator[Moment]:
     """The memory over a step: its highest point is the peak of the plan."""
     ledger = Ledger(costs, keeping(schedule))
     clock = _Clock(costs, ledger.sizes[ledger.length])
+    clock.now += costs.enter * any(not isinstance(node, Store) for node in schedule)
     yield from clock.run(ledger, schedule, {}, ledger.length, HELD)
     yield Moment(clock.now, {}, clock.aside)
 
@@ -290,7 +294,7 @@ class _Clock:
                 r = ledger.behind(i, k)
                 back.append(self._again(ledger, node, kept | {i: kept.get(i, 0) + keeps}, demand))
             yield self._moment(kept, need)
-            self.now += sum(op.forward for op in self.ops[i:k])
+            self.now += sum(op.forward + op.within * (ledger.length > len(self.ops)) for op in self.ops[i:k])
             kept = kept | {i: kept.get(i, 0) + keeps}
         self.now -= behind
         yield self._moment(kept, ledger.end(j))
@@ -308,7 +312,7 @@ class _Clock:
         for p in range(node.stop, node.first, -1):
             yield self._moment(kept, ledger.undo(node.first, p, j, r)[1])
             is_first, op = p == node.first + 1, self.ops[p - 1]
-            self.now += op.inverse - op.begins * is_first - op.spares[1 + is_first] * (p - 1 in node.keeps)
+            self.now += op.inverse + (op.opens - op.begins) * is_first - op.spares[1 + is_first] * (p - 1 in node.keeps)
 
     def _again(self, ledger: Ledger, node: Recompute, kept: dict[int, int], r: int) -> Iterator[Moment]:
         i, k = node.first, node.stop

@@ -91,7 +91,8 @@ def predict(costs: Costs, schedule: Schedule) -> Prediction:
     """Time, peak and error of a schedule."""
     ledger = Ledger(costs, keeping(schedule))
     need = _needs(ledger, schedule, 0, ledger.length, HELD).on(ledger.sizes[ledger.length])
-    seconds = costs.seconds + extra_seconds(costs, schedule)
+    enters = any(not isinstance(node, Store) for node in schedule)
+    seconds = costs.seconds + extra_seconds(costs, schedule) + costs.enter * enters
     return Prediction(seconds, need.bytes, error_of(costs, schedule), need.op, need.moment)
 
 
@@ -158,10 +159,10 @@ def extra_seconds(costs: Costs, schedule: Schedule) -> float:
     for node in schedule:
         ops = costs.ops[node.first : node.stop]
         if isinstance(node, Invert):
-            total += sum(op.inverse - op.backward for op in ops) - ops[0].begins
+            total += sum(op.inverse - op.backward for op in ops) - ops[0].begins + ops[0].opens
             total -= sum(costs.ops[q].spares[2 if q == node.first else 1] for q in node.keeps)
         elif isinstance(node, Recompute):
-            again = sum(op.forward for op in ops) - seconds_behind(costs, node.inner)
+            again = sum(op.forward + op.within for op in ops) - seconds_behind(costs, node.inner)
             total += ops[0].region + again + extra_seconds(costs, node.inner) - ops[0].spares[0] * node.keeps
     return max(total, 0.0)
 

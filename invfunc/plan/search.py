@@ -16,7 +16,8 @@ from .schedule import Invert, Prediction, Schedule, keeping, predict, store_all
 from .solver import Table
 
 POINTS = 16  # of a curve, from each table
-LOWEST = 5  # budgets of a table, among which the least peak is looked for
+LOWEST = 20  # budgets of a table, among which the least peak is looked for
+SHORT, FINE = 32, 30_000  # of chains of so many ops it is looked for longer: ops times units of the last table
 
 
 class Point(NamedTuple):
@@ -138,9 +139,12 @@ def _in_time(costs: Costs, budget: int, max_error: float, limit: float) -> Sched
 def least(costs: Costs, max_error: float | None = None) -> Schedule:
     """A schedule of the least peak that is found. Seconds do not decide what that is: two profiles name the same.
 
-    Tables round bytes up, so that it may be some percent above the least of all.
+    What ops share is counted twice in a table (rule 8 of NOTE [Plan]), so that its least need may not be the least of
+    all: where all ops take as long, it has other schedules above that, and some need less.
     """
-    return _leanest(costs.without_seconds(), max_error)
+    ways = [costs.without_seconds(), *[costs.with_like_seconds()] * (len(costs.ops) <= SHORT)]
+    found = (_leanest(some, max_error) for some in ways)
+    return min(found, key=lambda schedule: predict(costs, schedule).peak_bytes)
 
 
 def _leanest(costs: Costs, max_error: float | None) -> Schedule:
@@ -148,6 +152,9 @@ def _leanest(costs: Costs, max_error: float | None) -> Schedule:
     best = min((_lowest(costs, table) for table in tables(costs, max_error)), key=itemgetter(0))
     while (finer := _lowest(costs, table_for(costs, best[0], max_error)))[0] < best[0]:
         best = finer
+    if len(costs.ops) <= SHORT:
+        table = Table(costs, 1.02 * best[0], FINE // len(costs.ops), max_error)
+        best = min(best, _lowest(costs, table), key=itemgetter(0))
     return best[1]
 
 

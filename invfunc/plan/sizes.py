@@ -31,7 +31,7 @@ from .trials import (
     layout_of,
     no_op,
 )
-from .work import KEEPING, LEVEL, REGION, Counts, Work
+from .work import CONVOLUTION, KEEPING, Counts, Work
 
 
 class Books(StorageLedger):
@@ -51,7 +51,7 @@ class Books(StorageLedger):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self.operators.append(name_of_operator(func))
         if not getattr(func, "is_view", False):
-            self.calls += 1
+            self.calls += CONVOLUTION if self.operators[-1].startswith("convolution") else 1
             self.traffic += sum(map(_size, trees.tree_leaves((args, kwargs, out))))
         return out
 
@@ -131,7 +131,7 @@ class Subject:
         stored = self._try(_bytes_by_tape, found, parameters, self.layouts)
         step = stored.counts["step"].beyond(self._try(_work_of_no_op, self.layouts, False))
         ends, operators = self._try(_work_behind_what_is_saved)
-        again = step.plus(forward).beyond(ends).plus(REGION)
+        again = step.plus(forward).beyond(ends)
         stored = stored._replace(counts={"forward": forward, "step": step, "again": again, "ends": ends})
         keep = kind_of(operators)
         if keep and found.saves:
@@ -143,7 +143,7 @@ class Subject:
         except NotInvertibleError:  # its structure does not tell
             return stored
         larger = max(stored.sends.gradients, rebuilt.sends.gradients, key=_bytes_in)
-        undone = rebuilt.counts["undone"].beyond(self._try(_work_of_no_op, self.layouts, True)).plus(LEVEL)
+        undone = rebuilt.counts["undone"].beyond(self._try(_work_of_no_op, self.layouts, True))
         first, peak = self._try(_undone, parameters, self.layouts, True)
         if self.layouts.values is not None:
             peak = max(peak, self._try(_undone, parameters, self.layouts._replace(values=None), True)[1])

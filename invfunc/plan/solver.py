@@ -20,7 +20,7 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
 4.  *Recompute* ops i+1..k, x[i] kept; when the rest is done the same problem begins again from x[i], which is kept to
     its end, since it may be asked for again. (Ops that save nothing at all do not run again.) ::
 
-        U(i, k) + region_i + V_free(k, j, m - a_i) + V_kept(i, k, m - a_i)
+        U(i, k) + region_i + W(i, k) + V_free(k, j, m - a_i) + V_kept(i, k, m - a_i)
 
     The gradient of x[k] waits while they run; then it is that of op k, as anywhere. In the table each op's own gradient
     stands in its place. Forward the ops run once as they will again, and need no more.
@@ -29,7 +29,7 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
 
         U(i, k) + C(i, k) + V_exact(k, j, m - residues)
 
-    Nobody wants x[i] then, so that op p may stop early: `OpCosts.begins` is taken off C.
+    Nobody wants x[i] then, so that op p may stop early: `OpCosts.begins` is taken off C, and `OpCosts.opens` is added.
 
 6.  Each choice also needs memory for its own moments (`Ledger`); where m is less, it is infinite.
 7.  *Objectives.* One table answers all: least time in a budget is ``V_held(0, L, budget)``, least memory in a time is
@@ -43,7 +43,8 @@ NOTE [Plan] The fastest schedule of a chain ``x[0] -> x[1] -> ... -> x[L]`` in e
     one of rule 5 in which all ops keep what they can. What is left of a budget keeps results of single ops (`search`).
 
 The letters: u, b and C are the seconds of a forward, a backward and a run of inverses, U(i, k) those of ops i+1..k
-forward, a the bytes of x[i] (`Ledger.sizes`); `Ledger` names the others.
+forward, W what Python takes for them in a region (`OpCosts.within`), a the bytes of x[i] (`Ledger.sizes`); `Ledger`
+names the others.
 
 *Why it is optimal*, but for rule 8, among schedules that keep a stored value until its op's backward, use an inverse
 only fused with a backward, and let bytes add up: op p is back-propagated once. Either its tape was made in the first
@@ -104,7 +105,8 @@ class Table:
     def time(self, budget: float) -> float:
         """The least seconds of a step in ``budget`` bytes."""
         m = self._left(budget)
-        return self.second * float(self.V[HELD, self.L, 0, m]) if m >= 0 else math.inf
+        found = float(self.V[HELD, self.L, 0, m]) if m >= 0 else math.inf
+        return self.second * (found + self.costs.enter * (found > self.costs.seconds * (1 + 1e-6)))
 
     def schedule(self, budget: float) -> Schedule:
         """The schedule that takes them."""
@@ -152,13 +154,18 @@ class Table:
 
     def _pass_seconds(self) -> Tensor:
         ops, L = self.costs.ops, self.L
-        rows = [_filled(accumulate((op.forward for op in ops[i:]), initial=ops[i].region), L + 1)[1:] for i in range(L)]
+        rows = [_filled(self._region_seconds(i), L + 1)[1:] for i in range(L)]
         found = torch.tensor(rows, dtype=TIME)
         for i in (i for i, op in enumerate(ops) if op.alone):
             found[i, 1:] = math.inf  # a region that begins with it, and those that it ends or lies in
             for first in range(i):
                 found[first, i - first :] = math.inf
         return found
+
+    def _region_seconds(self, i: int) -> Iterator[float]:
+        """What Python takes to begin a region, and a region to run forward and to be run again, op by op."""
+        ops = self.costs.ops
+        return accumulate((op.forward + op.within for op in ops[i:]), initial=ops[i].region)
 
     def _spared(self, i: int) -> Iterator[float]:
         """What an op on a tape does not run again where a region ends behind it, or behind ops that save nothing."""
@@ -305,7 +312,8 @@ class Moments:
         found = accumulate(op.forward + op.inverse - s for op, s in zip(costs.ops[i:], spared[i:], strict=True))
         for k, seconds in enumerate(found, i + 1):
             error = 0.0 if limit is None or math.isinf(seconds) else run_error(costs, i, k)
-            seconds -= costs.ops[i].begins + costs.ops[i].spares[2] * self.is_kept - spared[i]
+            seconds += costs.ops[i].opens - costs.ops[i].begins
+            seconds -= costs.ops[i].spares[2] * self.is_kept - spared[i]
             yield seconds if error is not None and (limit is None or error <= limit) else math.inf
 
     def _run_needs(self, i: int) -> Iterator[float]:

@@ -42,10 +42,39 @@ class Rates(NamedTuple):
 
 
 # Where processes share the CPU, they take turns of milliseconds, and find its caches full of what others left there.
-CPU, ACCELERATOR = Rates(4e-6, 110e9, 16e9, 2e-3), Rates(5e-6, 60e12, 3e12)
-REGION = Work(calls=30)  # what Python does to begin a region, and to call it up again
-LEVEL = Work(calls=10)  # what it does to undo an op
+CPU, ACCELERATOR = Rates(10e-6, 150e9, 30e9, 2e-3), Rates(5e-6, 60e12, 3e12)
+CONVOLUTION = 10  # calls that one of them takes as long as: it chooses among kernels, and lays out its tensors anew
 KEEPING = 7  # calls for each operator of an op, to see in both passes which results are kept
+
+
+class Python(NamedTuple):
+    """What Python takes to run a plan, in calls of kernels: so it is nearly the same on any machine.
+
+    Attributes:
+        enter: Of a step that does more than store.
+        each: Of each op of such a step.
+        region: To begin a region, and to call it up again.
+        within: Of each op of a region, to run it once more.
+        opens: To begin a run of inverses.
+        level: To undo an op.
+    """
+
+    enter: float = 0.0
+    each: float = 0.0
+    region: float = 0.0
+    within: float = 0.0
+    opens: float = 0.0
+    level: float = 0.0
+
+    def seconds(self, call: float) -> Seconds:
+        """What is added to each way of an op, where a call takes so long."""
+        found = {"again": self.region + self.within, "undone": self.level, "within": self.within, "opens": self.opens}
+        return {way: calls * call for way, calls in found.items()}
+
+    def of_step(self, ops: int, call: float) -> float:
+        """Seconds of a step of so many ops, beside those of its ops."""
+        return (self.enter + self.each * ops) * call
+
 
 Counts = Mapping[str, Work]  # of each way that an op has
 SPARED = "spared again", "spared undone", "spared first"  # where results are kept
@@ -66,12 +95,14 @@ class Reading(NamedTuple):
         factors: How many times longer than counted a step takes, and each other way beside a step.
         doubt: Seconds between what was timed and what is said here, in the way in which they differ most.
         is_expected: Whether the factors are those that were known before.
+        call: Seconds of a call of a kernel.
     """
 
     seconds: Seconds
     factors: Factors
     doubt: float
     is_expected: bool
+    call: float
 
     @property
     def off(self) -> float:
@@ -85,6 +116,7 @@ def read(
     kinds: Sequence[Hashable],
     rates: Rates,
     known: Mapping[Hashable, Factors],
+    python: Python,
 ) -> dict[Hashable, Reading]:
     """Seconds of each kind of op: what is counted, in the machine's own measure, unless what was timed contradicts.
 
@@ -98,15 +130,17 @@ def read(
         kinds: The kind of each op of the chain, in order.
         rates: Those of the device.
         known: What earlier readings have found, which is asked as the counts are.
+        python: What is added for Python, whatever the kernels take.
     """
     expected = {kind: _expected(counts[kind], rates) for kind in timed}
     steps = {kind: known.get(kind, {}).get("step", 1.0) * expected[kind]["step"] for kind in timed}
     scale = _weighted_median(sorted((timed[k]["step"] / steps[k], steps[k]) for k in kinds if steps[k]))
     scale = scale if scale > 0 else 1.0  # shorter than a trial of no op
     tick = max(TICK * scale * sum(steps[kind] for kind in kinds), rates.moment)
+    call = scale * rates.call
     return {
-        kind: _read(timed[kind], {w: scale * s for w, s in expected[kind].items()}, tick, known.get(kind, {}))
-        for kind in timed
+        kind: _read(timed[kind], {w: scale * s for w, s in e.items()}, python, call, tick, known.get(kind, {}))
+        for kind, e in expected.items()
     }
 
 
@@ -116,15 +150,17 @@ def _expected(counts: Counts, rates: Rates) -> Seconds:
     return {way: s if way in PARTS else max(s, found["step"]) for way, s in found.items()}
 
 
-def _read(timed: Seconds, expected: Seconds, tick: float, known: Factors) -> Reading:
-    """A step is compared with other steps; its other ways with a step."""
+def _read(timed: Seconds, expected: Seconds, python: Python, call: float, tick: float, known: Factors) -> Reading:
+    """A step is compared with other steps; its other ways with a step. Python takes as long where kernels are slow."""
     timed = timed | {"forward": min(timed["forward"], timed["step"])}
     factors = {"step": _believed(timed["step"], expected["step"], tick, known.get("step", 1.0))}
-    step = {way: factors["step"] * s for way, s in expected.items()}
+    own = python.seconds(call)
+    step = {way: factors["step"] * s + own.get(way, 0.0) for way, s in expected.items()}
     factors |= {way: _believed(timed[way], step[way], tick, known.get(way, 1.0)) for way in timed if way != "step"}
     seconds = {way: (factors.get(way, 1.0) if way != "step" else 1.0) * step[way] for way in step}
+    seconds |= {"within": own["within"]} | ({"opens": own["opens"]} if "undone" in seconds else {})
     doubt = max(abs(_extra(timed, way) - _extra(seconds, way)) for way in timed)
-    return Reading(seconds, factors, doubt, all(known.get(way, 1.0) == factor for way, factor in factors.items()))
+    return Reading(seconds, factors, doubt, all(known.get(way, 1.0) == factor for way, factor in factors.items()), call)
 
 
 def _extra(seconds: Seconds, way: str) -> float:
@@ -149,14 +185,15 @@ def costs_in(seconds: Seconds, unit: float) -> dict[str, Any]:
     step, ends, begins = (whole(seconds.get(way, 0.0), unit) for way in ("step", "ends", "begins"))
     forward = min(whole(seconds["forward"], unit), step)
     backward, ends = step - forward, min(ends, forward)
-    region = max(whole(seconds["again"], unit) - step - forward + ends, 0.0)
+    within, opens = (whole(seconds.get(way, 0.0), unit) for way in ("within", "opens"))
+    region = max(whole(seconds["again"], unit) - step - forward + ends - within, 0.0)
     inverse = max(whole(seconds["undone"], unit), step) - forward if "undone" in seconds else math.inf
     begins = max(min(begins, inverse - backward), 0.0)
     found = {"forward": forward, "backward": backward, "inverse": inverse, "region": region}
     bounds = forward - ends, inverse - backward, inverse - backward - begins
     spared = [whole(seconds.get(way, 0.0), unit) for way in SPARED]
     spares = tuple(max(min(s, bound), 0.0) for s, bound in zip(spared, bounds, strict=True))
-    return found | {"ends": ends, "begins": begins, "spares": spares}
+    return found | {"ends": ends, "begins": begins, "within": within, "opens": opens, "spares": spares}
 
 
 def unit_of(plain: float) -> float:
