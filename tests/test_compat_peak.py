@@ -14,10 +14,10 @@ from invfunc.look.memory import measure
 WIDTH = 16
 
 
-def half() -> nn.Module:
+def half(bound: float = 0.05) -> nn.Module:
     """A net with small weights: the stacks are not to drift."""
     layer = nn.Linear(WIDTH // 2, WIDTH // 2)
-    nn.init.uniform_(layer.weight, -0.05, 0.05)
+    nn.init.uniform_(layer.weight, -bound, bound)
     return layer
 
 
@@ -96,7 +96,9 @@ def wrapped(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 FACES: dict[str, Callable[[], nn.Module]] = {
     "memcnn, additive": wrapped(lambda: memcnn.AdditiveCoupling(half())),
     "memcnn, affine": wrapped(lambda: memcnn.AffineCoupling(Scale())),
-    "memcnn, adapter": wrapped(lambda: memcnn.AffineCoupling(half(), adapter=memcnn.AffineAdapterNaive)),
+    "memcnn, adapter": wrapped(
+        lambda: memcnn.AffineCoupling(half(1e-3), adapter=memcnn.AffineAdapterNaive)  # whose scales grow like exp(exp)
+    ),
     "memcnn, create_coupling": wrapped(lambda: memcnn.create_coupling(half())),
     "memcnn, own module": wrapped(Shift),
     "memcnn, block": lambda: memcnn.ReversibleBlock(half(), coupling="additive"),
