@@ -164,6 +164,14 @@ def test_a_name_that_nobody_takes_is_refused(context: dict[str, Any]) -> None:
     )
 
 
+def test_a_context_without_names_is_refused() -> None:
+    assert_refused(
+        OptionError,
+        'context is (5, 2), expected a dict of names; context={"mask": mask}, where a function takes mask as a keyword',
+        lambda: inv.couple(Masked())(*streams(), context=torch.randn(5, 2)),
+    )
+
+
 def test_an_op_that_hides_its_functions_is_refused(context: dict[str, Any]) -> None:
     op = inv.with_log_det(inv.pair(lambda x, by: x + by, lambda y, by: y - by, log_det=lambda x, y: x.sum(1) * 0))
     assert_refused(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, ReplayError
+from ..wires import describe
 from .combine import Parallel
 from .couple import Half
 from .op import ByKind, Chain, Inverse, Invertible, OneWay, Pair, name_of
@@ -35,6 +36,8 @@ def with_context(op: Invertible, context: Context | None) -> Invertible:
     """An op whose functions are told what they take of a context, if any; raises where nobody takes a name."""
     if context is None:
         return op
+    if not isinstance(context, Mapping):
+        raise OptionError(f"context is {describe(context)}", expected="a dict of names", cure=_BY_NAME)
     unknown = [name for name in context if not any(takes(fn, name) for fn in op.functions)]
     if unknown:
         names = ", ".join(dict.fromkeys(map(name_of, op.functions))) or "no function"
@@ -44,6 +47,9 @@ def with_context(op: Invertible, context: Context | None) -> Invertible:
             cure="let one of them take it, or leave it out",
         )
     return bind(op, context)
+
+
+_BY_NAME = 'context={"mask": mask}, where a function takes mask as a keyword argument'
 
 
 @ByKind
