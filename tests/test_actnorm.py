@@ -14,6 +14,7 @@ import invfunc as inv
 from invfunc.errors import DomainError, OptionError, WireError
 
 inn = inv.nn
+F32, F64 = torch.float32, torch.float64
 
 
 def batch(*shape: int) -> Tensor:
@@ -150,6 +151,16 @@ def test_a_constant_channel_is_centred_and_keeps_its_scale(value: float, dtype: 
     assert y.dtype == dtype and log_scale.dtype == torch.promote_types(dtype, torch.float32)
     assert log_scale[1] == 0
     assert_close(y[:, 1], torch.zeros_like(y[:, 1]), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "dtype, size", [(F64, 1e-4), (F64, 1e-6), (F64, 1e-300), (F32, 1e-6), (F32, 1e-30), (F32, 1e20)]
+)
+def test_a_channel_of_small_or_large_numbers_gets_variance_1(dtype: torch.dtype, size: float) -> None:
+    x = (torch.randn(1000, 2, dtype=F64) * torch.tensor([size, 1.0]) + torch.tensor([3 * size, 0.0])).to(dtype)
+    y = inn.ActNorm(2, dtype=dtype)(x).detach().double()
+    assert_close(y.mean(0), torch.zeros(2), 1e-4)
+    assert_close(y.var(0, correction=0), torch.ones(2), 1e-12 if dtype is F64 else 1e-4)
 
 
 def test_initialise_takes_one_vector() -> None:

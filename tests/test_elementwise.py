@@ -104,6 +104,29 @@ def test_dtypes_of_parameters_are_kept(make):
     assert y.dtype == total.dtype == op.inverse(y).dtype == torch.float32
 
 
+INVERSES = {  # and a range that rounding of the output would coarsen
+    "log": (ops.log(), 0.001, 1.0),
+    "logit": (ops.logit(), 0.02, 0.98),
+    "atanh": (ops.atanh(), -0.98, 0.98),
+    "asinh": (ops.asinh(), -300.0, 300.0),
+    "invert(softplus)": (inv.invert(ops.softplus()), 0.001, 3.0),
+    "invert(leaky_tanh)": (inv.invert(ops.leaky_tanh(1.5)), -0.9, 0.9),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wrap", [lambda op: op, inv.checkpoint], ids=["plain", "lowered"])
+@pytest.mark.parametrize("name", INVERSES)
+def test_a_log_determinant_in_half_precision_is_not_that_of_a_rounded_output(name, wrap, dtype):
+    op, low, high = INVERSES[name]
+    x = torch.linspace(low, high, 64).to(dtype).view(1, -1)
+    given, exact = x.requires_grad_(), x.detach().double().requires_grad_()
+    found, expected = inv.log_det(wrap(op), given)[1], inv.log_det(op, exact)[1]
+    assert_close(found.double(), expected, 1e-5)
+    (gradient,), (wide,) = torch.autograd.grad(found, given), torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(gradient.double(), wide, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+
+
 # ---- saturation ----------------------------------------------------------------------------------------------------
 
 SATURATED = [(ops.exp, -1e4), (ops.sigmoid, 1e4), (ops.sigmoid, -1e4), (ops.tanh, 1e4), (ops.tanh, -1e4)]

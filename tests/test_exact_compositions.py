@@ -46,7 +46,17 @@ def modules(fs: Modules) -> inv.Invertible:
     return inv.chain(net.op, inv.mark(inv.nn.Coupling(i, dim=2).op, "store"), inv.nn.Coupling(f, dim=2).op)
 
 
-COMPOSITIONS = {"rearranged": rearranged, "streams": streams, "modules": modules}
+def _half(f: nn.Module) -> inv.Invertible:
+    return inv.chain(inv.split(2, 2), inv.couple(f), inv.concat(2, 2))
+
+
+def views(fs: Modules) -> inv.Invertible:
+    """Each coupling is given slices, which it makes dense."""
+    f, g, *_ = fs
+    return inv.chain(_half(f), inv.ops.roll(1, 2), _half(g), inv.ops.roll(1, 2), _half(f))
+
+
+COMPOSITIONS = {"rearranged": rearranged, "streams": streams, "modules": modules, "views": views}
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
@@ -56,6 +66,16 @@ def test_compositions_are_exact(name, mode, segments):
     fs, x, _ = hard("attention")
     op = inv.exact(COMPOSITIONS[name](fs), mode)
     assert same_bits(step(inv.checkpoint(op, segments=segments), fs, x), step(op, fs, x))
+
+
+@pytest.mark.parametrize("mode, dtype", [("codes", F32), ("grid", F64)])
+@pytest.mark.parametrize("seed", range(10))
+def test_parameter_gradients_have_the_bits_of_plain_where_a_split_comes_behind_a_concat(mode, dtype, seed):
+    torch.manual_seed(seed)
+    fs = [nn.Linear(1, 1).to(dtype) for _ in range(4)]
+    op = inv.exact(inv.chain(network(fs[:2]), network(fs[2:])), mode)
+    x = batch(15, 2, dtype=dtype)
+    assert same_bits(step(inv.checkpoint(op), fs, x), step(op, fs, x))
 
 
 def test_an_exact_module_follows_the_module() -> None:

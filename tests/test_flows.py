@@ -513,6 +513,20 @@ def test_two_losses_of_one_sample_have_their_gradients() -> None:
     assert_close(*gradients, 0)
 
 
+@pytest.mark.parametrize("is_leaf", [False, True])
+@pytest.mark.parametrize("invert", [False, True])
+def test_a_cached_density_of_the_same_x_runs_backward_twice_and_is_not_stale(invert: bool, is_leaf: bool) -> None:
+    w, x = torch.rand(3, requires_grad=True), torch.randn(5, 3, requires_grad=is_leaf)
+    op = ops.diagonal(w)
+    t = ops.as_transform(~op).with_cache() if invert else ops.as_transform(op).with_cache().inv
+    density = TransformedDistribution(Independent(Normal(torch.zeros(3), 1.0), 1), [t])
+    for _ in range(2):
+        found = density.log_prob(x)
+        assert_close(found, Normal(0.0, 1.0).log_prob(x * w).sum(1) + w.log().sum())
+        found.sum().backward()
+        w.data.mul_(1.5)
+
+
 def test_a_cache_forgets_numbers_that_were_written_over() -> None:
     t, x = ops.as_transform(ops.sinh()).with_cache(), torch.randn(2, 3)
     t(x)

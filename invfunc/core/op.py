@@ -54,6 +54,7 @@ class Invertible(abc.ABC):
 
     implicit = False  # whether the op finds its own gradient: its forward is not to be differentiated
     compares = False  # whether its inverse is asked for what it tells, though nobody wants the input
+    cancels = True  # of one that moves: whether it may be left out behind its inverse, though layouts differ then
 
     # ---- what each kind defines: forward and inverse, each with the residue that one leaves to the other ----------
 

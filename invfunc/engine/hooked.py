@@ -68,7 +68,7 @@ class Hooked(Engine):
 
     def move(self, op: Invertible, state: OnTrunk, run: Run) -> OnTrunk:
         x, moved = state.wire, state.moved
-        if moved is not None and moved[0].inverted() == op:  # such as a split behind a concat: it gives what was moved
+        if op.cancels and moved is not None and moved[0].inverted() == op:  # a split behind a concat gives what it had
             state.trunk.levels.items.pop()
             return OnTrunk(state.trunk, moved[1])
         y = op.forward(x)

@@ -15,6 +15,7 @@ bits when they run again.
     gradients on, as every frame does (NOTE [Trunk]).
 5.  *The same sums.* A sum of gradients depends on its order. So the gradient of a coupling's untouched component is a
     seed of its function's backward, and autograd adds that of every use to it, one after the other, as it always does.
+    Nor is a split left out behind a concat: gradients would come dense, and a bias sums up a slice in another order.
 6.  *A witness.* The hash of the bits with which a trunk begins is compared when they are rebuilt: whatever else went
     wrong raises, instead of giving another gradient. Under `inv.debug` every stage has one, and is named.
 7.  *No negative zero on a grid.* Rounding makes none, and sums of others do not.
@@ -175,14 +176,13 @@ class ExactHalf(Exact, Half):
         self.check_given(t, y1)
         return self.in_place((self.law.op(t).undo(y1), x2))
 
-    def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
-        return super().forward_with_residue(map_wire(dense, x))  # one copy, whose gradients add up as those of x do
+    def evaluate(self, x: Wire) -> tuple[Wire, Wire]:
+        x = map_wire(dense, x)  # one copy for both steps: gradients add up at it as they do at x (rule 5)
+        return x, super().evaluate(x)
 
-    def evaluate(self, x: Wire) -> Wire:
-        return super().evaluate(map_wire(dense, x))
-
-    def forward_by(self, t: Wire, x: Wire) -> tuple[Wire, Residue]:
-        return super().forward_by(t, map_wire(dense, x))
+    def forward_by(self, t: tuple[Wire, Wire], x: Wire) -> tuple[Wire, Residue]:
+        x, given = t
+        return super().forward_by(given, x)
 
     def pull(self, residue: Residue, y: Wire, gy: Wire, vjp: VJP, needs: Wire | None) -> tuple[Wire, Wire]:
         """Fused, as `Half.pull`; the gradient of the untouched component is a seed (rule 5)."""
@@ -213,9 +213,11 @@ class ExactHalf(Exact, Half):
 
 @dataclass(frozen=True, repr=False)
 class Moved(Exact):
-    """A rearrangement, whose gradient is that of autograd down to the sign of a zero."""
+    """A rearrangement, whose gradient is that of autograd down to the sign of a zero, and its layout (rule 5)."""
 
     op: Rearrangement
+
+    cancels = False
 
     def forward_with_residue(self, x: Wire) -> tuple[Wire, Residue]:
         return self.op.forward_with_residue(x)

@@ -34,11 +34,13 @@ from .lowered import Layer
 
 
 class ActNorm(Layer):
-    """A scale and a shift for each channel, which start so that the first batch has mean 0 and variance 1.
+    r"""A scale and a shift for each channel, which start so that the first batch has mean 0 and variance 1.
 
-    The first call in training mode sets them; `initialise` sets them at any time. A channel that is constant in that
-    batch gets scale 1. Where `torch.distributed` is initialised, the batch is that of all ranks together, and all of
-    them have to make the call.
+    The first call in training mode sets them; `initialise` sets them at any time. The variance is 1 up to rounding of
+    the parameters, however small the numbers are. A channel that is constant in that batch gets scale 1: one whose
+    standard deviation is at most :math:`8 \epsilon_{dtype} |mean|`, or below the smallest normal number. The dtype is
+    that of the batch, and at least float32. Where `torch.distributed` is initialised, the batch is that of all ranks
+    together, and all of them have to make the call.
 
     Args:
         num_features: The number of channels.

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.combine import Bound
 from ..core.couple import check_meets, match, sum_log_slopes, sum_per_sample
 from ..core.op import Chain, Invertible, invert, pair, saturating
 from ..core.packing import pack_bits, unpack_bits
-from ..core.precision import at_least, check_real, exactly
+from ..core.precision import at_least, check_real, exactly, widely
 from ..debug import require
 from ..errors import check_option
 from ..log_det import Joint
@@ -83,8 +84,41 @@ def _of_input(log_det: Callable[..., Any], x: Tensor, y: Tensor) -> Tensor:
     return log_det(x)
 
 
+def curved(
+    functions: Directions, log_slope: Callable[..., Tensor], name: str, pullback: Callable[..., Any]
+) -> Invertible:
+    """An elementwise op, by the logarithm of its slope.
+
+    Its inverse computes in at least float32. It is rounded last, so that its log-determinant is of what was not.
+    """
+    there, back = OfReal(name, functions[0]), OfReal(f"the inverse of {name}", functions[1])
+    log_det = LogDet(log_slope)
+    both = Bound(_with_log_det, (there, log_det)), Bound(_undone, (back, log_det))
+    narrow = Bound(_narrowed, (back,))
+    return Joint(there, narrow, pullback_fn=pullback, log_det_fn=log_det, label=name, both=both)
+
+
+@dataclass(frozen=True)
+class LogDet:
+    """``log|det J|`` of an elementwise op at x, by the logarithm of its slope."""
+
+    log_slope: Callable[..., Tensor]
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return sum_log_slopes(self.log_slope, x)
+
+
+def _undone(inverse: Callable[..., Any], log_det: LogDet, y: Tensor) -> tuple[Tensor, Tensor]:
+    x = inverse(y)
+    return x.to(y.dtype), -log_det(x)
+
+
+def _narrowed(inverse: Callable[..., Any], y: Tensor) -> Tensor:
+    return inverse(y).to(y.dtype)
+
+
 def _with_ends(fn: Callable[[Tensor], Tensor], y: Tensor, middle: float, *ends: tuple[float, float]) -> Tensor:
-    """``fn(y)``, where y is not an end of its domain; at an end, the number given with it; NaN beyond.
+    """``fn(y)`` in at least float32, where y is not an end of its domain; at an end, what comes with it; NaN beyond.
 
     The ends are masked before fn: its derivative has a pole there, and 0 times infinity is NaN.
     """
@@ -93,7 +127,7 @@ def _with_ends(fn: Callable[[Tensor], Tensor], y: Tensor, middle: float, *ends: 
     masks = [(y == end, value) for end, value in ends]
     for mask, _ in masks:
         y = y.masked_fill(mask, middle)
-    y = exactly(fn, y)
+    y = widely(fn, y)
     for mask, value in masks:
         y = y.masked_fill(mask, value)
     return y
@@ -141,11 +175,7 @@ def _log(y: Tensor) -> Tensor:
 
 
 def _pull_exp(y: Tensor, gy: Tensor) -> Any:
-    return _log(y), gy * y
-
-
-def _exp_log_det(x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(torch.positive, x)
+    return _narrowed(_log, y), gy * y
 
 
 def exp() -> Invertible:
@@ -173,7 +203,7 @@ def exp() -> Invertible:
     Source:
         As a bijector: Dillon et al., TensorFlow Distributions (2017).
     """
-    return saturating(elementwise(_exp, _log, "exp()", pullback=_pull_exp, log_det=_exp_log_det))
+    return saturating(curved((_exp, _log), torch.positive, "exp()", _pull_exp))
 
 
 def log() -> Invertible:
@@ -221,15 +251,11 @@ def _within(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def _pull_sigmoid(y: Tensor, gy: Tensor) -> Any:
-    return _logit(y), gy * y * (1 - y)
+    return _narrowed(_logit, y), gy * y * (1 - y)
 
 
 def _sigmoid_log_slope(x: Tensor) -> Tensor:
     return log_sigmoid(x) + log_sigmoid(-x)
-
-
-def _sigmoid_log_det(x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(_sigmoid_log_slope, x)
 
 
 def sigmoid() -> Invertible:
@@ -258,7 +284,7 @@ def sigmoid() -> Invertible:
     Source:
         Its inverse, before a flow on pixels: Dinh et al., Real NVP (2017), section 4.1.
     """
-    return saturating(elementwise(_sigmoid, _logit, "sigmoid()", pullback=_pull_sigmoid, log_det=_sigmoid_log_det))
+    return saturating(curved((_sigmoid, _logit), _sigmoid_log_slope, "sigmoid()", _pull_sigmoid))
 
 
 def logit() -> Invertible:
@@ -303,15 +329,11 @@ def _atanh(y: Tensor) -> Tensor:
 
 
 def _pull_tanh(y: Tensor, gy: Tensor) -> Any:
-    return _atanh(y), gy * (1 - y * y)
+    return _narrowed(_atanh, y), gy * (1 - y * y)
 
 
 def _tanh_log_slope(x: Tensor) -> Tensor:
     return -2 * _log_cosh(x)
-
-
-def _tanh_log_det(x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(_tanh_log_slope, x)
 
 
 def tanh() -> Invertible:
@@ -340,7 +362,7 @@ def tanh() -> Invertible:
     Source:
         After a density on actions: Haarnoja et al., Soft Actor-Critic (2018), appendix C.
     """
-    return saturating(elementwise(_tanh, _atanh, "tanh()", pullback=_pull_tanh, log_det=_tanh_log_det))
+    return saturating(curved((_tanh, _atanh), _tanh_log_slope, "tanh()", _pull_tanh))
 
 
 def atanh() -> Invertible:
@@ -387,7 +409,7 @@ def _leaky_tanh(cutoff: float, x: Tensor) -> Tensor:
 
 
 def _leaky_tanh_inverse(cutoff: float, y: Tensor) -> Tensor:
-    return exactly(partial(_leaky_atanh, cutoff), y)
+    return widely(partial(_leaky_atanh, cutoff), y)
 
 
 def _leaky_atanh(cutoff: float, y: Tensor) -> Tensor:
@@ -399,11 +421,11 @@ def _leaky_atanh(cutoff: float, y: Tensor) -> Tensor:
 
 def _pull_leaky_tanh(cutoff: float, y: Tensor, gy: Tensor) -> Any:
     value, slope = _saturates_at(cutoff)
-    return _leaky_tanh_inverse(cutoff, y), gy * torch.where(y.abs() < value, 1 - y * y, slope)
+    return _narrowed(partial(_leaky_tanh_inverse, cutoff), y), gy * torch.where(y.abs() < value, 1 - y * y, slope)
 
 
-def _leaky_tanh_log_det(cutoff: float, x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(_tanh_log_slope, torch.where(x.abs() < cutoff, x, x.detach().clamp(-cutoff, cutoff)))
+def _leaky_tanh_log_slope(cutoff: float, x: Tensor) -> Tensor:
+    return _tanh_log_slope(torch.where(x.abs() < cutoff, x, x.detach().clamp(-cutoff, cutoff)))
 
 
 def _is_flat(cutoff: float, x: Tensor) -> bool:
@@ -443,14 +465,9 @@ def leaky_tanh(cutoff: float = 3.0) -> Invertible:
         Ward, flowjax's ``LeakyTanh`` (2022).
     """
     check_option("leaky_tanh: cutoff", cutoff, lambda cutoff: 0 < cutoff < 8, "a number between 0 and 8")
-    op = elementwise(
-        partial(_leaky_tanh_forward, cutoff),
-        partial(_leaky_tanh_inverse, cutoff),
-        f"leaky_tanh({cutoff})",
-        pullback=partial(_pull_leaky_tanh, cutoff),
-        log_det=partial(_leaky_tanh_log_det, cutoff),
-    )
-    return saturating(op, partial(_is_flat, cutoff))
+    functions = partial(_leaky_tanh_forward, cutoff), partial(_leaky_tanh_inverse, cutoff)
+    slope, pull = partial(_leaky_tanh_log_slope, cutoff), partial(_pull_leaky_tanh, cutoff)
+    return saturating(curved(functions, slope, f"leaky_tanh({cutoff})", pull), partial(_is_flat, cutoff))
 
 
 # ---- softplus ----------------------------------------------------------------------------------------------------
@@ -470,11 +487,7 @@ def _softplus_inverse_inside(y: Tensor) -> Tensor:
 
 
 def _pull_softplus(y: Tensor, gy: Tensor) -> Any:
-    return _softplus_inverse(y), gy * -(-y).expm1()
-
-
-def _softplus_log_det(x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(log_sigmoid, x)
+    return _narrowed(_softplus_inverse, y), gy * -(-y).expm1()
 
 
 def softplus() -> Invertible:
@@ -501,8 +514,7 @@ def softplus() -> Invertible:
     Source:
         Dugas et al., Incorporating second-order functional knowledge for better option pricing (2001).
     """
-    rules: dict[str, Any] = {"pullback": _pull_softplus, "log_det": _softplus_log_det}
-    return saturating(elementwise(_softplus_forward, _softplus_inverse, "softplus()", **rules))
+    return saturating(curved((_softplus_forward, _softplus_inverse), log_sigmoid, "softplus()", _pull_softplus))
 
 
 # ---- sinh and asinh ----------------------------------------------------------------------------------------------
@@ -513,7 +525,7 @@ def _sinh(x: Tensor) -> Tensor:
 
 
 def _asinh(y: Tensor) -> Tensor:
-    return exactly(_asinh_inside, y)
+    return widely(_asinh_inside, y)
 
 
 def _asinh_inside(y: Tensor) -> Tensor:
@@ -523,11 +535,7 @@ def _asinh_inside(y: Tensor) -> Tensor:
 
 
 def _pull_sinh(y: Tensor, gy: Tensor) -> Any:
-    return _asinh(y), gy * y.hypot(y.new_ones(()))
-
-
-def _sinh_log_det(x: Tensor, y: Tensor) -> Tensor:
-    return sum_log_slopes(_log_cosh, x)
+    return _narrowed(_asinh, y), gy * y.hypot(y.new_ones(()))
 
 
 def sinh() -> Invertible:
@@ -552,7 +560,7 @@ def sinh() -> Invertible:
     Source:
         Jones and Pewsey, Sinh-arcsinh distributions (2009).
     """
-    return saturating(elementwise(_sinh, _asinh, "sinh()", pullback=_pull_sinh, log_det=_sinh_log_det))
+    return saturating(curved((_sinh, _asinh), _log_cosh, "sinh()", _pull_sinh))
 
 
 def asinh() -> Invertible:

@@ -110,18 +110,21 @@ def actnorm(log_scale: Tensor, bias: Tensor, dim: int = 1) -> Invertible:
     )
 
 
-def actnorm_init(x: Tensor, dim: int = 1, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def actnorm_init(x: Tensor, dim: int = 1, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     r"""The ``(log_scale, bias)`` for which `actnorm` gives each channel of a batch mean 0 and variance 1.
 
     .. math:: s_c = -\log(\sigma_c + \epsilon), \qquad b_c = -\mu_c e^{s_c}
 
     A channel that is constant up to rounding, as every channel of a batch of one vector is, tells no scale: its s is 0,
-    so that actnorm centres it.
+    so that actnorm centres it. So is one whose standard deviation is at most :math:`8 \epsilon_{dtype} |\mu_c|`, or
+    below the smallest normal number; the dtype is that of x, and at least float32. In any other channel the variance is
+    1 up to rounding, however small its numbers are.
 
     Args:
         x: The batch, as it arrives at the op.
         dim: The dimension of the channels.
-        eps: Added to the standard deviation.
+        eps: Added to the standard deviation: 1 / eps bounds the scale of channels that vary little, whose variance is
+            then below 1.
 
     Shapes:
         ``(N, C, ...) -> (C,), (C,)``, in the dtype of x, and at least in float32, without gradients: wrap them in
@@ -155,14 +158,18 @@ def check_channels(x: Any, dim: int) -> None:
 
 @torch.no_grad()
 def start_of(
-    x: Tensor, dim: int, dtype: torch.dtype, total: Callable[[Tensor], Tensor], eps: float = 1e-6
+    x: Tensor, dim: int, dtype: torch.dtype, total: Callable[[Tensor], Tensor], eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """`actnorm_init` in a dtype; ``total`` adds a tensor up over the processes that share the batch."""
     values = x.detach().to(at_least(x.dtype)).movedim(dim, 0).flatten(1)
     count = total(values.new_full((), values.shape[1]))
     mean = total(values.sum(1)) / count
-    deviation = (total((values - mean[:, None]).square().sum(1)) / count).sqrt()
-    is_constant = deviation <= 8 * torch.finfo(values.dtype).eps * mean.abs()
+    apart, limits = values - mean[:, None], torch.finfo(values.dtype)
+    size = (total(apart.abs().sum(1)) / count).clamp_min(
+        limits.tiny
+    )  # in its units no square rounds to 0, or overflows
+    deviation = size * (total((apart / size[:, None]).square().sum(1)) / count).sqrt()
+    is_constant = (deviation <= 8 * limits.eps * mean.abs()) | (deviation < limits.tiny)
     log_scale = -(deviation + eps).log().masked_fill(is_constant, 0).to(dtype)
     return log_scale, (-mean * log_scale.to(values.dtype).exp()).to(dtype)
 

@@ -30,10 +30,10 @@ from ..wires import Wire, describe
 
 
 class Entry:
-    """An x and a y that belong together, with the log-determinant, and what they were computed under."""
+    """An x and a y that belong together, of which one was made, the log-determinant, and what it was computed under."""
 
-    def __init__(self, op: Invertible, x: Tensor, y: Tensor, log_det: Tensor) -> None:
-        self.x, self.y, self.log_det = x, y, log_det
+    def __init__(self, op: Invertible, x: Tensor, y: Tensor, log_det: Tensor, made: Tensor) -> None:
+        self.x, self.y, self.log_det, self.made = x, y, log_det, made
         self.has_graph, self.states = torch.is_grad_enabled(), [*map(_state, (x, y))]
         self.snapshot = Snapshot(op.functions)
         self.snapshot.note()
@@ -42,6 +42,10 @@ class Entry:
         """Whether the same would be computed again: with its gradient, from the same numbers and parameters."""
         is_enough = self.has_graph or not torch.is_grad_enabled()  # a sample has no graph, its density may need one
         return is_enough and [*map(_state, (self.x, self.y))] == self.states and self.snapshot.is_same()
+
+    def gives(self, value: Tensor) -> bool:
+        """Whether a value may be given: what was made is made again where another loss may have freed its graph."""
+        return not (value is self.made and value.requires_grad)
 
 
 def _state(x: Tensor) -> tuple[int, bool]:
@@ -79,18 +83,18 @@ class OpTransform(Transform):
         if not self._keeps():
             return self._unbatched(x, self.op.forward(self._batched(x)))
         known = self._known()
-        if known is None or known.x is not x:
-            known = self.latest = Entry(self.op, x, *self._counted(self.counting, x))
+        if known is None or known.x is not x or not known.gives(known.y):
+            y, total = self._counted(self.counting, x)
+            known = self.latest = Entry(self.op, x, y, total, y)
         return known.y
 
     def _inverse(self, y: Tensor) -> Tensor:
         if not self._keeps():
             return self._unbatched(y, self.op.inverse(self._batched(y)))
         known = self._known()
-        # A graph that y has no part in may have been freed by the backward of another loss.
-        if known is None or known.y is not y or known.x.requires_grad > y.requires_grad:
+        if known is None or known.y is not y or not known.gives(known.x):
             x, total = self._counted(invert(self.counting), y)
-            known = self.latest = Entry(self.op, x, y, -total)
+            known = self.latest = Entry(self.op, x, y, -total, x)
         return known.x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
