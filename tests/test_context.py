@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,3 +270,38 @@ def test_functions_and_modules_are_looked_at_in_a_context() -> None:
     assert sum(row.bytes for row in inv.look.saved(f, x, context=SCALE)) == 3 * 2 * 8  # what tanh returned
     module = inv.nn.Lowered(inv.chain(inv.split(2), inv.couple(f), inv.concat(2)))
     assert inv.look.saved(module, torch.randn(3, 4), context=SCALE)
+
+
+class Unset:
+    __slots__ = ("calls", "loss")
+
+
+class Defaults:
+    calls, loss = 0, 0.0
+
+
+@pytest.mark.parametrize("make", [type("Empty", (), {}), SimpleNamespace, Unset, Defaults])
+@pytest.mark.parametrize("given", ["argument", "context"])
+def test_an_object_without_attributes_yet_is_written_once(make: Callable[[], Any], given: str) -> None:
+    net, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+
+    def f(x: Tensor, c: Any) -> Tensor:
+        c.calls = getattr(c, "calls", 0) + 1
+        c.loss = getattr(c, "loss", 0.0) + net(x).square().mean()
+        return torch.tanh(net(x) * c.calls)
+
+    def step(lower: Callable[..., Any]) -> tuple[list[Tensor], Any]:
+        c = make()
+        if given == "argument":
+            y = lower(f)(x, c)
+        else:
+            y = lower(inv.chain(inv.split(2, dim=0), inv.couple(f), inv.concat(2, dim=0)))(
+                torch.cat([x, x]), context={"c": c}
+            )
+        grads = torch.autograd.grad(y.square().sum(), [x, *net.parameters()], retain_graph=True)
+        return [*grads, *torch.autograd.grad(c.loss, [x, *net.parameters()])], c
+
+    (found, c), (expected, plain) = step(inv.checkpoint), step(lambda f: f)
+    assert_close(found, expected)
+    assert c.calls == plain.calls
+    assert_close(c.loss, plain.loss)

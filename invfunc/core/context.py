@@ -24,7 +24,7 @@ from ..errors import OptionError, ReplayError
 from .combine import Parallel
 from .couple import Half
 from .op import ByKind, Chain, Inverse, Invertible, OneWay, Pair, name_of
-from .structure import has_functions, slots_of
+from .structure import has_functions, has_room, slots_of
 
 Context: TypeAlias = Mapping[str, Any]
 
@@ -212,7 +212,7 @@ def has_state(item: Any) -> bool:
         return True
     if isinstance(item, (Tensor, nn.Module, type, Enum, Invertible, FunctionType, MethodType, partial)):
         return False
-    return bool(_attributes_of(item)) and type(item).__module__.partition(".")[0] not in ("builtins", "torch")
+    return has_room(item) and type(item).__module__.partition(".")[0] not in ("builtins", "torch")
 
 
 def _attributes_of(item: Any) -> dict[str, Any]:
