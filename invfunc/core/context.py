@@ -220,7 +220,7 @@ def _attributes_of(item: Any) -> dict[str, Any]:
 
 
 def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
-    """An object and what it is made of, copied, down to the tensors, which are shared."""
+    """An object and what it is made of, copied, down to the tensors, which are shared, as is what can not be copied."""
     copied = {} if copied is None else copied
     if id(item) in copied:
         return copied[id(item)]
@@ -229,13 +229,25 @@ def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
     if isinstance(item, tuple):
         parts = [copy_state(part, copied) for part in item]
         return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
-    new = copied[id(item)] = copy.copy(item)
+    new = copied[id(item)] = _copy(item)
+    if new is item:
+        return item
     if isinstance(item, (list, deque, dict)):
         for place, part in list(item.items() if isinstance(item, dict) else enumerate(item)):
             new[place] = copy_state(part, copied)
     for name, part in _attributes_of(item).items():
         object.__setattr__(new, name, copy_state(part, copied))
     return new
+
+
+def _copy(item: Any) -> Any:
+    """An object without what is in it; the object itself if it can not be copied, or if a copy would close what it owns."""
+    if hasattr(type(item), "__del__"):
+        return item
+    try:
+        return copy.copy(item)
+    except Exception:  # a file, a socket: a class says in its own way that it has one of a kind
+        return item
 
 
 def contents_in(item: Any, seen: set[int]) -> list[Any]:
