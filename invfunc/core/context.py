@@ -241,7 +241,7 @@ def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
 
 
 def _copy(item: Any) -> Any:
-    """An object without what is in it; the object itself if it can not be copied, or if a copy would close what it owns."""
+    """An object without what is in it; the object itself where a copy fails, or would close what it owns."""
     if hasattr(type(item), "__del__"):
         return item
     try:

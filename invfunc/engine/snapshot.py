@@ -69,6 +69,11 @@ def _is_flat(tables: Iterable[dict[str, Any]], flat: tuple[Any, ...]) -> bool:
     return all(map(is_, chain(_chained(map(_values, tables)), _END), chain(flat, _END)))
 
 
+def _names_in(tables: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """The names of dicts, one after the other."""
+    return tuple(_chained(tables))
+
+
 def _have_hooks(owned: Iterable[dict[str, Any]]) -> bool:
     """Whether a module has any, by the attributes of each."""
     return any(_chained(map(_HOOKS_THAT_RUN, owned)))
@@ -125,7 +130,7 @@ class Snapshot:
         self.buffers = {}
         self.slots = slots = _flat(was)
         self.sizes = list(map(len, unwritten)), list(map(len, was))
-        self.names = tuple(_chained(unwritten)), tuple(_chained(was))
+        self.names = _names_in(unwritten), _names_in(was)
         has_hooks = _have_hooks(owned)
         self.hooks = [{name: attributes[name].copy() for name in _HOOKS} for attributes in owned] if has_hooks else None
         self.tensors = tensors = [t for t in slots if isinstance(t, Tensor)]
@@ -191,7 +196,12 @@ class Snapshot:
 
     def _has_same_structure(self) -> bool:
         """Whether the same objects are where they were, whatever has been written into them."""
-        if not (_is_flat(self._unwritten(), self.attributes) and _is_flat(self.tables, self.slots)):
+        attributes, tables = self._unwritten(), self.tables
+        if not (_is_flat(attributes, self.attributes) and _is_flat(tables, self.slots)):
+            return False
+        if (_names_in(attributes), _names_in(tables)) != self.names:
+            return False
+        if (list(map(len, attributes)), list(map(len, tables))) != self.sizes:
             return False
         if self.hooks is not None:
             return False
@@ -264,7 +274,7 @@ class Snapshot:
             names = [n for n in {**now, **was} if now.get(n, ABSENT) is not was.get(n, ABSENT)]
             changes += [Place(now, n, was.get(n, ABSENT)) for n in names if (i, n) not in self.written]
         for now, was in zip(self.tables, _by_table(self.names[1], self.sizes[1], self.slots), strict=True):
-            if not _is_flat([now], tuple(was.values())):
+            if not _is_flat([now], tuple(was.values())) or tuple(now) != tuple(was):
                 changes.append(Table(now, was))
         for i, now in enumerate(self.owned):  # tables of hooks as a whole, since their order is that of the calls
             for name in _HOOKS:
