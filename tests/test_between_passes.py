@@ -555,7 +555,59 @@ class Sides(nn.Module):
 
 def test_a_name_that_moves_to_the_module_beside_it_moves_back() -> None:
     net, x = Sides(), torch.randn(3, 2 * WIDTH, requires_grad=True)
-    expected = torch.autograd.grad(pipeline(net)(x).square().sum(), x)
+    wrt = [x, net.right.shift]
+    expected = torch.autograd.grad(pipeline(net)(x).square().sum(), wrt)
     y = inv.checkpoint(pipeline(net))(x)
     net.left.shift = net.right._parameters.pop("shift")
-    assert_close(list(torch.autograd.grad(y.square().sum(), x)), list(expected))
+    assert_close(list(torch.autograd.grad(y.square().sum(), wrt)), list(expected))
+
+
+def step_in_backward(net: nn.Module) -> None:
+    @torch.no_grad()
+    def step(p: Tensor) -> None:
+        assert p.grad is not None
+        p.sub_(0.1 * p.grad)
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+
+
+STRUCTURE: dict[str, Callable[[nn.Module], Any]] = {
+    "nothing": lambda net: None,
+    "eval": lambda net: net.eval(),
+    "a tag": lambda net: setattr(net[0], "tag", "x"),
+    "a hook": lambda net: net[0].register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+def test_an_optimizer_that_steps_in_backward_beside_a_change_of_structure(name: str, mode: str) -> None:
+    def found(lower: Callable[[Any], Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        nets = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
+        op = inv.chain(inv.split(2), inv.couple(*nets[:2]), inv.couple(*nets[2:]), inv.concat(2))
+        x = torch.randn(3, 2 * WIDTH, requires_grad=True)
+        for net in nets:
+            step_in_backward(net)
+        y = lower(op)(x)
+        for net in nets:
+            STRUCTURE[name](net)
+        y.square().sum().backward()
+        assert x.grad is not None
+        return [x.grad, *[p.detach() for net in nets for p in net.parameters()]]
+
+    assert_close(found(lambda op: inv.checkpoint(op, mode=mode)), found(lambda op: op))
+
+
+def test_a_refusal_puts_the_structure_back() -> None:
+    net, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), torch.randn(3, 2 * WIDTH, requires_grad=True)
+    y = inv.checkpoint(pipeline(net))(x)
+    act = net[1] = nn.Sigmoid()
+    net.eval()
+    net[0].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with pytest.raises(ReplayError, match=r"\['weight'\] of a module changed"):
+        y.sum().backward()
+    assert net[1] is act and not net.training and len(net[0]._forward_hooks) == 1

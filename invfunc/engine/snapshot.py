@@ -13,7 +13,7 @@ NOTE [Snapshot] No gradient depends on what is found here: it only tells what ha
     (Batch norm's kernels do not bump the version counter, so that nothing tells what was written.) Large ones, and
     those of a module in eval, are copied if the module's first call was seen to write them.
 4.  *A tensor that was written in place*, moved, or given other data can not be restored: it raises, and names the
-    module and the tensor.
+    module and the tensor. We look for it when the rest is in its place: these functions read what forward found.
 5.  *Tensors that the call leaves* on a module, in a container or in a closure when it runs again are taken away: those
     of forward stay.
 6.  A module that is shared with another thread is changed by one replay at a time: rule 5 of NOTE [Conditions].
@@ -231,14 +231,17 @@ class Snapshot:
             return
         # Before we look: another thread's replay may have put copies of its own in these places.
         with turn(self._things(), patience()):
-            changes, flags = self._changes(copies, functions)
+            is_same = self.is_same()
+            changes = [] if is_same else self._changes()
             changes += [Place(c.module._buffers, c.name, c.copy.clone()) for c in copies]
             held = [(place, place.now()) for place in changes]
-            for place in changes:
-                place.put(place.value)
-            for tensor, flag in flags:
-                tensor.requires_grad_(flag)
+            flags: list[tuple[Tensor, bool]] = []
             try:
+                for place in changes:
+                    place.put(place.value)
+                flags = [] if is_same else self._changed_flags(copies, functions)
+                for tensor, flag in flags:
+                    tensor.requires_grad_(flag)
                 yield
             finally:
                 for tensor, flag in flags:
@@ -253,18 +256,13 @@ class Snapshot:
         contents = [id(contents.table) for contents in parts.contents if not contents.is_same()]
         return places.union(map(id, parts.modules), contents)
 
-    def _changes(
-        self, copies: Sequence[BufferCopy], functions: Iterable[Any]
-    ) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
-        """What has to be put back, and the tensors whose flag has to be set."""
-        if self.is_same():
-            return [], []
+    def _changes(self) -> list[Any]:
+        """What has to be put in its place."""
         parts = self.parts
         classes = [Attribute(m, "__class__", was) for m, was in zip(parts.modules, self.classes, strict=True)]
         changes: list[Any] = [place for place in [*parts.places, *classes] if place.now() is not place.value]
         changes += [contents for contents in parts.contents if not contents.is_same()]
-        changes += self._changed_names()
-        return changes, [] if self._are_tensors_same() else self._changed_flags(copies, functions)
+        return changes + self._changed_names()
 
     def _changed_names(self) -> list[Any]:
         """What has to be put in its place in the modules' dicts."""
@@ -299,13 +297,15 @@ class Snapshot:
     def _changed_flags(self, copies: Sequence[BufferCopy], functions: Iterable[Any]) -> list[tuple[Tensor, bool]]:
         """Rule 4 of NOTE [Snapshot]; a tensor that was only frozen, or thawed, is restored."""
         flags: list[tuple[Tensor, bool]] = []
+        if self._are_tensors_same():
+            return flags
         modules = self.parts.modules
         unread = {
             id(t) for m in modules for name, t in m._buffers.items() if t is not None and may_write_into(m, name, t)
         }
         unread |= {id(copy.tensor) for copy in copies}
-        if self._has_same_structure():  # what others read may have been written: they step in backward
-            unread |= _ids_in_sight(self) - _ids_in_sight(Snapshot(functions))
+        # What others read may have been written: they step in backward. All is where it was, so we see what these read.
+        unread |= _ids_in_sight(self) - _ids_in_sight(Snapshot(functions))
         for i, (tensor, address) in enumerate(zip(self.tensors, _addresses_of(self.tensors), strict=True)):
             if id(tensor) in unread:
                 continue
