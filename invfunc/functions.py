@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import WRAPPER_ASSIGNMENTS, partial
+from io import IOBase
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -79,7 +80,7 @@ class CheckpointedFunction:
         return results.unflatten(out)
 
     def _check_argument(self, leaf: Any) -> None:
-        if isinstance(leaf, Iterator):
+        if isinstance(leaf, Iterator) and not _is_only_written(leaf):
             raise ReplayError(
                 f"{self!r} got a {type(leaf).__name__}",
                 expected="arguments that can be read twice: backward runs the function again",
@@ -100,6 +101,11 @@ class CheckpointedFunction:
 
     def __repr__(self) -> str:
         return f"checkpoint({name_of(self.__wrapped__)})"
+
+
+def _is_only_written(item: Any) -> bool:
+    """Whether an object is a stream to print to."""
+    return isinstance(item, IOBase) and not item.closed and item.writable() and not item.readable()
 
 
 def _checkpointed(fn: Callable[..., Any], options: Options) -> CheckpointedFunction:

@@ -473,3 +473,141 @@ def test_what_a_module_among_the_arguments_was_is_used(given: str, by_name: bool
         next(module.parameters()).mul_(5)
     with pytest.raises(ReplayError, match="of a module changed between forward and backward"):
         y.sum().backward()
+
+
+class Named(nn.Module):
+    """Finds two of everything, each by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.k, self.scale = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 0.5, 2.0
+        self.u, self.v = nn.Parameter(torch.randn(WIDTH)), nn.Parameter(torch.randn(WIDTH))
+        self.register_buffer("shift", torch.randn(WIDTH))
+        self.register_buffer("gain", torch.randn(WIDTH))
+        self.table = nn.ModuleDict({"first": nn.Linear(WIDTH, WIDTH), "second": nn.Linear(WIDTH, WIDTH)})
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.b(self.a(x).tanh() * self.k) * getattr(self, "scale", 1.0)) * self.u + self.v
+        return self.table["second"](self.table["first"](y * self.gain + self.shift).tanh())
+
+
+def swap_names(table: Any, first: str, second: str) -> None:
+    """Each under the other's name, in the order that there was."""
+    is_mapping = isinstance(table, nn.ModuleDict)
+    take, put = (table.pop, table.__setitem__) if is_mapping else (partial(getattr, table), partial(setattr, table))
+    values = take(first), take(second)
+    for name in () if is_mapping else (first, second):
+        delattr(table, name)
+    for name, value in zip((second, first), values, strict=True):
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            table.register_buffer(name, value)
+        else:
+            put(name, value)
+
+
+def rename_attribute(net: Named) -> None:
+    scale = net.scale
+    del net.scale
+    net._scale = scale
+
+
+RENAMED: dict[str, Callable[[Named], Any]] = {
+    "modules": lambda net: swap_names(net, "a", "b"),
+    "attributes": lambda net: swap_names(net, "k", "scale"),
+    "parameters": lambda net: swap_names(net, "u", "v"),
+    "buffers": lambda net: swap_names(net, "shift", "gain"),
+    "entries of a ModuleDict": lambda net: swap_names(net.table, "first", "second"),
+    "a renamed attribute": rename_attribute,
+}
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("name", RENAMED)
+def test_what_changes_its_name_is_found_under_that_of_forward(name: str, mode: str) -> None:
+    net, x = Named(), torch.randn(3, 2 * WIDTH, requires_grad=True)
+    wrt = [x, *net.parameters()]
+    lowered = inv.checkpoint(pipeline(net), mode=mode)
+    expected = torch.autograd.grad(pipeline(net)(x).square().sum(), wrt)
+    y = lowered(x)
+    RENAMED[name](net)
+    order = [list(vars(part)) + [n for n, _ in part.named_parameters()] for part in net.modules()]
+    assert_close(list(torch.autograd.grad(y.square().sum(), wrt)), list(expected))
+    assert order == [list(vars(part)) + [n for n, _ in part.named_parameters()] for part in net.modules()]
+
+
+class Side(nn.Module):
+    """All that it may have is one parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * getattr(self, "shift", 1.0)
+
+
+class Sides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.right, self.left = Side(), Side()  # each table behind the other: all values stay in their order
+        self.right.shift = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.right(x) + self.left(2 * x)
+
+
+def test_a_name_that_moves_to_the_module_beside_it_moves_back() -> None:
+    net, x = Sides(), torch.randn(3, 2 * WIDTH, requires_grad=True)
+    wrt = [x, net.right.shift]
+    expected = torch.autograd.grad(pipeline(net)(x).square().sum(), wrt)
+    y = inv.checkpoint(pipeline(net))(x)
+    net.left.shift = net.right._parameters.pop("shift")
+    assert_close(list(torch.autograd.grad(y.square().sum(), wrt)), list(expected))
+
+
+def step_in_backward(net: nn.Module) -> None:
+    @torch.no_grad()
+    def step(p: Tensor) -> None:
+        assert p.grad is not None
+        p.sub_(0.1 * p.grad)
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+
+
+STRUCTURE: dict[str, Callable[[nn.Module], Any]] = {
+    "nothing": lambda net: None,
+    "eval": lambda net: net.eval(),
+    "a tag": lambda net: setattr(net[0], "tag", "x"),
+    "a hook": lambda net: net[0].register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+def test_an_optimizer_that_steps_in_backward_beside_a_change_of_structure(name: str, mode: str) -> None:
+    def found(lower: Callable[[Any], Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        nets = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
+        op = inv.chain(inv.split(2), inv.couple(*nets[:2]), inv.couple(*nets[2:]), inv.concat(2))
+        x = torch.randn(3, 2 * WIDTH, requires_grad=True)
+        for net in nets:
+            step_in_backward(net)
+        y = lower(op)(x)
+        for net in nets:
+            STRUCTURE[name](net)
+        y.square().sum().backward()
+        assert x.grad is not None
+        return [x.grad, *[p.detach() for net in nets for p in net.parameters()]]
+
+    assert_close(found(lambda op: inv.checkpoint(op, mode=mode)), found(lambda op: op))
+
+
+def test_a_refusal_puts_the_structure_back() -> None:
+    net, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()), torch.randn(3, 2 * WIDTH, requires_grad=True)
+    y = inv.checkpoint(pipeline(net))(x)
+    act = net[1] = nn.Sigmoid()
+    net.eval()
+    net[0].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with pytest.raises(ReplayError, match=r"\['weight'\] of a module changed"):
+        y.sum().backward()
+    assert net[1] is act and not net.training and len(net[0]._forward_hooks) == 1

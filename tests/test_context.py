@@ -1,7 +1,14 @@
 """Context: functions are told by name what they take, with gradients, and what they write into is seen as it was."""
 
-from collections.abc import Callable
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
+from tempfile import NamedTemporaryFile
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,3 +284,105 @@ def test_functions_and_modules_are_looked_at_in_a_context() -> None:
     assert sum(row.bytes for row in inv.look.saved(f, x, context=SCALE)) == 3 * 2 * 8  # what tanh returned
     module = inv.nn.Lowered(inv.chain(inv.split(2), inv.couple(f), inv.concat(2)))
     assert inv.look.saved(module, torch.randn(3, 4), context=SCALE)
+
+
+class Unset:
+    __slots__ = ("calls", "loss")
+
+
+class Defaults:
+    calls, loss = 0, 0.0
+
+
+@pytest.mark.parametrize("make", [type("Empty", (), {}), SimpleNamespace, Unset, Defaults])
+@pytest.mark.parametrize("given", ["argument", "context"])
+def test_an_object_without_attributes_yet_is_written_once(make: Callable[[], Any], given: str) -> None:
+    net, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+
+    def f(x: Tensor, c: Any) -> Tensor:
+        c.calls = getattr(c, "calls", 0) + 1
+        c.loss = getattr(c, "loss", 0.0) + net(x).square().mean()
+        return torch.tanh(net(x) * c.calls)
+
+    def step(lower: Callable[..., Any]) -> tuple[list[Tensor], Any]:
+        c = make()
+        if given == "argument":
+            y = lower(f)(x, c)
+        else:
+            y = lower(inv.chain(inv.split(2, dim=0), inv.couple(f), inv.concat(2, dim=0)))(
+                torch.cat([x, x]), context={"c": c}
+            )
+        grads = torch.autograd.grad(y.square().sum(), [x, *net.parameters()], retain_graph=True)
+        return [*grads, *torch.autograd.grad(c.loss, [x, *net.parameters()])], c
+
+    (found, c), (expected, plain) = step(inv.checkpoint), step(lambda f: f)
+    assert_close(found, expected)
+    assert c.calls == plain.calls
+    assert_close(c.loss, plain.loss)
+
+
+class Holds:
+    """An object beside one that can not be copied."""
+
+    def __init__(self, one: Any) -> None:
+        self.one, self.calls = one, 0
+
+
+class Single:
+    def __copy__(self) -> Any:
+        raise RuntimeError("there is one")
+
+
+def with_handler() -> logging.Logger:
+    logger = logging.Logger("of a test")
+    logger.addHandler(logging.StreamHandler(sys.__stderr__))
+    return logger
+
+
+ONE_OF_A_KIND: dict[str, Callable[[], Any]] = {
+    "a stream": lambda: sys.__stderr__,
+    "a file that is written": lambda: open(os.devnull, "w"),  # noqa: SIM115
+    "a file on disk": lambda: NamedTemporaryFile("w"),  # noqa: SIM115
+    "a logger with handlers": with_handler,
+    "a logger of the root": logging.getLogger,
+    "a socket": socket.socket,
+    "a lock": threading.Lock,
+    "a class of the user's that refuses": Single,
+}
+
+
+@pytest.fixture(params=ONE_OF_A_KIND)
+def one(request: pytest.FixtureRequest) -> Iterator[Any]:
+    found = ONE_OF_A_KIND[request.param]()
+    yield found
+    if isinstance(found, socket.socket) or hasattr(found, "name") and found not in (sys.__stderr__, logging.root):
+        getattr(found, "close", lambda: None)()
+
+
+@pytest.mark.parametrize("given", ["argument", "context", "plain"])
+@pytest.mark.parametrize("held", [False, True])
+def test_what_can_not_be_copied_is_shared(one: Any, given: str, held: bool) -> None:
+    net, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+    seen = []
+
+    def f(x: Tensor, c: Any) -> Tensor:
+        seen.append(c.one if held else c)
+        factor = 1.0
+        if held:
+            c.calls = c.calls + 1
+            factor = c.calls
+        return torch.tanh(net(x) * factor)
+
+    c, again = (Holds(one), Holds(one)) if held else (one, one)
+    handlers = list(getattr(one, "handlers", []))
+    if given == "argument":
+        y, plain = inv.checkpoint(f)(x, c), f(x, again)
+    else:
+        op = inv.chain(inv.split(2, dim=0), inv.couple(f), inv.concat(2, dim=0))
+        y = (op if given == "plain" else inv.checkpoint(op))(x.repeat(2, 1), context={"c": c})
+        plain = torch.cat([x + f(x, again), x])
+    found, expected = (torch.autograd.grad(out.sin().sum(), [x, net.weight]) for out in (y, plain))
+    assert_close(list(found), list(expected))
+    assert all(item is one for item in seen)
+    assert getattr(one, "handlers", []) == handlers
+    assert not getattr(one, "closed", False)

@@ -25,7 +25,7 @@ from ..wires import describe
 from .combine import Parallel
 from .couple import Half
 from .op import ByKind, Chain, Inverse, Invertible, OneWay, Pair, name_of
-from .structure import has_functions, slots_of
+from .structure import has_functions, has_room, slots_of
 
 Context: TypeAlias = Mapping[str, Any]
 
@@ -218,7 +218,7 @@ def has_state(item: Any) -> bool:
         return True
     if isinstance(item, (Tensor, nn.Module, type, Enum, Invertible, FunctionType, MethodType, partial)):
         return False
-    return bool(_attributes_of(item)) and type(item).__module__.partition(".")[0] not in ("builtins", "torch")
+    return has_room(item) and type(item).__module__.partition(".")[0] not in ("builtins", "torch")
 
 
 def _attributes_of(item: Any) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def _attributes_of(item: Any) -> dict[str, Any]:
 
 
 def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
-    """An object and what it is made of, copied, down to the tensors, which are shared."""
+    """An object and what it is made of, copied, down to the tensors, which are shared, as is what can not be copied."""
     copied = {} if copied is None else copied
     if id(item) in copied:
         return copied[id(item)]
@@ -235,13 +235,25 @@ def copy_state(item: Any, copied: dict[int, Any] | None = None) -> Any:
     if isinstance(item, tuple):
         parts = [copy_state(part, copied) for part in item]
         return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
-    new = copied[id(item)] = copy.copy(item)
+    new = copied[id(item)] = _copy(item)
+    if new is item:
+        return item
     if isinstance(item, (list, deque, dict)):
         for place, part in list(item.items() if isinstance(item, dict) else enumerate(item)):
             new[place] = copy_state(part, copied)
     for name, part in _attributes_of(item).items():
         object.__setattr__(new, name, copy_state(part, copied))
     return new
+
+
+def _copy(item: Any) -> Any:
+    """An object without what is in it; the object itself where a copy fails, or would close what it owns."""
+    if hasattr(type(item), "__del__"):
+        return item
+    try:
+        return copy.copy(item)
+    except Exception:  # a file, a socket: a class says in its own way that it has one of a kind
+        return item
 
 
 def contents_in(item: Any, seen: set[int]) -> list[Any]:

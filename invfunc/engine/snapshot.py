@@ -13,7 +13,7 @@ NOTE [Snapshot] No gradient depends on what is found here: it only tells what ha
     (Batch norm's kernels do not bump the version counter, so that nothing tells what was written.) Large ones, and
     those of a module in eval, are copied if the module's first call was seen to write them.
 4.  *A tensor that was written in place*, moved, or given other data can not be restored: it raises, and names the
-    module and the tensor.
+    module and the tensor. We look for it when the rest is in its place: these functions read what forward found.
 5.  *Tensors that the call leaves* on a module, in a container or in a closure when it runs again are taken away: those
     of forward stay.
 6.  A module that is shared with another thread is changed by one replay at a time: rule 5 of NOTE [Conditions].
@@ -67,6 +67,11 @@ def _flat(tables: Iterable[dict[str, Any]]) -> tuple[Any, ...]:
 def _is_flat(tables: Iterable[dict[str, Any]], flat: tuple[Any, ...]) -> bool:
     """Whether dicts hold the same objects as when `_flat` was asked; without a line of Python for each."""
     return all(map(is_, chain(_chained(map(_values, tables)), _END), chain(flat, _END)))
+
+
+def _names_in(tables: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """The names of dicts, one after the other."""
+    return tuple(_chained(tables))
 
 
 def _have_hooks(owned: Iterable[dict[str, Any]]) -> bool:
@@ -125,7 +130,7 @@ class Snapshot:
         self.buffers = {}
         self.slots = slots = _flat(was)
         self.sizes = list(map(len, unwritten)), list(map(len, was))
-        self.names = tuple(_chained(unwritten)), tuple(_chained(was))
+        self.names = _names_in(unwritten), _names_in(was)
         has_hooks = _have_hooks(owned)
         self.hooks = [{name: attributes[name].copy() for name in _HOOKS} for attributes in owned] if has_hooks else None
         self.tensors = tensors = [t for t in slots if isinstance(t, Tensor)]
@@ -191,7 +196,12 @@ class Snapshot:
 
     def _has_same_structure(self) -> bool:
         """Whether the same objects are where they were, whatever has been written into them."""
-        if not (_is_flat(self._unwritten(), self.attributes) and _is_flat(self.tables, self.slots)):
+        attributes, tables = self._unwritten(), self.tables
+        if not (_is_flat(attributes, self.attributes) and _is_flat(tables, self.slots)):
+            return False
+        if (_names_in(attributes), _names_in(tables)) != self.names:
+            return False
+        if (list(map(len, attributes)), list(map(len, tables))) != self.sizes:
             return False
         if self.hooks is not None:
             return False
@@ -221,14 +231,17 @@ class Snapshot:
             return
         # Before we look: another thread's replay may have put copies of its own in these places.
         with turn(self._things(), patience()):
-            changes, flags = self._changes(copies, functions)
+            is_same = self.is_same()
+            changes = [] if is_same else self._changes()
             changes += [Place(c.module._buffers, c.name, c.copy.clone()) for c in copies]
             held = [(place, place.now()) for place in changes]
-            for place in changes:
-                place.put(place.value)
-            for tensor, flag in flags:
-                tensor.requires_grad_(flag)
+            flags: list[tuple[Tensor, bool]] = []
             try:
+                for place in changes:
+                    place.put(place.value)
+                flags = [] if is_same else self._changed_flags(copies, functions)
+                for tensor, flag in flags:
+                    tensor.requires_grad_(flag)
                 yield
             finally:
                 for tensor, flag in flags:
@@ -243,18 +256,13 @@ class Snapshot:
         contents = [id(contents.table) for contents in parts.contents if not contents.is_same()]
         return places.union(map(id, parts.modules), contents)
 
-    def _changes(
-        self, copies: Sequence[BufferCopy], functions: Iterable[Any]
-    ) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
-        """What has to be put back, and the tensors whose flag has to be set."""
-        if self.is_same():
-            return [], []
+    def _changes(self) -> list[Any]:
+        """What has to be put in its place."""
         parts = self.parts
         classes = [Attribute(m, "__class__", was) for m, was in zip(parts.modules, self.classes, strict=True)]
         changes: list[Any] = [place for place in [*parts.places, *classes] if place.now() is not place.value]
         changes += [contents for contents in parts.contents if not contents.is_same()]
-        changes += self._changed_names()
-        return changes, [] if self._are_tensors_same() else self._changed_flags(copies, functions)
+        return changes + self._changed_names()
 
     def _changed_names(self) -> list[Any]:
         """What has to be put in its place in the modules' dicts."""
@@ -264,7 +272,7 @@ class Snapshot:
             names = [n for n in {**now, **was} if now.get(n, ABSENT) is not was.get(n, ABSENT)]
             changes += [Place(now, n, was.get(n, ABSENT)) for n in names if (i, n) not in self.written]
         for now, was in zip(self.tables, _by_table(self.names[1], self.sizes[1], self.slots), strict=True):
-            if not _is_flat([now], tuple(was.values())):
+            if not _is_flat([now], tuple(was.values())) or tuple(now) != tuple(was):
                 changes.append(Table(now, was))
         for i, now in enumerate(self.owned):  # tables of hooks as a whole, since their order is that of the calls
             for name in _HOOKS:
@@ -289,13 +297,15 @@ class Snapshot:
     def _changed_flags(self, copies: Sequence[BufferCopy], functions: Iterable[Any]) -> list[tuple[Tensor, bool]]:
         """Rule 4 of NOTE [Snapshot]; a tensor that was only frozen, or thawed, is restored."""
         flags: list[tuple[Tensor, bool]] = []
+        if self._are_tensors_same():
+            return flags
         modules = self.parts.modules
         unread = {
             id(t) for m in modules for name, t in m._buffers.items() if t is not None and may_write_into(m, name, t)
         }
         unread |= {id(copy.tensor) for copy in copies}
-        if self._has_same_structure():  # what others read may have been written: they step in backward
-            unread |= _ids_in_sight(self) - _ids_in_sight(Snapshot(functions))
+        # What others read may have been written: they step in backward. All is where it was, so we see what these read.
+        unread |= _ids_in_sight(self) - _ids_in_sight(Snapshot(functions))
         for i, (tensor, address) in enumerate(zip(self.tensors, _addresses_of(self.tensors), strict=True)):
             if id(tensor) in unread:
                 continue
