@@ -30,6 +30,12 @@ def pipeline() -> inv.Invertible:
     return inv.chain(inv.split(2), inv.couple(*scales, law=inv.affine), middle, inv.concat(2))
 
 
+def test_a_distribution_function_is_refused_with_the_reason():
+    distribution = TransformedDistribution(Normal(0.0, 1.0), [inv.ops.as_transform(inv.ops.sinh(), event_dim=0)])
+    message = "as_transform(sinh(), event_dim=0) does not know whether it rises or falls, which cdf and icdf ask"
+    assert_refused(NotImplementedError, message, lambda: distribution.cdf(torch.zeros(3)), anywhere=True)
+
+
 def test_as_transform_in_a_transformed_distribution():
     op, x = pipeline(), torch.randn(5, 4)
     base = Independent(Normal(torch.zeros(4), torch.ones(4)), 1)

@@ -104,6 +104,13 @@ class OpTransform(Transform):
             return known.log_det
         return self._counted(self.counting, x)[1]
 
+    @property
+    def sign(self) -> int:
+        """Nothing of an op tells it."""
+        raise NotImplementedError(
+            f"{self!r} does not know whether it rises or falls, which cdf and icdf ask: use torch.distributions' own"
+        )
+
     def _keeps(self) -> bool:
         return self.cached > 0 and not torch.compiler.is_compiling()  # a graph computes what is the same once by itself
 
