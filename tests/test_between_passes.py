@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import ChainMap, UserDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -575,8 +576,8 @@ def step_in_backward(net: nn.Module) -> None:
 STRUCTURE: dict[str, Callable[[nn.Module], Any]] = {
     "nothing": lambda net: None,
     "eval": lambda net: net.eval(),
-    "a tag": lambda net: setattr(net[0], "tag", "x"),
-    "a hook": lambda net: net[0].register_forward_hook(lambda *_: None),
+    "a tag": lambda net: setattr(net.get_submodule("0"), "tag", "x"),
+    "a hook": lambda net: net.get_submodule("0").register_forward_hook(lambda *_: None),
 }
 
 
@@ -611,3 +612,57 @@ def test_a_refusal_puts_the_structure_back() -> None:
     with pytest.raises(ReplayError, match=r"\['weight'\] of a module changed"):
         y.sum().backward()
     assert net[1] is act and not net.training and len(net[0]._forward_hooks) == 1
+
+
+@pytest.fixture
+def no_profile() -> Iterator[None]:
+    """TorchScript saves other tensors in its first calls, while it looks what to optimise."""
+    with torch.jit.optimized_execution(False):
+        yield
+
+
+def script(net: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(net)
+
+
+SCRIPTED: dict[str, Callable[[nn.Module], Any]] = {
+    "module": lambda net: net,
+    "inside": lambda net: nn.Sequential(net),
+    "closure": lambda net: lambda x: net(x),
+}
+
+
+@pytest.mark.usefixtures("no_profile")
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("face", SCRIPTED)
+@pytest.mark.parametrize("name", ["0.weight", "0.bias"])
+def test_a_weight_of_torchscript_that_is_written_is_named(name: str, face: str, mode: str) -> None:
+    net = script(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
+    x = torch.randn(3, 2 * WIDTH, requires_grad=True)
+    y = inv.checkpoint(pipeline(SCRIPTED[face](net)), mode=mode)(x)
+    with torch.no_grad():
+        dict(net.named_parameters())[name].mul_(2)
+    with pytest.raises(ReplayError, match=rf"{name}'\] of a module changed .*modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("no_profile")
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("face", SCRIPTED)
+@pytest.mark.parametrize("part", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(WIDTH)], ids=["dropout", "norm"])
+def test_a_module_of_torchscript_is_in_training_as_in_forward(
+    part: Callable[[], nn.Module], face: str, mode: str
+) -> None:
+    net = script(nn.Sequential(nn.Linear(WIDTH, WIDTH), part(), nn.Tanh()))
+    x = torch.randn(5, 2 * WIDTH, requires_grad=True)
+
+    def found(lower: Callable[[Any], Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        y = lower(pipeline(SCRIPTED[face](net.train())))(x)
+        net.eval()
+        return list(torch.autograd.grad(y.square().sum(), [x, *net.parameters()]))
+
+    assert_close(found(lambda op: inv.checkpoint(op, mode=mode)), found(lambda op: op))
+    assert not any(part.training for part in net.modules())

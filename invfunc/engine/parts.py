@@ -70,6 +70,22 @@ class Attribute(NamedTuple):
             kind.__setattr__(self.table, self.name, value)
 
 
+class Flag(NamedTuple):
+    """Whether a module of TorchScript is in training."""
+
+    table: nn.Module
+    value: bool
+    name: str = "training"
+
+    def now(self) -> bool:
+        """Whether it is now."""
+        return self.table.training
+
+    def put(self, value: bool) -> None:
+        """Say whether it is."""
+        self.table.training = value
+
+
 class Contents(NamedTuple):
     """What a list, a dict or a set consists of."""
 
@@ -128,14 +144,16 @@ class Parts:
         called: Those of them that are called, and not only asked for a method.
         nearby: Modules that a closure or an object can see: it may call them, or read their tensors.
         modules: All of these, and every submodule, each once.
-        tensors: Tensors outside of modules.
+        scripts: Modules of TorchScript.
+        tensors: Tensors outside of modules, and those of TorchScript.
         devices: Those that closures and objects hold by themselves.
         places: Where closures and globals find what they are bound to, and slots.
         contents: The lists, dicts, sets and objects that they or their modules hold.
     """
 
     __slots__ = (
-        "called", "contents", "devices", "is_opaque", "modules", "nearby", "places", "roots", "seen", "tensors",
+        "called", "contents", "devices", "is_opaque", "modules", "nearby", "places", "roots", "scripts", "seen",
+        "tensors",
     )  # fmt: skip
 
     def __init__(self, functions: Iterable[Any]) -> None:
@@ -144,6 +162,7 @@ class Parts:
         self.called: list[nn.Module] = []
         self.nearby: list[nn.Module] = []
         self.modules: list[nn.Module] = []
+        self.scripts: list[nn.Module] = []
         self.tensors: list[Tensor] = []
         self.devices: list[torch.device] = []
         self.places: list[Any] = []
@@ -174,6 +193,7 @@ class Parts:
         self.seen.add(id(module))
         attributes = module.__dict__
         if not isinstance(attributes.get("_parameters"), dict):  # TorchScript keeps them elsewhere
+            self._add_script(module)
             return
         self.modules.append(module)
         if "parametrizations" in attributes["_modules"]:  # its class is its own, and loses a property with each of them
@@ -191,6 +211,14 @@ class Parts:
                 self._add_at(Place(attributes, name, value), 1)
             else:
                 self._add_values(value, 1)
+
+    def _add_script(self, module: nn.Module) -> None:
+        """A module of TorchScript, whose dicts can not be written: its flag, and tensors that training leaves."""
+        self.scripts.append(module)
+        for part in module.modules():
+            self.places.append(Flag(part, part.training))
+            for tensor in (*part.parameters(False), *(() if part.training else part.buffers(False))):
+                self.add(tensor, 0)
 
     def _add_values(self, item: Any, depth: int) -> None:
         """What an object that a module holds consists of; the functions that it calls are not looked for."""

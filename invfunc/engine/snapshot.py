@@ -325,7 +325,9 @@ class Snapshot:
         return "" if address == self.addresses[i] else "given other data"
 
     def _written(self, tensor: Tensor, how: str) -> ReplayError:
-        names = [n for n, value in zip(self.names[1], self.slots, strict=True) if value is tensor]
+        scripted = _chained([(*m.named_parameters(), *m.named_buffers()) for m in self.parts.scripts])
+        named = [*zip(self.names[1], self.slots, strict=True), *scripted]
+        names = [n for n, value in named if value is tensor]
         parameters = _by_table(self.names[1], self.sizes[1], self.slots)[::3]  # the first of `_tables_of`
         pairs = zip(self.parts.modules, parameters, strict=True)
         owners = [module for module, table in pairs if any(t is tensor for t in table.values())]
