@@ -552,6 +552,31 @@ def test_the_numbers_of_a_tensor_in_an_object_that_a_module_holds_are_those_of_b
     assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * x.cos())
 
 
+SCALE = 1.0
+
+
+class Scaled(nn.Module):
+    """A module that reads a global."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * SCALE).sin()
+
+
+def scaled(x: Tensor) -> Tensor:
+    return (x * scaled.by).sin()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("fn", "place", "name"), [(Scaled(), globals(), "SCALE"), (scaled, vars(scaled), "by")])
+def test_a_global_of_a_module_and_an_attribute_of_a_function_are_those_of_backward(
+    fn: Any, place: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(place, name, 1.0)
+    x = torch.ones(2, requires_grad=True)
+    y = inv.checkpoint(fn, drift="off")(x)
+    place[name] = 2.0
+    assert_close(torch.autograd.grad(y.sum(), x)[0], (2 * x).cos())
+
+
 # ---- early stop ------------------------------------------------------------------------------------------------------
 
 
