@@ -54,7 +54,8 @@ class CheckpointedFunction:
             self._check_argument(leaf)
         found, within = arguments.contents()
         functions = (self.__wrapped__, *found)
-        region = Region(self._call, arguments.build, (None, self, 0), conditions_of(functions), self.options)
+        conditions = conditions_of((self.__wrapped__,), found)
+        region = Region(self._call, arguments.build, (None, self, 0), conditions, self.options)
         out = region.run((args, kwargs), arguments.tensors, functions, within)
         region.conditions.snapshot.note()
         return out

@@ -5,6 +5,7 @@ import gc
 import inspect
 from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -485,3 +486,60 @@ def test_the_determinism_check_compares_what_is_saved_twice():
         y.backward()
     with pytest.raises(inv.errors.OptionError, match="expected 'default' or 'none'"):
         inv.checkpoint(narrows, determinism_check="loud")
+
+
+# ---- modules that are written ----------------------------------------------------------------------------------------
+
+
+class Cache(nn.Module):
+    """What a step of a decoder is given: it has found something, and adds to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[Tensor] = []
+        self.table: dict[str, Tensor] = {}
+        self.calls, self.total = 0, torch.zeros(())
+        self.scale = nn.Linear(4, 4)
+
+
+def append(c: Cache, key: Tensor) -> Tensor:
+    c.keys.append(key)
+    return torch.stack(c.keys).sum(0)
+
+
+def fill(c: Cache, key: Tensor) -> Tensor:
+    c.table["k"] = c.table.get("k", torch.zeros(())) + key
+    return c.table["k"]
+
+
+def add_up(c: Cache, key: Tensor) -> Tensor:
+    c.calls += 1
+    c.total = c.total + key.mean()
+    return c.total * c.calls * key
+
+
+def start(c: Cache, key: Tensor) -> Tensor:
+    c.started = getattr(c, "started", 0) + 1
+    return c.started * key
+
+
+@pytest.mark.parametrize("write", [append, fill, add_up, start])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_module_among_the_arguments_that_is_written_is_found_again_as_it_was(
+    write: Callable[[Cache, Tensor], Tensor], held: bool
+) -> None:
+    cache, net, x = Cache(), nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+
+    def step(x: Tensor, item: Any) -> Tensor:
+        c = item["cache"] if held else item
+        return x * write(c, c.scale(net(x).exp()))
+
+    def found(step: Callable[..., Tensor]) -> tuple[list[Tensor], Cache]:
+        c = deepcopy(cache)
+        y, z = (step(x, {"cache": c} if held else c) for _ in range(2))
+        return list(torch.autograd.grad(y.square().sum() + z.sum(), [x, *net.parameters(), *c.parameters()])), c
+
+    (got, c), (expected, plain) = found(inv.checkpoint(step)), found(step)
+    assert_close(got, expected)
+    assert len(c.keys) == len(plain.keys) and c.calls == plain.calls and vars(c).keys() == vars(plain).keys()
+    assert_close([c.total, *c.keys, *c.table.values()], [plain.total, *plain.keys, *plain.table.values()])

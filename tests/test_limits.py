@@ -1,8 +1,11 @@
 """Sentences under Limits, in docstrings and in the README, that no other test holds."""
 
+import os
 import threading
+from array import array
 from collections.abc import Callable
 from functools import partial
+from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch._dynamo.exc import Unsupported
 import invfunc as inv
 from invfunc import ops
 from invfunc.compat import memcnn
-from invfunc.errors import DomainError, DriftWarning, InvertibleError, NotDifferentiableError
+from invfunc.errors import DomainError, DriftWarning, InvertibleError, NotDifferentiableError, ReplayError
 from invfunc.log_det import log_det_pair
 from invfunc.plan import simulate
 from invfunc.testing import LawError
@@ -588,3 +591,101 @@ def test_a_function_that_ends_with_noise_of_its_own_runs_to_its_end_if_asked() -
         return torch.autograd.grad(call(x).sum(), list(module.parameters()))
 
     assert_close(gradients(inv.checkpoint(module, early_stop=False)), gradients(module))
+
+
+# ---- what is not put back for the call that runs again ---------------------------------------------------------------
+
+FACTOR = 2.0
+
+
+def of_closure() -> tuple[Callable[[Tensor], Tensor], Callable[[], Any]]:
+    """A module whose class closes over a number."""
+    factor = 2.0
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x * factor)
+
+    def change() -> None:
+        nonlocal factor
+        factor = 3.0
+
+    return Reads(), change
+
+
+def five() -> float:
+    return FACTOR
+
+
+def four() -> float:
+    return five()
+
+
+def three() -> float:
+    return four()
+
+
+def two() -> float:
+    return three()
+
+
+def one() -> float:
+    return two()
+
+
+LOCAL, BYTES, ARRAY = threading.local(), bytearray(1), array("d", [0.0])
+
+
+def times(read: Callable[[], float]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.tanh(x * read())
+
+
+NOT_PUT_BACK: dict[str, Callable[[pytest.MonkeyPatch], tuple[Callable[[Tensor], Tensor], Callable[[], Any]]]] = {
+    "a number that a module's class closes over": lambda patch: of_closure(),
+    "a global number far down": lambda patch: (times(one), lambda: patch.setitem(globals(), "FACTOR", 3.0)),
+    "threading.local": lambda patch: (times(lambda: LOCAL.factor), lambda: setattr(LOCAL, "factor", 3.0)),
+    "os.environ": lambda patch: (
+        times(lambda: float(os.environ["INVFUNC_FACTOR"])),
+        lambda: patch.setenv("INVFUNC_FACTOR", "3"),
+    ),
+    "a bytearray": lambda patch: (times(lambda: BYTES[0]), lambda: BYTES.__setitem__(0, 3)),
+    "an array": lambda patch: (times(lambda: ARRAY[0]), lambda: ARRAY.__setitem__(0, 3.0)),
+}
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize("name", NOT_PUT_BACK)
+def test_what_is_not_put_back_is_told_by_the_meter(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    LOCAL.factor = ARRAY[0] = 2.0
+    BYTES[0] = 2
+    monkeypatch.setenv("INVFUNC_FACTOR", "2")
+    f, change = NOT_PUT_BACK[name](monkeypatch)
+    op = inv.chain(inv.split(2), inv.couple(f), inv.swap(), inv.couple(f), inv.concat(2))
+    y = inv.checkpoint(op, mode=mode)(torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
+    change()
+    with pytest.warns(DriftWarning):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("make", [StringIO, lambda: iter([1]), lambda: open(__file__)])
+def test_an_iterator_among_the_arguments_is_refused(make: Callable[[], Any]) -> None:
+    item = make()
+    with pytest.raises(ReplayError, match="arguments that can be read twice"):
+        inv.checkpoint(lambda x, item: x.sin())(leaf(3), item)
+    getattr(item, "close", lambda: None)()
+
+
+def test_what_a_hook_changes_of_another_stage_during_backward_is_told_by_the_meter() -> None:
+    first, second = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+    op = inv.chain(
+        inv.split(2),
+        inv.couple(lambda x: torch.tanh(first(x))),
+        inv.swap(),
+        inv.couple(lambda x: torch.tanh(second(x))),
+        inv.concat(2),
+    )
+    y = inv.checkpoint(op)(torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
+    replaced = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+    second.weight.register_post_accumulate_grad_hook(lambda p: setattr(first, "weight", replaced))
+    with pytest.warns(DriftWarning):
+        y.square().sum().backward()

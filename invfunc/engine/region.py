@@ -20,9 +20,9 @@ from .random_numbers import RandomState
 from .snapshot import Snapshot
 
 
-def conditions_of(functions: Iterable[Any]) -> Conditions:
-    """What functions run under from here, and the modules that they use."""
-    return Conditions(Snapshot(functions))
+def conditions_of(functions: Iterable[Any], given: Sequence[Any] = ()) -> Conditions:
+    """What functions run under from here, and the modules that they use, or are given."""
+    return Conditions(Snapshot(functions, given))
 
 
 class Region:

@@ -8,7 +8,8 @@ NOTE [Snapshot] No gradient depends on what is found here: it only tells what ha
     that they or closures hold, and what closures and globals are bound to, are noted behind the call: what it writes
     itself, such as a counter, is not put back, but for buffers that it assigns: it runs again with those that it found.
     What it has computed and left somewhere is not held here: it holds its graph, which holds the snapshot.
-    Where one of them has changed since, what it was is put in its place while the call runs again.
+    Where one of them has changed since, what it was is put in its place while the call runs again. What a call writes
+    into a module that is its argument, such as a cache, is what it was before the call.
 3.  *Buffers* that a module may write move once a step: the call runs again on copies of them as they were before it.
     (Batch norm's kernels do not bump the version counter, so that nothing tells what was written.) Large ones, and
     those of a module in eval, are copied if the module's first call was seen to write them.
@@ -89,19 +90,25 @@ class Snapshot:
     """The modules and tensors of functions; made before a call, and completed behind it by `note`."""
 
     __slots__ = (
-        "addresses", "attributes", "buffers", "checked", "classes", "dtypes", "filled", "flags", "has_buffers",
-        "has_gradient_hooks", "hooks", "is_lazy", "is_noted", "names", "owned", "parts", "sizes", "slots", "tables",
-        "tensors", "versions", "written",
+        "addresses", "attributes", "before", "buffers", "checked", "classes", "dtypes", "filled", "flags", "given",
+        "has_buffers", "has_gradient_hooks", "held", "hooks", "is_lazy", "is_noted", "names", "owned", "parts",
+        "sizes", "slots", "tables", "tensors", "versions", "written",
     )  # fmt: skip
 
-    def __init__(self, functions: Iterable[Any]) -> None:
-        self.parts = Parts(functions)
+    def __init__(self, functions: Iterable[Any], given: Sequence[Any] = ()) -> None:
+        self.parts = parts = Parts(functions)
+        size, count = len(parts.contents), len(parts.modules)
+        for item in given:  # what is among the arguments of a call
+            parts.add(item, 0)
+        self.given = {id(contents.table) for contents in parts.contents[size:]} if given else set()
+        self.before: list[Any] = []  # what the call has written into what it was given, as it was before
         self.is_noted = False
         self.checked = -1  # the backward in which all was found to be the same
         self.written: set[tuple[int, str]] = set()  # attributes that the call writes itself
         self.filled: list[Any] = []  # containers and places that it writes itself, without what was there
         self.owned = owned = [m.__dict__ for m in self.parts.modules]
         self.attributes = _flat(owned)
+        self.held = [(i, owned[i].copy()) for i in range(count, len(owned))] if given else []
         # As they are before the call, which may assign one.
         self.buffers = {id(d["_buffers"]): d["_buffers"].copy() for d in owned if d["_buffers"]}
         self.has_buffers = bool(self.buffers) and any(map(may_write, self.parts.modules))
@@ -122,7 +129,9 @@ class Snapshot:
             self._forget_written()
         owned = self.owned
         if not _is_flat(owned, self.attributes):
+            self._note_given()
             self._note_written()
+        self.held = []
         unwritten = self._unwritten()
         self.attributes = _flat(unwritten)
         self.tables = tables = list(_chained(map(_tables_of, owned)))
@@ -148,6 +157,14 @@ class Snapshot:
             return self.owned
         return [{n: v for n, v in d.items() if (i, n) not in self.written} for i, d in enumerate(self.owned)]
 
+    def _note_given(self) -> None:
+        """What the call has written on the modules that it was given."""
+        for i, was in self.held:
+            now = self.owned[i]
+            changed = [n for n in {**now, **was} if now.get(n, ABSENT) is not was.get(n, ABSENT)]
+            self.before += [Place(now, n, was.get(n, ABSENT)) for n in changed]
+            self.written.update([(i, n) for n in changed])
+
     def _note_written(self) -> None:
         """What the call has written on its modules; as they were is known in order only, and what is new comes last."""
         known = set(map(id, self.attributes))
@@ -165,10 +182,12 @@ class Snapshot:
         parts = self.parts
         written = {id(place.value) for place in parts.places if place.now() is not place.value}
         self.filled = [place._replace(value=None) for place in parts.places if place.now() is not place.value]
-        self.filled += [contents._replace(value=None) for contents in parts.contents if not contents.is_same()]
+        changed = [contents for contents in parts.contents if not contents.is_same()]
+        self.before += [contents for contents in changed if id(contents.table) in self.given]
+        self.filled += [c._replace(value=None) for c in changed if id(c.table) not in self.given]
         parts.places = [place for place in parts.places if place.now() is place.value]
-        for contents in (c for c in parts.contents if not c.is_same()):
-            parts.places += contents.unwritten()
+        for contents in changed:
+            parts.places += [] if id(contents.table) in self.given else contents.unwritten()
             items = contents.value.values() if isinstance(contents.value, dict) else contents.value
             written |= set(map(id, items)) - {id(place.value) for place in parts.places}
         parts.contents = [contents for contents in parts.contents if contents.is_same()]
@@ -197,7 +216,7 @@ class Snapshot:
     def _has_same_structure(self) -> bool:
         """Whether the same objects are where they were, whatever has been written into them."""
         attributes, tables = self._unwritten(), self.tables
-        if not (_is_flat(attributes, self.attributes) and _is_flat(tables, self.slots)):
+        if self.before or not (_is_flat(attributes, self.attributes) and _is_flat(tables, self.slots)):
             return False
         if (_names_in(attributes), _names_in(tables)) != self.names:
             return False
@@ -262,7 +281,7 @@ class Snapshot:
         classes = [Attribute(m, "__class__", was) for m, was in zip(parts.modules, self.classes, strict=True)]
         changes: list[Any] = [place for place in [*parts.places, *classes] if place.now() is not place.value]
         changes += [contents for contents in parts.contents if not contents.is_same()]
-        return changes + self._changed_names()
+        return [*changes, *self._changed_names(), *self.before]
 
     def _changed_names(self) -> list[Any]:
         """What has to be put in its place in the modules' dicts."""
