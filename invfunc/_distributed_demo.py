@@ -65,7 +65,10 @@ def run(job: Job, ranks: int) -> int:
         work(dist.get_rank(), ranks, job)
     finally:
         dist.destroy_process_group()
-    return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread of torch that comes back to Python while Python ends aborts a rank now and then, its work long done.
+    os._exit(0)
 
 
 def work(rank: int, ranks: int, job: Job) -> None:
