@@ -100,9 +100,9 @@ def _finds(functions: Iterable[Any], tensor: Tensor) -> bool:
     return any([t is tensor for t in (*parts.tensors, *own)])
 
 
-def _without_node(tensor: Tensor, version: int) -> Held:
-    """A saved tensor that does not keep the graph alive which has saved it; it has the version of its original."""
-    return tensor if tensor.is_leaf else tensor.detach(), version
+def _without_nodes(held: dict[int, Held]) -> dict[int, Held]:
+    """Saved tensors that do not keep the graph alive which has saved them; each has the version of its original."""
+    return {number: (t if t.is_leaf else t.detach(), version) for number, (t, version) in held.items()}
 
 
 class Frame:
@@ -199,7 +199,7 @@ class Frame:
             fn = partial(checking_calls, fn)
         out, held = self._record(fn, args, given, copies, before)
         if is_first:
-            self.held = {number: _without_node(*item) for number, item in held.items()}  # rule 9 of NOTE [Trunk]
+            self.held = _without_nodes(held)  # rule 9 of NOTE [Trunk]
         if record.op is None and held:
             self.owner.watch([tensor for tensor, _ in held.values()])
         if snapshot.has_gradient_hooks:
@@ -255,7 +255,7 @@ class Frame:
         """Keep what the call has saved, since it can not run again."""
         if self.record.op is not None:  # backward has to run it again, for its input
             raise changed_input(_name_of_call(self.record))
-        self.held = {number: _without_node(*item) for number, item in held.items()}
+        self.held = _without_nodes(held)
         warnings.warn(
             f"{_name_of_call(self.record)} writes into a tensor that it is given, so that it can not run again: what "
             "it saves is kept until backward; to free it, clone the tensor first",
@@ -344,8 +344,7 @@ class Like:
         except RuntimeError as error:
             raise without_shape() from error
         # A kernel may be chosen by the strides, and with it what is saved. A subclass (a DTensor) lays itself out.
-        has_storage = type(tensor) in _PLAIN and tensor.layout is torch.strided
-        self.stride = tensor.stride() if has_storage else None
+        self.stride = tensor.stride() if _has_storage(tensor) else None
 
 
 def like_of(leaf: Any) -> Like | None:

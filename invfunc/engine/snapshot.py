@@ -75,6 +75,11 @@ def _names_in(tables: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     return tuple(_chained(tables))
 
 
+def _changed_in(now: dict[str, Any], was: dict[str, Any]) -> list[str]:
+    """The names that have something else than they had, or are new, or gone."""
+    return [n for n in {**now, **was} if now.get(n, ABSENT) is not was.get(n, ABSENT)]
+
+
 def _have_hooks(owned: Iterable[dict[str, Any]]) -> bool:
     """Whether a module has any, by the attributes of each."""
     return any(_chained(map(_HOOKS_THAT_RUN, owned)))
@@ -161,7 +166,7 @@ class Snapshot:
         """What the call has written on the modules that it was given."""
         for i, was in self.held:
             now = self.owned[i]
-            changed = [n for n in {**now, **was} if now.get(n, ABSENT) is not was.get(n, ABSENT)]
+            changed = _changed_in(now, was)
             self.before += [Place(now, n, was.get(n, ABSENT)) for n in changed]
             self.written.update([(i, n) for n in changed])
 
@@ -288,8 +293,8 @@ class Snapshot:
         changes: list[Any] = []
         attributes = _by_table(self.names[0], self.sizes[0], self.attributes)
         for i, (now, was) in enumerate(zip(self.owned, attributes, strict=True)):
-            names = [n for n in {**now, **was} if now.get(n, ABSENT) is not was.get(n, ABSENT)]
-            changes += [Place(now, n, was.get(n, ABSENT)) for n in names if (i, n) not in self.written]
+            names = [n for n in _changed_in(now, was) if (i, n) not in self.written]
+            changes += [Place(now, n, was.get(n, ABSENT)) for n in names]
         for now, was in zip(self.tables, _by_table(self.names[1], self.sizes[1], self.slots), strict=True):
             if not _is_flat([now], tuple(was.values())) or tuple(now) != tuple(was):
                 changes.append(Table(now, was))

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import OptionError
 from .costs import EXACT, HELD, KEPT, Costs, Ledger, OpCosts, show_bytes
-from .schedule import Invert, Recompute, Schedule, Store, first_pass, keeping, notes_inside, seconds_behind
+from .schedule import (
+    Invert,
+    Recompute,
+    Schedule,
+    Store,
+    first_pass,
+    keeping,
+    notes_inside,
+    seconds_behind,
+    seconds_to_enter,
+)
 from .search import tables
 from .solver import Table
 
@@ -265,7 +275,7 @@ def timeline(costs: Costs, schedule: Schedule) -> Iterator[Moment]:
     """The memory over a step: its highest point is the peak of the plan."""
     ledger = Ledger(costs, keeping(schedule))
     clock = _Clock(costs, ledger.sizes[ledger.length])
-    clock.now += costs.enter * any(not isinstance(node, Store) for node in schedule)
+    clock.now += seconds_to_enter(costs, schedule)
     yield from clock.run(ledger, schedule, {}, ledger.length, HELD)
     yield Moment(clock.now, {}, clock.aside)
 

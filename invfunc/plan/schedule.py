@@ -91,9 +91,13 @@ def predict(costs: Costs, schedule: Schedule) -> Prediction:
     """Time, peak and error of a schedule."""
     ledger = Ledger(costs, keeping(schedule))
     need = _needs(ledger, schedule, 0, ledger.length, HELD).on(ledger.sizes[ledger.length])
-    enters = any(not isinstance(node, Store) for node in schedule)
-    seconds = costs.seconds + extra_seconds(costs, schedule) + costs.enter * enters
+    seconds = costs.seconds + extra_seconds(costs, schedule) + seconds_to_enter(costs, schedule)
     return Prediction(seconds, need.bytes, error_of(costs, schedule), need.op, need.moment)
+
+
+def seconds_to_enter(costs: Costs, schedule: Schedule) -> float:
+    """What a step takes beside its ops: nothing where all is stored."""
+    return costs.enter if any(not isinstance(node, Store) for node in schedule) else 0.0
 
 
 def _needs(ledger: Ledger, schedule: Schedule, i: int, j: int, r: int) -> Need:
