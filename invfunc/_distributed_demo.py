@@ -67,7 +67,8 @@ def run(job: Job, ranks: int) -> int:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A thread of torch that comes back to Python while Python ends aborts a rank now and then, its work long done.
+    # A thread of torch that comes back to Python while Python ends aborts a rank now and then, its work long done:
+    # before 3.14 such a thread is unwound, through C++ that forbids it (https://github.com/python/cpython/issues/87135).
     os._exit(0)
 
 

@@ -902,6 +902,7 @@ SPELLED = {
 
 # Private by their spelling alone.
 PUBLIC = {"_replace", "_asdict", "_make"}  # of named tuples
+PUBLIC |= {"_exit"}  # of Python's os
 PUBLIC |= {"_actions", "_flows", "_transform"}  # not torch's: of argparse, normflows and nflows
 
 
