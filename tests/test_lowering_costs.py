@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -49,18 +49,38 @@ def test_a_frozen_first_half_is_not_rebuilt() -> None:
     assert all(module.net.weight.grad is not None for module in modules[4:-1])
 
 
-def test_blocks_that_split_what_the_block_before_has_joined_move_it_once() -> None:
-    def operators(op: Callable[[Tensor], Tensor]) -> Counter[Any]:
-        x = torch.randn(3, 2 * WIDTH, requires_grad=True)
-        with Operators() as operators:
-            torch.autograd.grad(op(x).sum(), [x, *weights])
-        return operators.counts
+def operators_of_a_step(op: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> Counter[Any]:
+    x = torch.randn(3, 2 * WIDTH, requires_grad=True)
+    with Operators() as operators:
+        torch.autograd.grad(op(x).sum(), [x, *weights])
+    return operators.counts
 
+
+def test_blocks_that_split_what_the_block_before_has_joined_move_it_once() -> None:
+    modules = [nn.Linear(WIDTH, WIDTH) for _ in range(8)]
+    weights = [weight for module in modules for weight in module.parameters()]
+    couplings = [inv.couple(f, g) for f, g in zip(modules[::2], modules[1::2], strict=True)]
+    blocks = inv.chain(*(inv.chain(inv.split(2), coupling, inv.concat(2)) for coupling in couplings))
+    found = operators_of_a_step(inv.checkpoint(blocks), weights)
+    expected = operators_of_a_step(inv.checkpoint(network(modules)), weights)
+    assert found == expected + Counter({torch.ops.aten.cat: len(couplings) - 1})
+
+
+def test_couplings_of_the_same_halves_in_a_sequential_split_once() -> None:
     modules = [nn.Linear(WIDTH, WIDTH) for _ in range(8)]
     weights = [weight for module in modules for weight in module.parameters()]
     blocks = [inv.nn.Coupling(f, g) for f, g in zip(modules[::2], modules[1::2], strict=True)]
-    found, expected = operators(inv.nn.Sequential(*blocks)), operators(inv.checkpoint(network(modules)))
-    assert found == expected + Counter({torch.ops.aten.cat: len(blocks) - 1})
+    found = operators_of_a_step(inv.nn.Sequential(*blocks), weights)
+    assert found == operators_of_a_step(inv.checkpoint(network(modules)), weights)
+    own_ways = [{"interleaved": True}, {"sizes": [5, 2 * WIDTH - 5]}, {"mode": "recompute"}, {"mode": "store"}]
+    for options in own_ways:  # each is a block by itself, between two that are joined to what is beside them
+        other = inv.nn.Coupling(lambda h: h.sum(1, keepdim=True), **options)
+        net, x = inv.nn.Sequential(*blocks[:2], other, *blocks[2:]), torch.randn(3, 2 * WIDTH)
+        assert torch.equal(net(x), nn.Sequential(*blocks[:2], other, *blocks[2:])(x))
+        assert len([part for part in net.build().parts if repr(part).startswith("split(2, dim=1)")]) == 2
+    blocks[1].register_forward_hook(lambda module, args, y: 2 * y)
+    x = torch.randn(3, 2 * WIDTH)
+    assert torch.equal(inv.nn.Sequential(*blocks)(x), nn.Sequential(*blocks)(x))
 
 
 def conv(channels: int) -> nn.Module:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ from ..core.op import Chain, Invertible, OneWay, Pair, chain
 from ..core.structure import contents_of, globals_of, has_functions
 from ..errors import OptionError
 from ..wires import Wire
-from .module import InvertibleModule, Live, Module, op_of
+from .module import InvertibleModule, Live, Module, is_called, op_of
 
 Owner: TypeAlias = nn.Module | Tensor
 Path: TypeAlias = tuple[str, ...]
@@ -451,7 +452,7 @@ class Sequential(Layer, nn.Sequential):
 
     A child of this package whose flags say so is stored or run again instead; an ordinary module has no inverse, so its
     input is stored. A child with hooks, or with a forward that a tool has put there, is called as a module, between two
-    stored activations.
+    stored activations. `Coupling`s of the same parts, one behind the other, split their input once.
 
     Args:
         modules: As for `torch.nn.Sequential`: modules, or one ``OrderedDict`` of them. An op becomes a `Lowered`.
@@ -485,7 +486,26 @@ class Sequential(Layer, nn.Sequential):
         super().add_module(name, Lowered(module) if isinstance(module, Invertible) else module)
 
     def make(self) -> Invertible:
-        return chain(*map(op_of, self))
+        return chain(*_parts_of(self))
+
+
+def _parts_of(modules: Iterable[Any]) -> Iterator[Any]:
+    """What modules do, in a chain; couplings of the same parts do not join them in between, to split them again."""
+    for way, group in groupby(modules, _way_to_split):
+        if way is None:
+            yield from map(op_of, group)
+        else:
+            parts = split(way[0], way[1], interleaved=way[2])
+            yield chain(parts, *[coupling.couple() for coupling in group], parts.inverted())
+
+
+def _way_to_split(module: Any) -> tuple[Any, int, bool] | None:
+    """How a module splits its input, if it is a coupling of the parts and nothing more."""
+    if getattr(type(module), "make", None) is not Coupling.make or module.sizes is None:
+        return None
+    if module.reversed or module._mode != "invert" or is_called(module):
+        return None
+    return module.sizes, module.dim, module.interleaved
 
 
 class Coupling(Layer):
