@@ -90,7 +90,7 @@ class CheckpointedFunction:
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         """A checkpointed function in a class is a method, if the function is one there."""
-        if instance is None or not hasattr(self.__wrapped__, "__get__"):
+        if instance is None or not _is_method(self.__wrapped__):
             return self
         return CheckpointedFunction(self.__wrapped__.__get__(instance), self.options)
 
@@ -248,3 +248,8 @@ def set_names(wrapper: Any, fn: Callable[..., Any]) -> None:
     for name in (n for n in WRAPPER_ASSIGNMENTS if hasattr(fn, n)):
         object.__setattr__(wrapper, name, getattr(fn, name))
     object.__setattr__(wrapper, "__wrapped__", fn)
+
+
+def _is_method(fn: Callable[..., Any]) -> bool:
+    """Whether a function in a class is a method; Python 3.13 warns that a `functools.partial` will be one."""
+    return hasattr(fn, "__get__") and not isinstance(fn, partial)

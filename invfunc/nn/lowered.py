@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
@@ -489,14 +488,21 @@ class Sequential(Layer, nn.Sequential):
         return chain(*_parts_of(self))
 
 
-def _parts_of(modules: Iterable[Any]) -> Iterator[Any]:
+def _parts_of(modules: Iterable[Any]) -> list[Any]:
     """What modules do, in a chain; couplings of the same parts do not join them in between, to split them again."""
-    for way, group in groupby(modules, _way_to_split):
+    parts, way = [], None
+    for module in modules:
+        before, way = way, _way_to_split(module)
         if way is None:
-            yield from map(op_of, group)
+            parts.append(op_of(module))
+            continue
+        op = split(way[0], way[1], interleaved=way[2])
+        if way == before:
+            parts.pop()
         else:
-            parts = split(way[0], way[1], interleaved=way[2])
-            yield chain(parts, *[coupling.couple() for coupling in group], parts.inverted())
+            parts.append(op)
+        parts += [module.couple(), op.inverted()]
+    return parts
 
 
 def _way_to_split(module: Any) -> tuple[Any, int, bool] | None:
