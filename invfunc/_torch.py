@@ -1054,7 +1054,8 @@ set_fp32_precision: Callable[[str, str, str], Any] = _private(
 )
 
 # What an operator takes and returns. Otherwise attention counts as drawing even without dropout,
-# and a write into a result that is kept is noticed only where the operator says that it makes no views.
+# a write into a result that is kept is noticed only where the operator says that it makes no views,
+# and an operator counts as one that writes if its name says so.
 _schema_of = _attribute("torch._ops.OpOverload._schema", torch.ops.aten.bernoulli.default, lambda operator: None)
 
 
@@ -1075,6 +1076,14 @@ def gives_views(operator: Any) -> bool:
     if schema is None:
         return getattr(operator, "is_view", True)
     return any(result.alias_info is not None for result in schema.returns)
+
+
+def writes_in_place(operator: Any) -> bool:
+    """Whether an operator writes into what it is given."""
+    schema = _schema_of(operator)
+    if schema is None:
+        return operator.__name__.partition(".")[0].endswith("_")
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments)
 
 
 # Which backward is running; below zero where none is. Otherwise what could be asked once in it is asked each time.

@@ -294,8 +294,8 @@ def checkpoint(
             last operator fills what it has saved while it runs, as `torch.nn.RReLU` does its noise, needs False.
         keep: Which results are kept from forward in place of being computed again, in the functions of couplings as
             well: operators of ``torch.ops.aten`` and names that `keep` gives, or a policy as in
-            `torch.utils.checkpoint.create_selective_checkpoint_contexts`. Below a `torch.func` transform, in a
-            compiled graph and in an exact op nothing is kept.
+            `torch.utils.checkpoint.create_selective_checkpoint_contexts`. An operator that writes into what it is given
+            runs again. Below a `torch.func` transform, in a compiled graph and in an exact op nothing is kept.
         context_fn: Returns two context managers for every call of a function: one around it, one around its replay.
         debug: Whether an error of a function that is not the same twice tells the first operator that differs.
             `torch.utils.checkpoint.set_checkpoint_debug_enabled` goes before it.

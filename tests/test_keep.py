@@ -97,6 +97,37 @@ def test_a_random_operator_that_is_kept(mode: str) -> None:
         assert_close(step(inv.checkpoint(net, mode=mode, keep=kept), [])[0], step(net, [])[0])
 
 
+def index_put(x: Tensor) -> Tensor:
+    return x.clone().index_put_((torch.tensor([1]),), 2 * x[:1])
+
+
+def write_out(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    torch.mul(x.detach(), 2, out=out)
+    return x * out
+
+
+@pytest.mark.parametrize("mode", ["invert", "recompute"])
+@pytest.mark.parametrize(
+    ("fn", "operator"),
+    [
+        (lambda x: F.dropout(x.sin(), 0.5), aten.bernoulli_),
+        (lambda x: x * torch.empty_like(x).normal_(), aten.normal_),
+        (lambda x: x.sin().add_(1), aten.add_),
+        (lambda x: torch.zeros_like(x).copy_(x.sin()), aten.copy_),
+        (index_put, aten.index_put_),
+        (write_out, aten.mul),
+    ],
+)
+def test_an_operator_that_writes_runs_again(fn: Callable[[Tensor], Tensor], operator: Any, mode: str) -> None:
+    """What it writes is read by others, who would find memory that nobody has filled."""
+    net = inv.chain(inv.split(2, dim=-1), inv.couple(lambda x: fn(x).cos(), torch.sin), inv.concat(2, dim=-1))
+    expected, counts = step(net, [])
+    gradients, again = step(inv.checkpoint(net, mode=mode, keep=[operator]), [])
+    assert_close(gradients, expected)
+    assert again[operator] > counts[operator]
+
+
 def test_what_is_kept_serves_every_backward() -> None:
     net = transformer()
     x = torch.randn(2, 6, 2 * WIDTH, dtype=torch.float64, requires_grad=True)
@@ -269,7 +300,14 @@ def test_a_named_tensor_that_was_written_in_place_before_is_refused() -> None:
         inv.checkpoint(f, keep=["h"])(torch.randn(3, 3, requires_grad=True))
 
 
-def test_a_cast_that_autocast_spares_the_second_time_moves_no_kept_result() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": [aten.addmm]},
+        {"context_fn": partial(create_selective_checkpoint_contexts, [aten.addmm.default])},  # it counts the casts
+    ],
+)
+def test_a_cast_that_autocast_spares_the_second_time_moves_no_kept_result(options: dict[str, Any]) -> None:
     module, x = nn.Linear(4, 4, dtype=torch.float32), torch.randn(3, 4, dtype=torch.float32, requires_grad=True)
 
     def step(call: Callable[[Tensor], Tensor]) -> Tensor:
@@ -280,7 +318,8 @@ def test_a_cast_that_autocast_spares_the_second_time_moves_no_kept_result() -> N
     def f(x: Tensor) -> Tensor:
         return module(module(x)).sin()
 
-    assert torch.equal(step(inv.checkpoint(f, keep=[torch.ops.aten.addmm])), step(f))
+    assert torch.equal(step(inv.checkpoint(f, **options)), step(f))
+    assert torch.equal(step(inv.checkpoint(f, early_stop=False, **options)), step(f))
 
 
 def test_a_policy_may_keep_views_of_weights_that_were_written_before() -> None:

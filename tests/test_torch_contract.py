@@ -789,6 +789,13 @@ def _() -> None:
     assert "dropout_p" in _torch.arguments_of(attend) and "dropout_p" not in _torch.arguments_of(
         torch.ops.aten.mm.default
     )
+    writers = (
+        torch.ops.aten.relu_.default,
+        torch.ops.aten.mm.out,
+        torch.ops.aten.mm.default,
+        torch.ops.aten.view.default,
+    )
+    assert list(map(_torch.writes_in_place, writers)) == [True, True, False, False]
 
 
 @contract("torch._standard_gamma")

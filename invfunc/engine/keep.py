@@ -4,7 +4,8 @@ NOTE [Keep] Recomputing attention costs as much as running it, and its result is
 
 1.  While a call runs, the calls of each operator are counted below autograd. Those that the policy names keep their
     results; when the call runs again, that call of the operator gives what was kept and does not run. Autograd above
-    builds the same graph from it. Each is counted by itself: autocast's cache may spare a cast the second time.
+    builds the same graph from it. Each is counted by itself: autocast's cache may spare a cast the second time. An
+    operator that writes into what it is given runs again, whatever the policy says: others read what it writes.
 2.  `keep` names a tensor in the function itself: the operator that made its memory keeps its results. What may be asked
     for is held until the call returns.
 3.  A random operator that is kept draws nothing when the call runs again: the generators are set to where it left them.
@@ -124,6 +125,7 @@ def _detached(out: Any) -> Any:
 
 
 _gives_views = lru_cache(maxsize=None)(_torch.gives_views)
+_writes_in_place = lru_cache(maxsize=None)(_torch.writes_in_place)
 
 
 class Keeping(_torch.DispatchMode):
@@ -144,7 +146,7 @@ class Keeping(_torch.DispatchMode):
             return out
         call = func, self.counts[id(func)]
         self.counts[id(func)] += 1
-        if self._is_kept(func, out, args, kwargs):
+        if self._is_kept(func, out, args, kwargs) and not _writes_in_place(func):
             self._keep(call, out, _gives_views(func))
         elif self.names:
             old = {_torch.storage_of(t) for t in _tensors((args, kwargs))}
@@ -260,12 +262,13 @@ class Around:
         debug: Whether to note operators.
     """
 
-    __slots__ = ("again", "contexts", "keeping", "trace")
+    __slots__ = ("again", "caches_casts", "contexts", "keeping", "trace")
 
     def __init__(self, keep: Keep | None, contexts: Contexts | None, debug: bool) -> None:
         self.keeping = None if keep is None else Keeping(keep)
         self.contexts = None if contexts is None else _checked_pair(contexts)
         self.trace, self.again = (Trace(), Trace()) if debug else (None, None)
+        self.caches_casts = contexts is not None and torch.is_autocast_cache_enabled()
 
     def forward(self) -> AbstractContextManager[None]:
         """Around the call."""
@@ -278,7 +281,8 @@ class Around:
             self.again.names = []
         results = {} if self.keeping is None else self.keeping.results
         giving = Giving(results) if results else None
-        return _within(self.contexts and self.contexts[1], giving, self.again)
+        casts = _cache_casts() if self.caches_casts and _torch.is_any_autocast_enabled() else None
+        return _within(self.contexts and self.contexts[1], giving, self.again, casts)
 
     def let_go(self) -> None:
         """Nobody asks for a replay again, or nearly: one that is asked for does without what was kept."""
@@ -288,6 +292,18 @@ class Around:
     def difference(self) -> str:
         """What the trace tells of a replay that was not the same."""
         return "" if self.trace is None or self.again is None else self.again.difference(self.trace)
+
+
+@contextmanager
+def _cache_casts() -> Iterator[None]:
+    """Cast a weight once, as in forward: contexts of the user's own may count casts."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 
 @contextmanager
