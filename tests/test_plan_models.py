@@ -324,6 +324,17 @@ def test_blocks_that_are_no_chain_are_refused(kind):
     assert_refused(OptionError, message, lambda: inv.plan(kind(), tokens(), max_time=1.5))
 
 
+class Short(Model):
+    def forward(self, tokens):
+        return self.blocks[1](self.blocks[0](self.words(tokens)))
+
+
+def test_a_model_that_leaves_blocks_out_is_refused():
+    net = Short()
+    message = f"plan: Short.blocks is no chain, expected all of its {len(net.blocks)} blocks to run, got 2; write the"
+    assert_refused(OptionError, message, lambda: inv.plan(net, tokens(), max_time=1.5))
+
+
 def test_a_model_without_blocks_is_refused():
     message = "plan: Bilinear has no blocks, expected a chain, an nn.Sequential, or a model with an nn.ModuleList"
     assert_refused(OptionError, message, lambda: inv.plan(nn.Bilinear(2, 2, 2), ((4, 2), (4, 2)), max_time=1.5))

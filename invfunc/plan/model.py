@@ -205,11 +205,7 @@ class _Watch:
         number = len(self.calls)
         follows = number < len(self.modules) and block is self.modules[number]
         if not (follows and args and isinstance(args[0], Tensor) and (not number or args[0] is self.last)):
-            raise OptionError(
-                f"plan: {type(self.blocks.model).__name__}.{self.blocks.path} is no chain",
-                expected=f"block {number} to take what the one before gave, as its first argument",
-                cure="write the model as a chain of its parts: inv.chain(...)",
-            )
+            raise self.no_chain_error(f"block {number} to take what the one before gave, as its first argument")
         if not number:
             self.entry = args[0]
             self.kept, self.peak = self.books.balance - nbytes(args[0]), self.books.take_peak()
@@ -217,6 +213,20 @@ class _Watch:
             torch.set_grad_enabled(False)
         self.calls.append(Call(block, *copy_state((args[1:], tuple(sorted(kwargs.items()))))))
         self.before = self.books.balance
+
+    def no_chain_error(self, expected: str, got: str = "") -> OptionError:
+        """The error of blocks that do not run one after another."""
+        return OptionError(
+            f"plan: {type(self.blocks.model).__name__}.{self.blocks.path} is no chain",
+            expected=expected,
+            got=got,
+            cure="write the model as a chain of its parts: inv.chain(...)",
+        )
+
+    def check_all_ran(self) -> None:
+        """Raise unless the model has called every block."""
+        if len(self.calls) < len(self.modules):
+            raise self.no_chain_error(f"all of its {len(self.modules)} blocks to run", f"{len(self.calls)}")
 
     def leave(self, block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         self.last = _handed_on(out)
@@ -236,6 +246,7 @@ def show(blocks: Blocks, x: Wire) -> Shown:
         watch = _Watch(blocks, books)
         with watch.hooked():
             out = spread(blocks.model, x)
+        watch.check_all_ran()
         ends = tensors_of(out)
         likes = iter([(t.shape, t.dtype, t.device) for t in ends])
         empty = map_tensors(lambda _: torch.empty(0), out)
