@@ -380,7 +380,8 @@ def plan(
     Args:
         f: A chain of ops, or the `Costs` of one. Or a model as it is: an `nn.Sequential` is a chain of its children; of
             another one with an `nn.ModuleList` of blocks, each block is stored or run again, and the rest is stored.
-        x: An input, real or fake, or its shape; none with costs.
+        x: An input, real or fake, or its shape; none with costs. It requires grad if the model's will, as one from a
+            shape does: in front of frozen layers that decides what is saved.
         budget: The most memory of a step, in bytes or as ``"2GiB"``, beside the input, the parameters and the
             ``grad`` of both. The output counts: the caller is taken to hold it until backward is through.
         max_time: The most time of a step, over that of a plain one.
