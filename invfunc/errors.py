@@ -105,5 +105,5 @@ def place_error(error: Exception, place: str) -> None:
         return
     if isinstance(error, InvertibleError):
         error.path = (place, *error.path)
-    elif hasattr(error, "add_note"):  # Python >= 3.11
-        error.add_note(f"in {place}")  # pyright: ignore[reportAttributeAccessIssue]
+    else:  # as `add_note` does, which Python 3.10 lacks
+        error.__notes__ = [*getattr(error, "__notes__", ()), f"in {place}"]  # pyright: ignore[reportAttributeAccessIssue]
