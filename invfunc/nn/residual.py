@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import _torch
 from ..checkpoint import Checkpointed, checkpoint
 from ..core.combine import swap
-from ..core.context import bind, taken
+from ..core.context import bind, has_state, taken, takes
 from ..core.couple import Half, additive, couple
 from ..core.op import Chain, Invertible, chain, name_of, named
 from ..engine.lower import Passage
@@ -262,8 +262,25 @@ def _cross_attention_of_gpt2(block: Any, x: Tensor, encoder_hidden_states: Any =
 
 
 def _of_gpt2(block: Any) -> tuple[Branch, ...]:
-    cross = (_cross_attention_of_gpt2,) if hasattr(block, "crossattention") else ()
-    return (_self_attention_of_gpt2, *cross, "ln_2(x) mlp(x)")
+    has_cross = hasattr(block, "crossattention")  # without it, attention refuses an encoder's states
+    attention = (_self_attention_of_gpt2, _cross_attention_of_gpt2) if has_cross else ("ln_1(x) attn",)
+    return (*attention, "ln_2(x) mlp(x)")
+
+
+def _cross_attention_of_roberta(
+    block: Any, x: Tensor, encoder_hidden_states: Any = None, encoder_attention_mask: Any = None, **context: Any
+) -> Tensor:
+    if encoder_hidden_states is None:
+        return torch.zeros_like(x)
+    cross, mask = block.crossattention, encoder_attention_mask
+    context = {**context, "encoder_hidden_states": encoder_hidden_states, "attention_mask": mask}
+    return cross.output.dropout(cross.output.dense(cross.self(cross.LayerNorm(x), **context)[0]))
+
+
+def _of_roberta(block: Any) -> tuple[Branch, ...]:
+    cross = (_cross_attention_of_roberta,) if hasattr(block, "crossattention") else ()
+    attention = "attention.LayerNorm(x) attention.self attention.output.dense(x) attention.output.dropout(x)"
+    return (attention, *cross, "intermediate(x) output.dense(x) output.dropout(x)")
 
 
 def _attention_of_torch(
@@ -333,10 +350,6 @@ _NORM_ON_BOTH_SIDES = (
     "input_layernorm(x) self_attn post_attention_layernorm(x)",
     "pre_feedforward_layernorm(x) mlp(x) post_feedforward_layernorm(x)",
 )
-_PRE_LAYER_NORM = (
-    "attention.LayerNorm(x) attention.self attention.output.dense(x) attention.output.dropout(x)",
-    "intermediate(x) output.dense(x) output.dropout(x)",
-)
 
 RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
     "transformers.models.gpt2.modeling_gpt2.GPT2Block": _of_gpt2,
@@ -360,7 +373,7 @@ RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
         "attn_norm(x) attn",
         "mlp_norm(x) mlp(x)",
     ),
-    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
+    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer": _of_roberta,
     "transformers.models.vit.modeling_vit.ViTLayer": (
         "layernorm_before(x) attention dropout(x)",
         "layernorm_after(x) mlp(x) dropout(x)",
@@ -451,6 +464,11 @@ class Waiting:
         return True
 
 
+def _is_state(leaf: Any) -> bool:
+    """Whether a block computes with it: a tensor, or an object that it may write into; no flag and no None."""
+    return isinstance(leaf, Tensor) or has_state(leaf)
+
+
 def _lying(x: Tensor) -> tuple[Any, ...]:
     """Which numbers of which storage a tensor has, in what order."""
     where = _torch.storage_of(x), x.storage_offset(), x.shape, x.stride()
@@ -471,7 +489,8 @@ class Stack:
         self, blocks: Mapping[str, nn.Module], scheme: Scheme, branches: Any, options: Mapping[str, Any]
     ) -> None:
         self.paths, self.blocks, self.scheme = list(blocks), list(blocks.values()), scheme
-        stages = [scheme.stage(_branches_of(block, branches), not i) for i, block in enumerate(blocks.values())]
+        self.branches = [_branches_of(block, branches) for block in self.blocks]
+        stages = [scheme.stage(of_block, not i) for i, of_block in enumerate(self.branches)]
         self.pipeline = Chain(tuple([named(stage, path) for stage, path in zip(stages, blocks, strict=True)]))
         lowered = checkpoint(self.pipeline, **options)
         assert isinstance(lowered, Checkpointed)
@@ -480,6 +499,7 @@ class Stack:
 
     def run(self, index: int, x: Tensor, context: Mapping[str, Any]) -> Tensor:
         """Run a block's stage: what the model sees of it."""
+        self._check_taken(index, context)
         thread = threading.get_ident()
         passage = self._enter(x) if not index else self._resume(index, x, self._under_way.pop(thread, None))
         passage.step(index, bind(self.pipeline.parts[index], context))
@@ -487,6 +507,17 @@ class Stack:
             return passage.close()[self.scheme.shown]
         self._under_way[thread] = Waiting(index + 1, passage)
         return passage.wire[self.scheme.shown]
+
+    def _check_taken(self, index: int, context: Mapping[str, Any]) -> None:
+        """Raise where a block is given tensors or a cache that none of its branches takes: they would be left out."""
+        functions = [fn for branch in self.branches[index] for fn in branch.functions]
+        for name, value in context.items():
+            if any(map(_is_state, leaves(value))) and not any(takes(fn, name) for fn in functions):
+                raise WireError(
+                    f"reversible: {self.paths[index]} received {name}",
+                    expected="names that one of its branches takes",
+                    cure=f"write the branch that needs it as a function (block, x, {name}) -> tensor",
+                )
 
     def _enter(self, x: Tensor) -> Passage:
         if self.scheme.is_unbatched(self.blocks[0], x):
