@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from kit import assert_refused
+import torch
+from kit import assert_close, assert_refused
 from residual_models import Cache, Llama, words
-from torch import Tensor
+from torch import Tensor, nn
 
 import invfunc as inv
 from invfunc.errors import WireError
@@ -32,3 +33,42 @@ def test_what_no_branch_takes_is_refused(attend: Callable[..., Tensor], name: st
         f"needs it as a function (block, x, {name}) -> tensor"
     )
     assert_refused(WireError, message, lambda: model(words(), Cache()))
+
+
+class Doubling(nn.Module):
+    """What depends on the flag, and saves the same numbers either way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2.0 if self.training else 1.0)
+
+
+class TwoSums(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.mix, self.drop1 = nn.LayerNorm(4), nn.Linear(4, 4), Doubling()
+        self.norm2, self.net, self.drop2 = nn.LayerNorm(4), nn.Linear(4, 4), Doubling()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop1(self.mix(self.norm1(x)))
+        return x + self.drop2(self.net(self.norm2(x)))
+
+
+def by_name(block: nn.Module, x: Tensor) -> Tensor:
+    return block.drop2(block.net(block.norm2(x)))
+
+
+@pytest.mark.parametrize("second", ["norm2(x) net(x) drop2(x)", "norm2 net drop2", by_name])
+def test_every_branch_runs_again_in_the_mode_of_forward(second: Any) -> None:
+    """Those whose functions are made in the call were taken for others, and ran again as the model was then."""
+    model, x = nn.Sequential(*[TwoSums() for _ in range(6)]), torch.randn(3, 4)
+    inv.nn.reversible(model, "*", branches=("norm1(x) mix(x) drop1(x)", second))
+
+    def gradients(mode: str) -> tuple[Tensor, ...]:
+        with inv.mode(mode):
+            loss = model.train()(x).square().sum()
+        model.eval()
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    assert_close(gradients("invert"), gradients("store"))
