@@ -35,6 +35,28 @@ def test_what_no_branch_takes_is_refused(attend: Callable[..., Tensor], name: st
     assert_refused(WireError, message, lambda: model(words(), Cache()))
 
 
+class InTuple(nn.Module):
+    """A residual block whose model takes the first of what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x + self.mix(x), None
+
+
+def test_blocks_that_return_a_tuple_are_refused() -> None:
+    """The model would take the first sample."""
+    blocks = nn.ModuleList([InTuple(), InTuple()])
+    inv.nn.reversible(blocks, "*", branches=("mix",))
+    message = (
+        "reversible: 1 received (4,), expected what 0 has returned, and not a part of it, as of a tuple: its streams go "
+        "on from there; use inv.nn.checkpoint_blocks: a block that returns a tuple can not be reversible"
+    )
+    assert_refused(WireError, message, lambda: blocks[1](blocks[0](torch.randn(3, 4))[0]))
+
+
 class Doubling(nn.Module):
     """What depends on the flag, and saves the same numbers either way."""
 

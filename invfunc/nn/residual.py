@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _torch
 from ..checkpoint import Checkpointed, checkpoint
@@ -330,12 +331,12 @@ def _of_torch_decoder(layer: Any) -> tuple[Branch, ...]:
     return _attention_of_torch_decoder, _cross_attention_of_torch, feed_forward
 
 
-def _check_pre_norm(layer: Any) -> None:
-    if not layer.norm_first:
+def _check_pre_norm(layer: Any, option: str = "norm_first") -> None:
+    if not getattr(layer, option):
         raise OptionError(
             f"reversible: {type(layer).__name__} normalises behind each sum",
-            expected="norm_first=True: x + f(x)",
-            cure="build it with norm_first=True, or use inv.nn.checkpoint_blocks",
+            expected=f"{option}=True: x + f(x)",
+            cure=f"build it with {option}=True, or use inv.nn.checkpoint_blocks",
         )
 
 
@@ -345,6 +346,65 @@ def _self_attention_of_llama(block: Any, x: Tensor, **context: Any) -> Tensor:
 
 
 _LLAMA = _self_attention_of_llama, "post_attention_layernorm(x) mlp(x)"
+
+
+def _attention_of_opt(layer: Any, x: Tensor, **context: Any) -> Tensor:
+    attention = layer.self_attn(hidden_states=layer.self_attn_layer_norm(x), **context)[0]
+    return F.dropout(attention, layer.dropout, layer.training)
+
+
+def _feed_forward_of_opt(layer: Any, x: Tensor) -> Tensor:
+    x = layer.activation_fn(layer.fc1(layer.final_layer_norm(x)))
+    x = F.dropout(x, getattr(layer, "activation_dropout", 0.0), layer.training)  # of Whisper
+    return F.dropout(layer.fc2(x), layer.dropout, layer.training)
+
+
+_OPT = _attention_of_opt, _feed_forward_of_opt
+
+
+def _of_opt(layer: Any) -> tuple[Branch, ...]:
+    _check_pre_norm(layer, "do_layer_norm_before")
+    return _OPT
+
+
+def _parallel_of_neox(layer: Any, x: Tensor, **context: Any) -> Tensor:
+    attention = layer.post_attention_dropout(layer.attention(layer.input_layernorm(x), **context)[0])
+    return attention + layer.post_mlp_dropout(layer.mlp(layer.post_attention_layernorm(x)))
+
+
+def _of_neox(layer: Any) -> tuple[Branch, ...]:
+    if layer.use_parallel_residual:
+        return (_parallel_of_neox,)
+    return (
+        "input_layernorm(x) attention post_attention_dropout(x)",
+        "post_attention_layernorm(x) mlp(x) post_mlp_dropout(x)",
+    )
+
+
+def _parallel_of_phi(layer: Any, x: Tensor, **context: Any) -> Tensor:
+    x = layer.input_layernorm(x)
+    attention = layer.self_attn(hidden_states=x, **context)[0]
+    return layer.resid_dropout(attention) + layer.resid_dropout(layer.mlp(x))
+
+
+def _attention_of_eva(block: Any, x: Tensor, **context: Any) -> Tensor:
+    x = block.attn(block.norm1(x), **context)
+    return block.drop_path1(x if block.gamma_1 is None else block.gamma_1 * x)
+
+
+def _feed_forward_of_eva(block: Any, x: Tensor) -> Tensor:
+    x = block.mlp(block.norm2(x))
+    return block.drop_path2(x if block.gamma_2 is None else block.gamma_2 * x)
+
+
+_EVA = _attention_of_eva, _feed_forward_of_eva
+
+
+def _mix_of_mixer(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path(block.mlp_tokens(block.norm1(x).transpose(1, 2)).transpose(1, 2))
+
+
+_CLIP = "layer_norm1(x) self_attn", "layer_norm2(x) mlp(x)"
 _NORM_OF_BRANCH = "self_attn post_attention_layernorm(x)", "mlp(x) post_feedforward_layernorm(x)"
 _NORM_ON_BOTH_SIDES = (
     "input_layernorm(x) self_attn post_attention_layernorm(x)",
@@ -354,6 +414,12 @@ _NORM_ON_BOTH_SIDES = (
 RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
     "transformers.models.gpt2.modeling_gpt2.GPT2Block": _of_gpt2,
     "transformers.models.llama.modeling_llama.LlamaDecoderLayer": _LLAMA,
+    "transformers.models.opt.modeling_opt.OPTDecoderLayer": _of_opt,
+    "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXLayer": _of_neox,
+    "transformers.models.phi.modeling_phi.PhiDecoderLayer": (_parallel_of_phi,),
+    "transformers.models.mixtral.modeling_mixtral.MixtralDecoderLayer": _LLAMA,
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeDecoderLayer": _LLAMA,
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer": _LLAMA,
     "transformers.models.mistral.modeling_mistral.MistralDecoderLayer": _LLAMA,
     "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer": _LLAMA,
     "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer": _LLAMA,
@@ -378,6 +444,12 @@ RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
         "layernorm_before(x) attention dropout(x)",
         "layernorm_after(x) mlp(x) dropout(x)",
     ),
+    "transformers.models.clip.modeling_clip.CLIPEncoderLayer": _CLIP,
+    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": _CLIP,
+    "transformers.models.whisper.modeling_whisper.WhisperEncoderLayer": _OPT,
+    "timm.models.beit.Block": _EVA,
+    "timm.models.eva.EvaBlock": _EVA,
+    "timm.models.mlp_mixer.MixerBlock": (_mix_of_mixer, "norm2(x) mlp_channels(x) drop_path(x)"),
     "timm.models.vision_transformer.Block": (
         "norm1(x) attn ls1(x) drop_path1(x)",
         "norm2(x) mlp(x) ls2(x) drop_path2(x)",
@@ -452,6 +524,10 @@ class Waiting:
         self.index, self.passage = index, passage
         self.versions = [version(leaf) for leaf in leaves(passage.wire)]
 
+    def is_part(self, x: Tensor, shown: int) -> bool:
+        """Whether x is the first element of the stream that was shown."""
+        return x.dim() > 0 and x.shape == self.passage.wire[shown].shape[1:]
+
     def is_unchanged(self, x: Tensor, shown: int) -> bool:
         """Whether x is the stream that was shown, or a view of all of it, and no stream has been written into."""
         wire = list(self.passage.wire)
@@ -467,6 +543,13 @@ class Waiting:
 def _is_state(leaf: Any) -> bool:
     """Whether a block computes with it: a tensor, or an object that it may write into; no flag and no None."""
     return isinstance(leaf, Tensor) or has_state(leaf)
+
+
+_IN_ORDER = (
+    "call all blocks one after another, without layer drop, and change the hidden states nowhere in between, in place "
+    "neither; lists of which one does not go on where another ends take a call each"
+)
+_NO_TUPLES = "use inv.nn.checkpoint_blocks: a block that returns a tuple can not be reversible"
 
 
 def _lying(x: Tensor) -> tuple[Any, ...]:
@@ -532,10 +615,13 @@ class Stack:
         """What waits for a block, whose input has to be what the block before it has shown."""
         if waiting is not None and waiting.index == index and waiting.is_unchanged(x, self.scheme.shown):
             return waiting.passage
+        expected, cure = f"what {self.paths[index - 1]} has returned", _IN_ORDER
+        if waiting is not None and waiting.is_part(x, self.scheme.shown):
+            expected, cure = f"{expected}, and not a part of it, as of a tuple", _NO_TUPLES
         raise WireError(
             f"reversible: {self.paths[index]} received {describe(x)}",
-            expected=f"what {self.paths[index - 1]} has returned: its streams go on from there",
-            cure="call the blocks one after another, and change the hidden states nowhere in between, in place neither",
+            expected=f"{expected}: its streams go on from there",
+            cure=cure,
         )
 
     @property
