@@ -367,3 +367,25 @@ def test_what_is_wrong_with_the_command_is_one_line(arguments, message, capsys):
         main(["plan", "test_plan_models:Model", "--shape", "8,12", "--dtype", "int64", *arguments])
     shown = capsys.readouterr().err
     assert left.value.code == 2 and shown.startswith(f"python -m invfunc plan: {message}") and shown.count("\n") == 1
+
+
+class Collecting(Model):
+    """A model that puts hooks into its blocks when it is first called, and tells their results."""
+
+    has_hooks = False
+
+    def forward(self, tokens):
+        if not self.has_hooks:
+            for block in self.blocks:
+                block.mlp.register_forward_hook(lambda module, args, y: self.found.append(y))
+        self.has_hooks, self.found = True, []
+        return super().forward(tokens)
+
+
+def test_hooks_that_the_model_makes_in_a_trial_are_gone_behind_it():
+    """The model forgot that it had made them, and made them again: it told each result several times."""
+    model, tokens = Collecting(), torch.randint(WORDS, (2, LENGTH))
+    plan = inv.plan(model, tokens, max_time=1.0)
+    assert plan.verify(tokens).error == 0
+    model(tokens)
+    assert len(model.found) == len(model.blocks)
