@@ -389,3 +389,13 @@ def test_hooks_that_the_model_makes_in_a_trial_are_gone_behind_it():
     assert plan.verify(tokens).error == 0
     model(tokens)
     assert len(model.found) == len(model.blocks)
+
+
+def test_the_peak_is_that_of_a_batch_as_it_is_given():
+    """Images have no gradient in training; that of one that has was measured all the same."""
+    model, x = nn.Sequential(nn.Linear(512, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh()), torch.randn(64, 512)
+    for is_given in (False, True):
+        x = x.clone().requires_grad_(is_given)
+        plan = inv.plan(model, x, max_time=1.0)
+        found = plan.verify(x)
+        assert found.error == 0 and 0.9 * plan.peak_bytes <= found.peak_bytes <= 1.01 * plan.peak_bytes
