@@ -717,10 +717,10 @@ def reversible(
         branches: What a block adds to its stream, in order: the paths of what it applies one after another, as in
             ``("ln_1 attn", "ln_2 mlp")``, or functions ``(block, x, **context) -> tensor``; or a function from a block
             to these. ``mlp(x)`` is called with x alone, also when an adapter that takes any name is in its place. None
-            takes the recipe for the class of the block, or for the one whose forward it inherits: GPT-2, Llama,
-            Mistral, Qwen, Gemma, Gemma 2 and 3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT,
-            RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder and decoder layers
-            (``norm_first=True``).
+            takes the recipe for the class of the block, or for the one whose forward it inherits: GPT-2, GPT-NeoX, OPT,
+            Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 3, OLMo 1 to 3, Phi, Phi-3, SmolLM3, StarCoder2,
+            ModernBERT, RoBERTa-PreLayerNorm, ViT, CLIP, SigLIP and Whisper's encoder of transformers, timm's ViT, BEiT,
+            EVA and Mixer, torch's encoder and decoder layers (``norm_first=True``).
         options: Those of `invfunc.checkpoint`, such as ``mode``, ``drift`` and ``keep``.
 
     Returns:
@@ -738,7 +738,8 @@ def reversible(
     Raises:
         OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, stands in
             two places, or is reversible already, or the scheme or an option is unknown.
-        WireError: In the model's forward, when it changes its hidden states between the blocks, or leaves one out.
+        WireError: In the model's forward, when it changes its hidden states between the blocks, or leaves one out, or
+            gives a block a tensor or a cache that none of its branches takes.
 
     Limits:
         Blocks must compute sums, ``x + f(x)``, normalise inside f, and return one tensor. Streams should be float32
