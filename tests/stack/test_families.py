@@ -318,6 +318,31 @@ def test_generation_with_a_cache_is_generation_without(name: str) -> None:
     assert torch.equal(*words)
 
 
+OF_OTHERS = "deit", "deit 3", "beit", "eva", "mixer", "torch encoder"
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_RECIPES if name not in OF_OTHERS])
+def test_hidden_states_and_attentions_come_as_before_with_gradients(name: str) -> None:
+    model, blocks, given = made(name)
+    model.set_attn_implementation("eager")
+    expected = seen(model.eval(), given)[0]
+    inv.nn.reversible(model, blocks, scheme=THE_MODEL_ITSELF)
+    assert_close(seen(model, given)[0], expected)
+    with inv.mode("store"):
+        stored = seen(model.train(), given)
+    assert_close(seen(model, given), stored)
+
+
+def seen(model: nn.Module, given: dict[str, Any]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Hidden states and attentions, and the gradients of all of them."""
+    torch.manual_seed(2)
+    out = called(model, given, output_hidden_states=True, output_attentions=True)
+    found = [t for t in (*out.hidden_states, *out.attentions) if t is not None]
+    wrt = [p for p in model.parameters() if p.requires_grad]
+    total = sum(t.sin().sum() for t in found) + number(out)
+    return found, torch.autograd.grad(total, wrt, allow_unused=True, materialize_grads=True)
+
+
 @pytest.mark.parametrize("name", WITHOUT)
 def test_what_has_no_recipe_says_so(name: str) -> None:
     model, blocks, _ = made(name)
