@@ -1,8 +1,11 @@
 """Blocks of a model that exists, run again in backward: to the bit, in place, and undone."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -260,3 +263,57 @@ def test_patterns_are_paths_with_stars(model: Llama) -> None:
         "checkpoint: determinism_check='no'",
         lambda: inv.nn.checkpoint_blocks(model, "layers.*", determinism_check="no"),
     )
+
+
+# ---- what a model collects on the way, in a container in a context variable ------------------------------------------
+
+
+COLLECTED: ContextVar[dict[str, list[Tensor]] | None] = ContextVar("collected", default=None)
+
+
+def collecting(model: Llama, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What the model gives, and what its layers of attention have put where they were told to."""
+    token = COLLECTED.set(found := {"attention": []})
+    try:
+        return model(x), found["attention"]
+    finally:
+        COLLECTED.reset(token)
+
+
+def collect(module: nn.Module, args: Any, out: Any) -> None:
+    if (found := COLLECTED.get()) is not None:
+        found["attention"].append(out[0])
+
+
+CHANGES = [inv.nn.checkpoint_blocks, inv.nn.reversible]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_model_collects_is_let_go_without_a_backward(model: Llama, change: Callable[..., Any]) -> None:
+    """The container held the graph, and the graph the context with the container."""
+    change(model, "layers.*")
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(collect)
+    y, found = collecting(model, words())
+    gone = [weakref.ref(t) for t in found]
+    del y, found
+    gc.collect()
+    assert len(gone) == 4 and not any(ref() is not None for ref in gone)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_model_collects_when_it_runs_again_belongs_to_nobody(model: Llama, change: Callable[..., Any]) -> None:
+    """It held the graph of every block that had run again, so that no memory was saved."""
+    change(model, "layers.*")
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(collect)
+    x, steps = words(), []
+    for mode in "store", "invert":
+        torch.manual_seed(3)
+        with inv.mode(mode):
+            y, found = collecting(model, x)
+        assert len(found) == 4
+        total = y.square().sum() + sum(t.sin().sum() for t in found)
+        steps.append(torch.autograd.grad(total, list(model.parameters())))
+        assert len(found) == 4
+    assert_close(steps[1], steps[0])

@@ -18,6 +18,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import invfunc as inv
+from invfunc.engine.interface import Options
+from invfunc.engine.region import Region, conditions_of
 
 pytestmark = pytest.mark.compile
 
@@ -657,3 +659,28 @@ def test_a_mode_that_is_entered_in_a_graph(mode: str) -> None:
     assert_close(*found, tolerance=TOLERANCE)
     with inv.mode("store"):  # as outside of graphs
         assert inv.checkpoint(inv.ops.exp())(x).grad_fn.name() == "ExpBackward0"
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")  # of what it would trace
+def test_what_runs_outside_of_a_graph_runs_as_it_will_in_backward() -> None:
+    """Dynamo gives up a frame, and goes on with those that it calls; compiled, a function saves other tensors."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    def fn(x: Tensor) -> Tensor:
+        return (x.exp() * x).sin()
+
+    x, region = torch.randn(3, requires_grad=True), Region(fn, tuple, None, conditions_of((fn,)), Options())
+
+    @torch.compiler.disable(recursive=False)
+    def given_up() -> Tensor:
+        return region.run((x,), [x], (fn,))
+
+    y = torch.compile(given_up, backend=backend)()
+    region.conditions.snapshot.note()
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert_close(found, torch.autograd.grad(fn(x).sum(), x)[0])
+    assert "sin" not in graphs

@@ -367,3 +367,35 @@ def test_what_is_wrong_with_the_command_is_one_line(arguments, message, capsys):
         main(["plan", "test_plan_models:Model", "--shape", "8,12", "--dtype", "int64", *arguments])
     shown = capsys.readouterr().err
     assert left.value.code == 2 and shown.startswith(f"python -m invfunc plan: {message}") and shown.count("\n") == 1
+
+
+class Collecting(Model):
+    """A model that puts hooks into its blocks when it is first called, and tells their results."""
+
+    has_hooks = False
+
+    def forward(self, tokens):
+        if not self.has_hooks:
+            for block in self.blocks:
+                block.mlp.register_forward_hook(lambda module, args, y: self.found.append(y))
+        self.has_hooks, self.found = True, []
+        return super().forward(tokens)
+
+
+def test_hooks_that_the_model_makes_in_a_trial_are_gone_behind_it():
+    """The model forgot that it had made them, and made them again: it told each result several times."""
+    model, tokens = Collecting(), torch.randint(WORDS, (2, LENGTH))
+    plan = inv.plan(model, tokens, max_time=1.0)
+    assert plan.verify(tokens).error == 0
+    model(tokens)
+    assert len(model.found) == len(model.blocks)
+
+
+def test_the_peak_is_that_of_a_batch_as_it_is_given():
+    """Images have no gradient in training; that of one that has was measured all the same."""
+    model, x = nn.Sequential(nn.Linear(512, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh()), torch.randn(64, 512)
+    for is_given in (False, True):
+        x = x.clone().requires_grad_(is_given)
+        plan = inv.plan(model, x, max_time=1.0)
+        found = plan.verify(x)
+        assert found.error == 0 and 0.9 * plan.peak_bytes <= found.peak_bytes <= 1.01 * plan.peak_bytes

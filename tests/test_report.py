@@ -377,6 +377,18 @@ def test_it_draws_the_error_of_each_stage_as_the_table_counts_them() -> None:
     assert list(axes.lines[0].get_xdata()) == [stage for stage, error in enumerate(errors) if error]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 12])
+def test_the_ticks_of_its_drawing_are_stages(depth: int) -> None:
+    """Of few stages, too, where fractions would fit between."""
+    pytest.importorskip("matplotlib")
+    op = inv.chain(*[inv.couple(branch(4), branch(4)) for _ in range(depth)])
+    report = inv.check(op, *rows().double().chunk(2, 1))
+    (axes,) = report.plot().axes
+    low, high = axes.get_xlim()
+    ticks = {tick for tick in axes.get_xticks() if low <= tick <= high}
+    assert ticks and ticks <= set(range(depth))
+
+
 def test_without_matplotlib_it_says_so(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(OptionError) as caught:

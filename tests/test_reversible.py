@@ -474,7 +474,8 @@ def test_a_model_that_changes_its_hidden_states_between_blocks_is_refused(model:
     assert_refused(
         WireError,
         "reversible: layers.2 received (3, 6, 8), expected what layers.1 has returned: its streams go on from there; "
-        "call the blocks one after another, and change the hidden states nowhere in between, in place neither",
+        "call all blocks one after another, without layer drop, and change the hidden states nowhere in between, in place "
+        "neither; lists of which one does not go on where another ends take a call each",
         lambda: model(words()),
     )
 

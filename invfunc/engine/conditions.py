@@ -12,7 +12,9 @@ NOTE [Conditions] A function that runs again has to find what it found in forwar
     kernel (of attention, matrix products, cuDNN, determinism) are those of forward while a function runs again.
 3.  *Context variables*: a replay runs in a copy of forward's context, so that `invfunc.mode`, `invfunc.debug` and the
     user's own are what they were. It is the context in which the pipeline was called, for each of its calls; autocast,
-    the default device and the flags may be others at a call: a model's own loop sets them between blocks.
+    the default device and the flags may be others at a call: a model's own loop sets them between blocks. The lists,
+    dicts and sets in it are copies, too: a model collects outputs in them, and the graph of the call, which would be
+    held in a cycle that is never let go; and what a replay collects belongs to nobody.
 4.  *Discrete decisions* are pinned by `pin`.
 5.  Generators belong to the process. A replay that draws sets them, for itself and all that is nested in it, on
     whatever thread. One that comes meanwhile waits a moment for its *turn*. If it does not come, its holder may be
@@ -27,7 +29,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -51,7 +53,7 @@ class Conditions:
     def __init__(self, snapshot: Any = None) -> None:
         self.snapshot = snapshot  # the modules that are called, if they are to be as they were
         self.is_left = False  # whether other code runs between the calls, which may set flags
-        self.context = copy_context()
+        self.context = _apart(copy_context())
         self.autocast = autocast_state()
         self.device = _torch.default_device()
         self.flags, self.task, self.has_same_flags = flags(), -1, True
@@ -68,7 +70,7 @@ class Conditions:
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
         """``fn(*args)`` as if it were called where the conditions were noted."""
-        return self.context.copy().run(self._run, fn, args)
+        return _apart(self.context.copy()).run(self._run, fn, args)
 
     def _run(self, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
         others = self.threads != torch.get_num_threads() and self.thread == threading.get_ident()
@@ -91,6 +93,34 @@ class Conditions:
         if task < 0 or task != self.task:
             self.task, self.has_same_flags = task, self.flags == flags()
         return self.has_same_flags
+
+
+def _apart(context: Context) -> Context:
+    """A context with containers of its own."""
+    shared = [(var, value) for var, value in context.items() if type(value) in _CONTAINERS]
+    if shared:
+        context.run(_set_copies, shared)
+    return context
+
+
+def _set_copies(shared: Iterable[tuple[ContextVar[Any], Any]]) -> None:
+    copied: dict[int, Any] = {}
+    for var, value in shared:
+        var.set(_copy(value, copied))
+
+
+def _copy(item: Any, copied: dict[int, Any]) -> Any:
+    """A container and those in it, copied; what else is in them is shared."""
+    if type(item) not in _CONTAINERS:
+        return item
+    if id(item) not in copied:
+        new = copied[id(item)] = item.copy()
+        for place in range(len(item)) if isinstance(item, list) else item if isinstance(item, dict) else ():
+            new[place] = _copy(item[place], copied)
+    return copied[id(item)]
+
+
+_CONTAINERS = frozenset({dict, list, set})
 
 
 def autocast_state() -> tuple[Any, ...]:

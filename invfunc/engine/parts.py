@@ -152,8 +152,8 @@ class Parts:
     """
 
     __slots__ = (
-        "called", "contents", "devices", "is_opaque", "modules", "nearby", "places", "roots", "scripts", "seen",
-        "tensors",
+        "answers", "called", "contents", "devices", "is_opaque", "modules", "nearby", "places", "roots", "scripts",
+        "seen", "tensors",
     )  # fmt: skip
 
     def __init__(self, functions: Iterable[Any]) -> None:
@@ -168,6 +168,7 @@ class Parts:
         self.places: list[Any] = []
         self.contents: list[Contents] = []
         self.seen: set[int] = set()
+        self.answers: list[Any] = []  # functions that an object makes when it is asked: a known id is of one that lives
         for fn in functions:
             self.add(fn, 0)
 
@@ -265,7 +266,8 @@ class Parts:
             for part in (item.func, *item.args, *item.keywords.values()):
                 self.add(part, depth - 1)
         elif has_functions(item):
-            for part in item.functions:
+            self.answers.append(answer := item.functions)
+            for part in answer:
                 self.add(part, depth - 1)
         elif isinstance(item, (tuple, frozenset)):
             for part in item:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..core.op import Invertible
 from ..wires import Wire, blank, detach, leaves
 from .conditions import Conditions
@@ -53,6 +54,7 @@ class Region:
         self.probe: Probe | None = None
         self.watched = -1  # which of the saved tensors is sampled
 
+    @_torch.unseen_by_dynamo
     def run(
         self, args: Sequence[Any], tensors: Sequence[Any], functions: Iterable[Any], within: Sequence[Tensor] = ()
     ) -> Any:

@@ -252,6 +252,7 @@ def _draw(report: Report, axes: Any) -> None:
         axes.semilogy(stages, [error for error in errors if error], ".-", label=dtype)
     axes.axhline(report.tolerance, color="k", linestyle="--", label=f"tolerance in {report.dtype}")
     axes.set(xlabel="stage, as in the table", ylabel="relative error of its rebuilt input")
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.legend()
 
 

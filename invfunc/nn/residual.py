@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _torch
 from ..checkpoint import Checkpointed, checkpoint
 from ..core.combine import swap
-from ..core.context import bind, taken
+from ..core.context import bind, has_state, taken, takes
 from ..core.couple import Half, additive, couple
 from ..core.op import Chain, Invertible, chain, name_of, named
 from ..engine.lower import Passage
@@ -262,8 +263,25 @@ def _cross_attention_of_gpt2(block: Any, x: Tensor, encoder_hidden_states: Any =
 
 
 def _of_gpt2(block: Any) -> tuple[Branch, ...]:
-    cross = (_cross_attention_of_gpt2,) if hasattr(block, "crossattention") else ()
-    return (_self_attention_of_gpt2, *cross, "ln_2(x) mlp(x)")
+    has_cross = hasattr(block, "crossattention")  # without it, attention refuses an encoder's states
+    attention = (_self_attention_of_gpt2, _cross_attention_of_gpt2) if has_cross else ("ln_1(x) attn",)
+    return (*attention, "ln_2(x) mlp(x)")
+
+
+def _cross_attention_of_roberta(
+    block: Any, x: Tensor, encoder_hidden_states: Any = None, encoder_attention_mask: Any = None, **context: Any
+) -> Tensor:
+    if encoder_hidden_states is None:
+        return torch.zeros_like(x)
+    cross, mask = block.crossattention, encoder_attention_mask
+    context = {**context, "encoder_hidden_states": encoder_hidden_states, "attention_mask": mask}
+    return cross.output.dropout(cross.output.dense(cross.self(cross.LayerNorm(x), **context)[0]))
+
+
+def _of_roberta(block: Any) -> tuple[Branch, ...]:
+    cross = (_cross_attention_of_roberta,) if hasattr(block, "crossattention") else ()
+    attention = "attention.LayerNorm(x) attention.self attention.output.dense(x) attention.output.dropout(x)"
+    return (attention, *cross, "intermediate(x) output.dense(x) output.dropout(x)")
 
 
 def _attention_of_torch(
@@ -313,12 +331,12 @@ def _of_torch_decoder(layer: Any) -> tuple[Branch, ...]:
     return _attention_of_torch_decoder, _cross_attention_of_torch, feed_forward
 
 
-def _check_pre_norm(layer: Any) -> None:
-    if not layer.norm_first:
+def _check_pre_norm(layer: Any, option: str = "norm_first") -> None:
+    if not getattr(layer, option):
         raise OptionError(
             f"reversible: {type(layer).__name__} normalises behind each sum",
-            expected="norm_first=True: x + f(x)",
-            cure="build it with norm_first=True, or use inv.nn.checkpoint_blocks",
+            expected=f"{option}=True: x + f(x)",
+            cure=f"build it with {option}=True, or use inv.nn.checkpoint_blocks",
         )
 
 
@@ -328,19 +346,80 @@ def _self_attention_of_llama(block: Any, x: Tensor, **context: Any) -> Tensor:
 
 
 _LLAMA = _self_attention_of_llama, "post_attention_layernorm(x) mlp(x)"
+
+
+def _attention_of_opt(layer: Any, x: Tensor, **context: Any) -> Tensor:
+    attention = layer.self_attn(hidden_states=layer.self_attn_layer_norm(x), **context)[0]
+    return F.dropout(attention, layer.dropout, layer.training)
+
+
+def _feed_forward_of_opt(layer: Any, x: Tensor) -> Tensor:
+    x = layer.activation_fn(layer.fc1(layer.final_layer_norm(x)))
+    x = F.dropout(x, getattr(layer, "activation_dropout", 0.0), layer.training)  # of Whisper
+    return F.dropout(layer.fc2(x), layer.dropout, layer.training)
+
+
+_OPT = _attention_of_opt, _feed_forward_of_opt
+
+
+def _of_opt(layer: Any) -> tuple[Branch, ...]:
+    _check_pre_norm(layer, "do_layer_norm_before")
+    return _OPT
+
+
+def _parallel_of_neox(layer: Any, x: Tensor, **context: Any) -> Tensor:
+    attention = layer.post_attention_dropout(layer.attention(layer.input_layernorm(x), **context)[0])
+    return attention + layer.post_mlp_dropout(layer.mlp(layer.post_attention_layernorm(x)))
+
+
+def _of_neox(layer: Any) -> tuple[Branch, ...]:
+    if layer.use_parallel_residual:
+        return (_parallel_of_neox,)
+    return (
+        "input_layernorm(x) attention post_attention_dropout(x)",
+        "post_attention_layernorm(x) mlp(x) post_mlp_dropout(x)",
+    )
+
+
+def _parallel_of_phi(layer: Any, x: Tensor, **context: Any) -> Tensor:
+    x = layer.input_layernorm(x)
+    attention = layer.self_attn(hidden_states=x, **context)[0]
+    return layer.resid_dropout(attention) + layer.resid_dropout(layer.mlp(x))
+
+
+def _attention_of_eva(block: Any, x: Tensor, **context: Any) -> Tensor:
+    x = block.attn(block.norm1(x), **context)
+    return block.drop_path1(x if block.gamma_1 is None else block.gamma_1 * x)
+
+
+def _feed_forward_of_eva(block: Any, x: Tensor) -> Tensor:
+    x = block.mlp(block.norm2(x))
+    return block.drop_path2(x if block.gamma_2 is None else block.gamma_2 * x)
+
+
+_EVA = _attention_of_eva, _feed_forward_of_eva
+
+
+def _mix_of_mixer(block: Any, x: Tensor) -> Tensor:
+    return block.drop_path(block.mlp_tokens(block.norm1(x).transpose(1, 2)).transpose(1, 2))
+
+
+_CLIP = "layer_norm1(x) self_attn", "layer_norm2(x) mlp(x)"
 _NORM_OF_BRANCH = "self_attn post_attention_layernorm(x)", "mlp(x) post_feedforward_layernorm(x)"
 _NORM_ON_BOTH_SIDES = (
     "input_layernorm(x) self_attn post_attention_layernorm(x)",
     "pre_feedforward_layernorm(x) mlp(x) post_feedforward_layernorm(x)",
 )
-_PRE_LAYER_NORM = (
-    "attention.LayerNorm(x) attention.self attention.output.dense(x) attention.output.dropout(x)",
-    "intermediate(x) output.dense(x) output.dropout(x)",
-)
 
 RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
     "transformers.models.gpt2.modeling_gpt2.GPT2Block": _of_gpt2,
     "transformers.models.llama.modeling_llama.LlamaDecoderLayer": _LLAMA,
+    "transformers.models.opt.modeling_opt.OPTDecoderLayer": _of_opt,
+    "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXLayer": _of_neox,
+    "transformers.models.phi.modeling_phi.PhiDecoderLayer": (_parallel_of_phi,),
+    "transformers.models.mixtral.modeling_mixtral.MixtralDecoderLayer": _LLAMA,
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeDecoderLayer": _LLAMA,
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer": _LLAMA,
     "transformers.models.mistral.modeling_mistral.MistralDecoderLayer": _LLAMA,
     "transformers.models.qwen2.modeling_qwen2.Qwen2DecoderLayer": _LLAMA,
     "transformers.models.qwen3.modeling_qwen3.Qwen3DecoderLayer": _LLAMA,
@@ -360,11 +439,17 @@ RECIPES: dict[str, tuple[Branch, ...] | Callable[[Any], tuple[Branch, ...]]] = {
         "attn_norm(x) attn",
         "mlp_norm(x) mlp(x)",
     ),
-    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer": _PRE_LAYER_NORM,
+    "transformers.models.roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer": _of_roberta,
     "transformers.models.vit.modeling_vit.ViTLayer": (
         "layernorm_before(x) attention dropout(x)",
         "layernorm_after(x) mlp(x) dropout(x)",
     ),
+    "transformers.models.clip.modeling_clip.CLIPEncoderLayer": _CLIP,
+    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": _CLIP,
+    "transformers.models.whisper.modeling_whisper.WhisperEncoderLayer": _OPT,
+    "timm.models.beit.Block": _EVA,
+    "timm.models.eva.EvaBlock": _EVA,
+    "timm.models.mlp_mixer.MixerBlock": (_mix_of_mixer, "norm2(x) mlp_channels(x) drop_path(x)"),
     "timm.models.vision_transformer.Block": (
         "norm1(x) attn ls1(x) drop_path1(x)",
         "norm2(x) mlp(x) ls2(x) drop_path2(x)",
@@ -439,6 +524,10 @@ class Waiting:
         self.index, self.passage = index, passage
         self.versions = [version(leaf) for leaf in leaves(passage.wire)]
 
+    def is_part(self, x: Tensor, shown: int) -> bool:
+        """Whether x is the first element of the stream that was shown."""
+        return x.dim() > 0 and x.shape == self.passage.wire[shown].shape[1:]
+
     def is_unchanged(self, x: Tensor, shown: int) -> bool:
         """Whether x is the stream that was shown, or a view of all of it, and no stream has been written into."""
         wire = list(self.passage.wire)
@@ -449,6 +538,18 @@ class Waiting:
             wire[shown] = x
             self.passage.replace(tuple(wire))
         return True
+
+
+def _is_state(leaf: Any) -> bool:
+    """Whether a block computes with it: a tensor, or an object that it may write into; no flag and no None."""
+    return isinstance(leaf, Tensor) or has_state(leaf)
+
+
+_IN_ORDER = (
+    "call all blocks one after another, without layer drop, and change the hidden states nowhere in between, in place "
+    "neither; lists of which one does not go on where another ends take a call each"
+)
+_NO_TUPLES = "use inv.nn.checkpoint_blocks: a block that returns a tuple can not be reversible"
 
 
 def _lying(x: Tensor) -> tuple[Any, ...]:
@@ -471,7 +572,8 @@ class Stack:
         self, blocks: Mapping[str, nn.Module], scheme: Scheme, branches: Any, options: Mapping[str, Any]
     ) -> None:
         self.paths, self.blocks, self.scheme = list(blocks), list(blocks.values()), scheme
-        stages = [scheme.stage(_branches_of(block, branches), not i) for i, block in enumerate(blocks.values())]
+        self.branches = [_branches_of(block, branches) for block in self.blocks]
+        stages = [scheme.stage(of_block, not i) for i, of_block in enumerate(self.branches)]
         self.pipeline = Chain(tuple([named(stage, path) for stage, path in zip(stages, blocks, strict=True)]))
         lowered = checkpoint(self.pipeline, **options)
         assert isinstance(lowered, Checkpointed)
@@ -480,6 +582,7 @@ class Stack:
 
     def run(self, index: int, x: Tensor, context: Mapping[str, Any]) -> Tensor:
         """Run a block's stage: what the model sees of it."""
+        self._check_taken(index, context)
         thread = threading.get_ident()
         passage = self._enter(x) if not index else self._resume(index, x, self._under_way.pop(thread, None))
         passage.step(index, bind(self.pipeline.parts[index], context))
@@ -487,6 +590,17 @@ class Stack:
             return passage.close()[self.scheme.shown]
         self._under_way[thread] = Waiting(index + 1, passage)
         return passage.wire[self.scheme.shown]
+
+    def _check_taken(self, index: int, context: Mapping[str, Any]) -> None:
+        """Raise where a block is given tensors or a cache that none of its branches takes: they would be left out."""
+        functions = [fn for branch in self.branches[index] for fn in branch.functions]
+        for name, value in context.items():
+            if any(map(_is_state, leaves(value))) and not any(takes(fn, name) for fn in functions):
+                raise WireError(
+                    f"reversible: {self.paths[index]} received {name}",
+                    expected="names that one of its branches takes",
+                    cure=f"write the branch that needs it as a function (block, x, {name}) -> tensor",
+                )
 
     def _enter(self, x: Tensor) -> Passage:
         if self.scheme.is_unbatched(self.blocks[0], x):
@@ -501,10 +615,13 @@ class Stack:
         """What waits for a block, whose input has to be what the block before it has shown."""
         if waiting is not None and waiting.index == index and waiting.is_unchanged(x, self.scheme.shown):
             return waiting.passage
+        expected, cure = f"what {self.paths[index - 1]} has returned", _IN_ORDER
+        if waiting is not None and waiting.is_part(x, self.scheme.shown):
+            expected, cure = f"{expected}, and not a part of it, as of a tuple", _NO_TUPLES
         raise WireError(
             f"reversible: {self.paths[index]} received {describe(x)}",
-            expected=f"what {self.paths[index - 1]} has returned: its streams go on from there",
-            cure="call the blocks one after another, and change the hidden states nowhere in between, in place neither",
+            expected=f"{expected}: its streams go on from there",
+            cure=cure,
         )
 
     @property
@@ -600,10 +717,10 @@ def reversible(
         branches: What a block adds to its stream, in order: the paths of what it applies one after another, as in
             ``("ln_1 attn", "ln_2 mlp")``, or functions ``(block, x, **context) -> tensor``; or a function from a block
             to these. ``mlp(x)`` is called with x alone, also when an adapter that takes any name is in its place. None
-            takes the recipe for the class of the block, or for the one whose forward it inherits: GPT-2, Llama,
-            Mistral, Qwen, Gemma, Gemma 2 and 3, OLMo 1 to 3, Phi-3, SmolLM3, StarCoder2, ModernBERT,
-            RoBERTa-PreLayerNorm and ViT of transformers, timm's ViT, torch's encoder and decoder layers
-            (``norm_first=True``).
+            takes the recipe for the class of the block, or for the one whose forward it inherits: GPT-2, GPT-NeoX, OPT,
+            Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 3, OLMo 1 to 3, Phi, Phi-3, SmolLM3, StarCoder2,
+            ModernBERT, RoBERTa-PreLayerNorm, ViT, CLIP, SigLIP and Whisper's encoder of transformers, timm's ViT, BEiT,
+            EVA and Mixer, torch's encoder and decoder layers (``norm_first=True``).
         options: Those of `invfunc.checkpoint`, such as ``mode``, ``drift`` and ``keep``.
 
     Returns:
@@ -621,7 +738,8 @@ def reversible(
     Raises:
         OptionError: When no submodule has such a path, a block has no recipe or not what its branches name, stands in
             two places, or is reversible already, or the scheme or an option is unknown.
-        WireError: In the model's forward, when it changes its hidden states between the blocks, or leaves one out.
+        WireError: In the model's forward, when it changes its hidden states between the blocks, or leaves one out, or
+            gives a block a tensor or a cache that none of its branches takes.
 
     Limits:
         Blocks must compute sums, ``x + f(x)``, normalise inside f, and return one tensor. Streams should be float32

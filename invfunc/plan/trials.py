@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -305,13 +306,17 @@ def number_of(loss: Loss, y: Any) -> Tensor:
     return number
 
 
+_DICTS = dict, OrderedDict  # any other may say that it can not be written
+
+
 @contextmanager
 def untouched(*ops: Invertible) -> Iterator[None]:
-    """Leave no trace: buffers, such as running statistics, attributes and the random numbers to come are as before."""
+    """Leave no trace: buffers, attributes, what is in dicts, hooks among it, and the random numbers to come stay."""
     modules = [module for op in ops for module in Parts(op.functions).roots]
     buffers = list({id(b): b for module in modules for b in module.buffers()}.values())
     before = [b.clone() for b in buffers]
-    tables = [t for module in modules for m in module.modules() for t in (m.__dict__, m.__dict__["_buffers"])]
+    owned = list({id(m): m.__dict__ for module in modules for m in module.modules()}.values())
+    tables = [*owned, *(table for attributes in owned for table in attributes.values() if type(table) in _DICTS)]
     entries = [table.copy() for table in tables]
     try:
         with leave_random_state(function for op in ops for function in op.functions):

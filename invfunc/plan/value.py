@@ -153,11 +153,11 @@ class Plan:
             raise OptionError("plan.verify: the plan was made from costs alone", cure="pass the op: plan.verify(x, f)")
         given = given if context is None else in_context(given, context)
         check_is_real(x)
-        x, fast, op = _leaves(x), lift(checkpoint(given, plan=self)), lift(given)
+        batch, x, fast, op = x, _leaves(x), lift(checkpoint(given, plan=self)), lift(given)
         with untouched(op):
             weights = parameters_of(op, x)
             exact, found = (gradients(g, x, loss, weights) for g in (op, fast))
-            peak = peak_of_step(fast, x, loss, weights)
+            peak = peak_of_step(fast, _leaves(batch, not weights), loss, weights)
             plain, planned = least_seconds([partial(gradients, g, x, loss, weights) for g in (op, fast)], 3, x)
         return Verified(distance(found, exact), peak, planned / plain)
 
@@ -335,7 +335,7 @@ def gradients(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Ten
 
 def peak_of_step(op: Callable[..., Any], x: Wire, loss: Loss, weights: Sequence[Tensor]) -> int:
     """The peak of a step beside every ``grad``: gradients are added to those that are there, and not kept besides."""
-    inputs = [*(t for t in leaves(x) if is_differentiable(t)), *weights]
+    inputs = [*(t for t in leaves(x) if is_differentiable(t) and t.requires_grad), *weights]
     before = [t.grad for t in inputs]
     for t in inputs:
         t.grad = torch.zeros_like(t)
@@ -355,8 +355,11 @@ def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max((relative(a, b) for a, b in zip(found, exact, strict=True)), default=0.0)
 
 
-def _leaves(x: Wire) -> Wire:
-    return map_wire(lambda t: t.detach().requires_grad_() if is_differentiable(t) else t, x)
+def _leaves(x: Wire, need_gradients: bool = True) -> Wire:
+    """A batch by itself; its tensors need gradients, or do as they did."""
+    return map_wire(
+        lambda t: t.detach().requires_grad_(need_gradients or t.requires_grad) if is_differentiable(t) else t, x
+    )
 
 
 # ---- making one ------------------------------------------------------------------------------------------------------

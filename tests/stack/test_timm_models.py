@@ -1,6 +1,8 @@
 """timm's vision transformers, checkpointed and made reversible."""
 
+import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -19,9 +21,9 @@ def vit(**options: float) -> nn.Module:
     return timm.models.vision_transformer.VisionTransformer(**sizes, **options).double()
 
 
-def step(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+def step(model: nn.Module, size: int = 16) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(1)
-    y = model(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    y = model(torch.randn(2, 3, size, size, dtype=torch.float64))
     return y.detach(), list(torch.autograd.grad(y.square().sum(), list(model.parameters())))
 
 
@@ -73,6 +75,26 @@ def test_checkpointed_blocks_are_those_of_set_grad_checkpointing() -> None:
         both = step(model)
     for found in (theirs, ours, both):
         assert torch.equal(found[0], expected[0]) and all(map(torch.equal, found[1], expected[1]))
+
+
+CONVOLUTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "convnext_atto": ("stages.*.blocks.*", {"depths": (1, 2, 1, 1), "dims": (4, 8, 8, 8), "drop_path_rate": 0.2}),
+    "resnet18": ("layer[1-4].*", {"drop_path_rate": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_checkpointed_convolutions_move_their_statistics_once(name: str) -> None:
+    """To the bit, in buffers, too."""
+    blocks, options = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **options).double()
+    plain = copy.deepcopy(model)
+    inv.nn.checkpoint_blocks(model, blocks)
+    for _ in range(2):
+        (y, found), (expected_y, expected) = step(model, 32), step(plain, 32)
+        assert torch.equal(y, expected_y) and all(map(torch.equal, found, expected))
+        assert all(map(torch.equal, model.buffers(), plain.buffers()))
 
 
 def test_intermediate_features_come_as_before() -> None:

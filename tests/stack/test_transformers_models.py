@@ -116,6 +116,12 @@ def step(model: nn.Module, given: dict[str, Any]) -> tuple[Any, list[Tensor]]:
     return out, list(found)
 
 
+def compiled(model: nn.Module, backend: str) -> Any:
+    """Whatever has been compiled before."""
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend)
+
+
 def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -156,16 +162,17 @@ def test_generation_and_hidden_states_stay(name: str, scheme: str) -> None:
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     words = model.generate(ids, use_cache=True, **options)
     assert torch.equal(words, model.generate(ids, use_cache=False, **options))
-    out, _ = step(model.train(), {**batch(name), "output_hidden_states": True})
+    out, found = step(model.train(), {**batch(name), "output_hidden_states": True})
     with inv.mode("store"):
-        stored, _ = step(model, {**batch(name), "output_hidden_states": True})
+        stored, expected = step(model, {**batch(name), "output_hidden_states": True})
     assert len(out.hidden_states) == 5 and all(map(torch.equal, out.hidden_states, stored.hidden_states))
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_training_with_a_cache(name: str) -> None:
     model, blocks = made(name)
-    given = {**batch(name), "use_cache": True}
+    given = {**batch(name), "use_cache": True, "output_hidden_states": True}
     _, expected = step(model, given)
     with inv.nn.checkpoint_blocks(model, blocks):
         assert all(map(torch.equal, step(model, given)[1], expected))
@@ -173,6 +180,64 @@ def test_training_with_a_cache(name: str) -> None:
     with inv.mode("store"):
         _, expected = step(model, given)
     assert_close(step(model, given)[1], expected)
+
+
+def test_a_mask_gets_the_gradient_of_every_block() -> None:
+    model, blocks = made("llama")
+    inv.nn.reversible(model, blocks)
+    bias = torch.randn(2, 1, 12, 12, dtype=torch.float64, requires_grad=True)
+    given = {**batch("llama"), "attention_mask": bias}
+    with inv.mode("store"):
+        _, expected = step(model, given)
+    _, found = step(model, given)
+    assert_close(found, expected)
+    assert found[-1].shape == bias.shape and found[-1].ne(0).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_steps_add_up_with_an_evaluation_between(scheme: str) -> None:
+    """With dropout."""
+    model, blocks = made("gpt2")
+    inv.nn.reversible(model, blocks, scheme=scheme)
+    given = batch("gpt2")
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(2)
+        model.zero_grad()
+        model.train()(**given).loss.backward()
+        with torch.no_grad():
+            model.eval()(**given)
+        loss = model.train()(**{**given, "labels": given["labels"].flip(0)}).loss
+        model.eval()(**given).loss.backward()
+        loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    with inv.mode("store"):
+        expected = gradients()
+    assert_close(gradients(), expected)
+
+
+def test_under_autocast_to_bfloat16_gradients_are_those_of_the_network_stored() -> None:
+    torch.manual_seed(0)
+    model = rotary("Llama")(4)
+    inv.nn.reversible(model, "model.layers.*")
+    with torch.autocast("cpu", torch.bfloat16):
+        with inv.mode("store"):
+            _, expected = step(model, batch("llama"))
+        _, found = step(model, batch("llama"))
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm()  # the bits of a bfloat16 are 8
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, of the loss's code
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_compiled_reversible_model_is_the_reversible_model(name: str) -> None:
+    model, blocks = made(name)
+    inv.nn.reversible(model.eval(), blocks)
+    expected, gradients = step(model, batch(name))
+    found, others = step(compiled(model, "aot_eager"), batch(name))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
+    assert_close(others, gradients)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's, of the loss's code
@@ -184,7 +249,7 @@ def test_a_compiled_model_with_checkpointed_blocks_is_the_model(name: str, use_c
     given = {**batch(name), "use_cache": use_cache}
     expected, gradients = step(model.eval(), given)
     with inv.nn.checkpoint_blocks(model, blocks):
-        found, others = step(torch.compile(model, backend="eager"), given)
+        found, others = step(compiled(model, "eager"), given)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-12, atol=1e-12)
     assert_close(others, gradients)
 
@@ -334,7 +399,11 @@ def test_what_is_kept_changes_no_gradient(name: str) -> None:
 def with_adapters(model: nn.Module, layers: list[int]) -> Any:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], layers_to_transform=layers, init_lora_weights=False
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=layers,
+        init_lora_weights=False,
+        lora_dropout=0.1,
     )
     return peft.get_peft_model(model, config)
 
