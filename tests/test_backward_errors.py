@@ -184,3 +184,22 @@ def test_a_lack_of_memory_stays_what_it_is() -> None:
     y = inv.checkpoint(network(None, greedy))(leaf(3, 8))
     with pytest.raises(torch.OutOfMemoryError, match="no more"):
         y.sum().backward()
+
+
+def test_a_law_that_takes_a_gradient_through_what_its_function_has_computed() -> None:
+    """Plain autograd gives it; lowered, what the function has saved is let go before the law runs."""
+
+    def law(t: Tensor) -> inv.Invertible:
+        (gradient,) = torch.autograd.grad(t.sum(), module.weight)
+        return inv.pair(lambda x: x + gradient.sum(), lambda y: y - gradient.sum())
+
+    module = nn.Linear(4, 4)
+    op = inv.chain(inv.split(2), inv.couple(module, law=law), inv.concat(2))
+    with pytest.raises(ReplayError) as caught:
+        inv.checkpoint(op)(leaf(3, 8))
+    assert str(caught.value) == (
+        "chain stage 1 (couple): the law of half(Linear, target=0, law=law) takes a gradient through what its function "
+        "has computed, expected a law that computes from the values; take that gradient inside of the function, and "
+        "return it"
+    )
+    inv.checkpoint(op, mode="recompute")(leaf(3, 8)).sum().backward()

@@ -146,6 +146,17 @@ def test_a_kept_result_that_is_written() -> None:
         y.sum().backward()
 
 
+@pytest.mark.parametrize("keep", [[aten.tanh], ["a name"], lambda *args, **kwargs: True])
+def test_results_in_inference_mode_are_kept(keep: Any) -> None:
+    def f(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            scale = x.tanh().sum().item()
+        return scale * x.tanh()
+
+    net = inv.chain(inv.split(2, dim=-1), inv.couple(f, f), inv.concat(2, dim=-1))
+    assert_close(step(inv.checkpoint(net, keep=keep), [])[0], step(net, [])[0])
+
+
 def test_a_name_outside_of_a_call_is_the_tensor() -> None:
     x = torch.ones(3)
     assert inv.keep("x", x) is x

@@ -670,6 +670,7 @@ def couple(
     Raises:
         OptionError: When f, g or the law is no function.
         WireError: When f or g returns something that does not fit its partner component.
+        ReplayError: Lowered, when a law of yours takes a gradient through what f or g has computed.
 
     Example:
         >>> import torch

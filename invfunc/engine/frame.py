@@ -148,7 +148,7 @@ class Frame:
             return packed[1]
         number = packed[0]
         if self.held is not None:
-            return self._check_version(*self.held[number])
+            return self._check_version(*self._find_held(self.held, number))
         tensor = self._take(number)
         while tensor is None:  # again, where another thread has taken what was handed over
             _torch.run_backward(self.owner.rebuild, self)
@@ -160,6 +160,16 @@ class Frame:
         else:
             packed.append(tensor)
         return tensor
+
+    def _find_held(self, held: dict[int, Held], number: int) -> Held:
+        """What the call has saved, unless its function has returned and a law goes on: see `forward`."""
+        if number not in held:
+            raise ReplayError(
+                f"the law of {self.record.op!r} takes a gradient through what its function has computed",
+                expected="a law that computes from the values",
+                cure="take that gradient inside of the function, and return it",
+            )
+        return held[number]
 
     def _check_version(self, tensor: Tensor, before: int) -> Tensor:
         if tensor._version != before:

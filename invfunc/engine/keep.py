@@ -29,6 +29,7 @@ from .. import _torch
 from ..core.op import name_of
 from ..errors import OptionError, ReplayError
 from .devices import accelerators
+from .parts import version, versions_of
 from .random_numbers import RandomState
 
 Policy: TypeAlias = Callable[..., Any]  # (context, operator, *args, **kwargs) -> CheckpointPolicy, or whether to keep
@@ -114,7 +115,7 @@ def _tensors(out: Any) -> list[Tensor]:
 
 
 def _versions_of(out: Any) -> list[int]:
-    return [t._version for t in _tensors(out)]
+    return versions_of(_tensors(out))
 
 
 def _detached(out: Any) -> Any:
@@ -150,7 +151,7 @@ class Keeping(_torch.DispatchMode):
             self._keep(call, out, _gives_views(func))
         elif self.names:
             old = {_torch.storage_of(t) for t in _tensors((args, kwargs))}
-            new = {_torch.storage_of(t): t._version for t in _tensors(out)}
+            new = {_torch.storage_of(t): version(t) for t in _tensors(out)}
             self.made.update({storage: (call, out, new[storage]) for storage in new.keys() - old})
         return out
 
@@ -168,7 +169,7 @@ class Keeping(_torch.DispatchMode):
         if made is None:
             return
         call, out, before = made
-        if any([t._version != before for t in _tensors(out) if _torch.storage_of(t) == _torch.storage_of(tensor)]):
+        if any([version(t) != before for t in _tensors(out) if _torch.storage_of(t) == _torch.storage_of(tensor)]):
             raise _was_written(call[0])
         self._keep(call, out, False)
 
