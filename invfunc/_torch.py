@@ -816,6 +816,11 @@ def under_parametrized(cache: dict[Any, Any] | None) -> Iterator[None]:
 is_view: Callable[[Tensor], bool] = _private("torch.Tensor._is_view", lambda tensor: tensor._base is not None)
 
 
+def base_of(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def is_view_of_leaf(tensor: Tensor, given: Sequence[Tensor] = ()) -> bool:
     """Whether a tensor is a view of one that nobody has computed, such as a weight, and shares nothing with these."""
     base = tensor._base

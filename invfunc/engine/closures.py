@@ -62,7 +62,7 @@ def _named(code: Any, names: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def is_object(item: Any) -> bool:
-    """Whether an item is an object of a class of the user's, which can be called."""
+    """Whether an item is an object of a class of the user's, which can be called, or a checkpointed function."""
     if torch.compiler.is_dynamo_compiling():
         found: list[Any] = []
         _torch.at_compile_time(_is_object)
@@ -73,7 +73,9 @@ def is_object(item: Any) -> bool:
 def _is_called(item: Any) -> bool:
     home = type(item).__module__.partition(".")[0]
     is_known = isinstance(item, (type, nn.Module, Tensor)) or is_dataclass(item)
-    return callable(item) and not is_known and home not in (*LIBRARIES, "builtins", "functools", "types")
+    wraps = "__wrapped__" in getattr(item, "__dict__", ())
+    is_of_user = wraps or home not in (*LIBRARIES, "builtins", "functools", "types")
+    return callable(item) and not is_known and is_of_user
 
 
 # ---- while Dynamo traces: the locals are those of the function above that asks ---------------------------------------

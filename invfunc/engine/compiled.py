@@ -6,7 +6,8 @@ NOTE [Compiling] What is different while a graph is being traced:
     methods, containers, closures and defaults, the package's own values), and the functions run again with others in
     their place; see NOTE [Closures]. So a pipeline can be built in the graph, of functions of what is computed there. A
     tensor that requires grad among the globals of a function, or the attributes of an object that is called, can not
-    be replaced: it raises, and says what to do instead.
+    be replaced: it raises, and says what to do instead. So does one that was not found, when a function computes with
+    it in forward.
 2.  Backward is one `torch.func.vjp` of the whole op: Dynamo does not trace ``autograd.grad``. What the inverse and the
     second forward have in common the compiler merges, so that a coupling function still runs twice in a step.
 3.  The compiler would also merge what *forward* and backward have in common, and save it: context nets, untouched
@@ -196,6 +197,34 @@ def _refuse_closure(name: str) -> None:
         expected="tensors that belong to a module, or are bound in a partial",
         cure="let a module own the tensor, or bind it: functools.partial(fn, tensor)",
     )
+
+
+class OnlyFound(TorchFunctionMode):
+    """Raises where a function computes with a tensor that requires grad, and that `holders_of` has not found."""
+
+    def __init__(self, known: list[Any]) -> None:
+        super().__init__()
+        self.known = [*known, *[_torch.base_of(item) for item in known if isinstance(item, Tensor)]]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _that_require_grad((*args, *kwargs.values())):
+            # To Dynamo a view that is made without gradients requires grad, as what it is a view of.
+            if not (_is_among(tensor, self.known) or _is_among(_torch.base_of(tensor), self.known)):
+                _refuse_closure("a function")
+        out = func(*args, **kwargs)
+        self.known += _that_require_grad((out,))  # what it computes with gradients on, whatever they are for
+        return out
+
+
+def _that_require_grad(items: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for item in items:
+        if isinstance(item, (tuple, list)):
+            found += _that_require_grad(item)
+        elif isinstance(item, Tensor) and item.requires_grad:
+            found.append(item)
+    return found
 
 
 def with_tensors(item: Any, loose: Iterator[Tensor], depth: int = 0) -> Any:
@@ -505,7 +534,7 @@ def trace(
 def _run_forward(op: Invertible, x: Wire) -> tuple[Wire, Residue, list[Tensor]]:
     masks: list[Tensor] = []
     _show_draws()
-    with torch.no_grad(), DropoutMasks(masks, True):
+    with torch.no_grad(), DropoutMasks(masks, True), OnlyFound([*holders_of(op).tensors, *leaves(x)]):
         y, residue = op.forward_with_residue(x)
     return y, residue, masks
 

@@ -522,8 +522,9 @@ def residual_flow(
         same may have found another x. In half precision and under autocast, x comes back to about ``eps / (1 - Lip)``.
         While a CUDA graph is captured nothing is told: ``max_iterations`` are made, and x is NaN if they are too few.
         In forward mode the derivative waits for the device in each iteration.
-        The number of iterations depends on data, so the inverse does not compile with ``fullgraph=True``, and its
-        gradient is not one for ``torch.autograd.grad(..., is_grads_batched=True)``: `torch.func.jacrev` is.
+        The number of iterations depends on data, so neither the inverse nor a lowered step compiles with
+        ``fullgraph=True`` (one in mode ``"recompute"`` does), and the inverse's gradient is not one for
+        ``torch.autograd.grad(..., is_grads_batched=True)``: `torch.func.jacrev` is.
 
     Example:
         >>> import torch
