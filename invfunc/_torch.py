@@ -671,6 +671,9 @@ def substitute(module: nn.Module, contents: dict[str, Tensor]) -> AbstractContex
 # What parametrized modules have computed, to be set aside. Otherwise there may be nothing to set aside.
 _KNOWS_CACHE = _private("torch.nn.utils.parametrize._cache") is not None
 
+# Whether ``parametrize.cached()`` is open. Otherwise nobody knows, and a weight that it holds is computed again.
+_KNOWS_CACHING = _KNOWS_CACHE and _private("torch.nn.utils.parametrize._cache_enabled") is not None
+
 
 class _Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
@@ -686,20 +689,61 @@ def _is_caching() -> bool:
     return probe.x is probe.x
 
 
+class _ThreadWeights(dict[Any, Any]):
+    """What `parametrize` holds weights in, for all threads: of each that asks for it its own, of the others theirs."""
+
+    def __init__(self, others: dict[Any, Any] | None) -> None:
+        super().__init__()
+        self.others, self.inside, self.local = others, 0, threading.local()  # others: of an open ``cached()``
+
+    @property
+    def here(self) -> dict[Any, Any] | None:
+        """What this thread holds weights in; None where it computes them each time."""
+        return getattr(self.local, "weights", self.others)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        here = self.here
+        return default if here is None else here.get(key, default)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        here = self.here
+        if here is not None:
+            here[key] = value
+
+
+_WEIGHTS_LOCK = threading.Lock()
+
+
+@contextmanager
+def _holding_weights(weights: dict[Any, Any] | None) -> Iterator[None]:
+    """Have this thread hold its parametrized weights in a dict, or compute them each time; others do as they did."""
+    with _WEIGHTS_LOCK:
+        if not isinstance(parametrize._cache, _ThreadWeights):
+            parametrize._cache = _ThreadWeights(parametrize._cache if parametrize._cache_enabled else None)
+        shared = parametrize._cache
+        parametrize._cache_enabled += 1
+        shared.inside += 1
+    before = vars(shared.local).copy()
+    shared.local.weights = weights
+    try:
+        yield
+    finally:
+        del shared.local.weights
+        vars(shared.local).update(before)
+        with _WEIGHTS_LOCK:
+            parametrize._cache_enabled -= 1
+            shared.inside -= 1
+            if not shared.inside:
+                parametrize._cache = shared.others if shared.others and parametrize._cache_enabled else {}
+
+
 @contextmanager
 def parametrized_once() -> Iterator[None]:
     """Compute parametrized weights once inside; a surrounding ``parametrize.cached()`` is neither read nor changed."""
-    if not _KNOWS_CACHE and _is_caching():
+    if not _KNOWS_CACHING and _is_caching():
         raise _missing("torch.nn.utils.parametrize._cache", "an iteration inside of parametrize.cached()")
-    held = parametrize._cache if _KNOWS_CACHE else {}
-    if _KNOWS_CACHE:
-        parametrize._cache = {}
-    try:
-        with parametrize.cached():
-            yield
-    finally:
-        if _KNOWS_CACHE:
-            parametrize._cache = held
+    with _holding_weights({}) if _KNOWS_CACHING else parametrize.cached():
+        yield
 
 
 # ---- trees of tuples, lists and dicts --------------------------------------------------------------------------------
@@ -792,24 +836,18 @@ def storage_of(tensor: Tensor) -> int:
     return storage_id(tensor.untyped_storage())
 
 
-# Whether ``parametrize.cached()`` is open. Otherwise nobody knows, and a weight that it holds is computed again.
-_KNOWS_CACHING = _KNOWS_CACHE and _private("torch.nn.utils.parametrize._cache_enabled") is not None
-
-
 def parametrized_so_far() -> dict[Any, Any] | None:
     """The weights that an open ``parametrize.cached()`` holds; None where none is open."""
-    return dict(parametrize._cache) if _KNOWS_CACHING and parametrize._cache_enabled else None
+    if not (_KNOWS_CACHING and parametrize._cache_enabled):
+        return None
+    cache = parametrize._cache
+    here = cache.here if isinstance(cache, _ThreadWeights) else cache
+    return None if here is None else dict(here)
 
 
-@contextmanager
-def under_parametrized(cache: dict[Any, Any] | None) -> Iterator[None]:
+def under_parametrized(cache: dict[Any, Any] | None) -> AbstractContextManager[None]:
     """Run as `parametrized_so_far` found it."""
-    held, enabled = parametrize._cache, parametrize._cache_enabled
-    parametrize._cache, parametrize._cache_enabled = dict(cache or {}), int(cache is not None)
-    try:
-        yield
-    finally:
-        parametrize._cache, parametrize._cache_enabled = held, enabled
+    return _holding_weights(None if cache is None else dict(cache))
 
 
 # Whether a tensor is a view. Otherwise it is one if it has a base.

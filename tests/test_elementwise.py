@@ -616,3 +616,13 @@ def test_log_det_of_a_flow_of_splines_and_mixtures():
     op = inv.chain(ops.mixture_cdf(torch.randn(3, 12)), ops.logit(), ops.rational_quadratic_spline(torch.randn(3, 14)))
     x = torch.randn(4, 3)
     assert_close(inv.log_det(op, x)[1], autodiff_log_det(op, x, None), 1e-8)
+
+
+def test_relu_has_no_gradient_where_its_output_was_zero() -> None:
+    """Below a transform the output is rebuilt, and a bit above the zero that it was."""
+    net = inv.chain(inv.ops.relu(), inv.ops.linear(torch.eye(6) + 0.1 * torch.randn(6, 6)))
+    x = torch.randn(4, 6)
+    x[0, 0] = 0
+    found, expected = (torch.func.grad(lambda x, f=f: f(x).sin().sum())(x) for f in (inv.checkpoint(net), net))
+    assert_close(found, expected)
+    assert torch.equal(found == 0, expected == 0)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from catalogue import Before, contraction
 from kit import Counted, assert_close
 from torch import Tensor, func, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import invfunc as inv
 from invfunc import ops
@@ -610,3 +611,40 @@ def test_a_condition(kind: str) -> None:
         assert_close(gradients(inv.checkpoint(op), twice), gradients(op, twice), 1e-10, relative=0)
         assert_close(gradients(inv.invert(op), twice), gradients(taped, twice), 1e-9, relative=0)  # type: ignore[arg-type]
         assert_close(gradients(inv.checkpoint(inv.invert(op)), twice), gradients(taped, twice), 1e-9, relative=0)  # type: ignore[arg-type]
+
+
+def test_an_iteration_holds_the_weights_of_its_own_thread() -> None:
+    """What `parametrize` holds is one for all threads: another one would have gone on with weights of a step before."""
+    inside, goes_on = threading.Event(), threading.Event()
+
+    def fn(x: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert goes_on.wait(60)
+        return 0.1 * x.tanh()
+
+    def losses() -> list[float]:
+        module = weight_norm(nn.Linear(3, 3))
+        module.load_state_dict(state)
+        optimizer, found = torch.optim.SGD(module.parameters(), 0.5), []
+        with torch.no_grad():
+            module(z)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = module(z).square().sum()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    state, z = weight_norm(nn.Linear(3, 3)).state_dict(), torch.randn(4, 3)
+    loss = inv.checkpoint(inv.ops.residual_flow(fn))(torch.randn(2, 6, requires_grad=True)).sin().sum()
+    backward = threading.Thread(target=loss.backward)
+    alone = losses()
+    backward.start()
+    assert inside.wait(60)
+    meanwhile = losses()
+    goes_on.set()
+    backward.join()
+    assert meanwhile == alone
+    assert (parametrize._cache_enabled, parametrize._cache) == (0, {})

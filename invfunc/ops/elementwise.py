@@ -832,7 +832,8 @@ def abs() -> Invertible:
 
 
 def _relu(x: Tensor) -> Any:
-    return x.relu(), x.clamp_max(0)
+    """The negative part tells by its sign where the gradient is 0: y may be rebuilt as a bit more than the 0 it was."""
+    return x.relu(), torch.where(x > 0, 0, -x.abs())
 
 
 def _add_negative_part(negative: Tensor, y: Tensor) -> Tensor:
@@ -840,7 +841,7 @@ def _add_negative_part(negative: Tensor, y: Tensor) -> Tensor:
 
 
 def _pull_relu(negative: Tensor, y: Tensor, gy: Tensor) -> Any:
-    return y + negative, torch.where(y > 0, gy, 0)
+    return y + negative, torch.where(negative.signbit(), 0, gy)
 
 
 def relu() -> Invertible:
