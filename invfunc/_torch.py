@@ -668,10 +668,9 @@ def substitute(module: nn.Module, contents: dict[str, Tensor]) -> AbstractContex
     return _swap(module, contents)
 
 
-# What parametrized modules have computed, to be set aside. Otherwise there may be nothing to set aside.
+# What parametrized modules have computed, to be set aside, and whether ``parametrize.cached()`` is open. Otherwise an
+# iteration inside of that is refused, and elsewhere a weight that it holds is computed again.
 _KNOWS_CACHE = _private("torch.nn.utils.parametrize._cache") is not None
-
-# Whether ``parametrize.cached()`` is open. Otherwise nobody knows, and a weight that it holds is computed again.
 _KNOWS_CACHING = _KNOWS_CACHE and _private("torch.nn.utils.parametrize._cache_enabled") is not None
 
 

@@ -862,6 +862,7 @@ NEEDED = {
     "torch._dynamo.variables.torch.get_overridable_functions": {"compile_"},
     "torch.utils._python_dispatch.TorchDispatchMode": {"look"},
     "torch.nn.utils.parametrize._cache": {"iterate_while_cached"},
+    "torch.nn.utils.parametrize._cache_enabled": {"iterate_while_cached"},
     "torch.Tensor._use_count": {"donate"},
     "torch.UntypedStorage._cdata": {"donate"},
     "torch._C._storage_Use_Count": {"donate"},
