@@ -4,7 +4,7 @@ NOTE [Trunk] Every function runs with gradients on, below saved-tensor hooks tha
 of plain autograd: whatever the function closes over, leaves on ``self`` or hands to a hook is connected.
 
 1.  A *frame* is one call of one op. What its graph saves is packed as a number; a leaf that requires grad, alive
-    anyway, as itself. While the call runs, what it has saved is held, so that it can take a gradient of its own.
+    anyway, as itself. While its function runs, what it has saved is held, so that it can take a gradient of its own.
 2.  A *trunk* is the frames of a pipeline, one level each, and one *state*: a level, and the wire that goes into it. The
     first number that is unpacked in the frame of a level *rebuilds* the state down to it. For a coupling ``t = f(x2)``
     is evaluated again, which hands the saved tensors over, and ``x1 = y1 - t``: each function runs exactly twice.
