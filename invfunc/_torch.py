@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from itertools import count
 from operator import attrgetter
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -816,8 +818,7 @@ if not TYPE_CHECKING:
 
 
 # What tells storages from each other. Otherwise their Python objects, which live as long as they do.
-storage_id: Callable[[torch.UntypedStorage], int] = _private("torch.UntypedStorage._cdata", id)
-storage_id = storage_id if storage_id is id else attrgetter("_cdata")
+storage_id: Callable[[torch.UntypedStorage], int] = getattr(_private("torch.UntypedStorage._cdata"), "__get__", id)
 
 # How many holders a tensor has in C++ and Python together. Otherwise nothing is written in place, nor donated.
 use_count: Callable[[Tensor], int] = _private(
@@ -1022,7 +1023,6 @@ def below_transforms() -> Iterator[None]:
 
 # ---- what surrounds a call -------------------------------------------------------------------------------------------
 
-cpu_random_state: Callable[[], Tensor] = torch.default_generator.get_state
 set_grad_enabled: Callable[[bool], Any] = _set_grad_enabled
 
 # Whether autocast is on for any device. Otherwise every device is asked.
@@ -1043,6 +1043,91 @@ _compare.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 def is_same_state(a: Tensor, b: Tensor) -> bool:
     """Whether two states of a generator are the same: ten times faster than as tensors, and not dispatched."""
     return not _compare(a.data_ptr(), b.data_ptr(), a.nbytes)
+
+
+_WORDS = struct.Struct("=624I")  # of the Mersenne twister that a generator of the CPU is
+_SEED, _PAIR = 20, 28  # bytes before them, for the seed and the place of the next; and behind, for the second normal
+_START = 100  # bytes, at most, from the start of a generator to its words
+_FIRST = 8  # bytes of the words themselves: all of them are others once each has been drawn
+
+# Where a generator lies in memory. Otherwise, or where it is laid out in another way, its whole state is the mark.
+_address_of: Callable[[torch.Generator], int] = getattr(_private("torch.Generator._cdata"), "__get__", lambda _: 0)
+
+
+class WholeState:
+    """A mark of a generator of the CPU: what is another after every draw."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def read(self) -> Any:
+        """What it is now."""
+        state = self.generator.get_state()
+        return ctypes.string_at(state.data_ptr(), state.nbytes)
+
+    begin = read
+
+
+class StateInMemory:
+    """A mark that is another, too, when a state has been set, even if that is the one before: `torch.random.fork_rng`.
+
+    The structure around the words is padded with four bytes. They are tagged: whoever sets a state, writes over them.
+    """
+
+    __slots__ = ("around", "behind", "tag")
+
+    def __init__(self, words: int) -> None:
+        self.around = (ctypes.c_char * (_SEED + _FIRST)).from_address(words - _SEED)
+        self.behind = (ctypes.c_char * _PAIR).from_address(words + _WORDS.size)
+        self.tag = ctypes.c_uint32.from_address(words + _WORDS.size)
+
+    def read(self) -> Any:
+        """What it is now."""
+        return self.around.raw, self.behind.raw
+
+    def begin(self) -> Any:
+        """Tag the generator, unless it has a tag; and read."""
+        if self.tag.value >> 16 != _TAG:  # another one than before: who has read that sees that it is gone
+            self.tag.value = _TAG << 16 | next(_TAGS) % 2**16
+        return self.read()
+
+
+_TAG, _TAGS = 0x17F5, count()
+Mark: TypeAlias = WholeState | StateInMemory
+
+
+def _find_words() -> int:
+    """How far inside of a generator its words lie; below zero where that is not as expected."""
+    own = torch.Generator()
+    address, state = _address_of(own), WholeState(own).read()
+    if not address or len(state) < 24 + 8 * 624:
+        return -1
+    words = _WORDS.pack(*(word & 0xFFFFFFFF for word in struct.unpack_from("=624Q", state, 24)))
+    place = ctypes.string_at(address, _START + _WORDS.size + _PAIR).find(words)
+    return place if _SEED <= place <= _START and _tells_all(own, StateInMemory(address + place)) else -1
+
+
+def _tells_all(own: torch.Generator, mark: StateInMemory) -> bool:
+    """Whether a mark is another after a draw, after one that takes the second of a pair, and when a state is set."""
+    marks = [mark.begin()]
+    for _ in range(3):
+        torch.empty(1, device="cpu").normal_(generator=own)
+        marks.append(mark.read())
+    own.set_state(own.get_state())
+    return len({*marks, mark.read()}) == len(marks) + 1
+
+
+_PLACE_OF_WORDS = _find_words()
+
+
+def mark_of(generator: torch.Generator) -> Mark:
+    """The mark of a generator of the CPU."""
+    if _PLACE_OF_WORDS < 0:
+        return WholeState(generator)
+    return StateInMemory(_address_of(generator) + _PLACE_OF_WORDS)
+
+
+cpu_mark = mark_of(torch.default_generator)
 
 
 # How many function modes are on, of which a default device is one. Otherwise torch is asked for the device each time.

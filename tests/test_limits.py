@@ -1,6 +1,7 @@
 """Sentences under Limits, in docstrings and in the README, that no other test holds."""
 
 import os
+import random
 import threading
 from array import array
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from kit import assert_close, leaf
@@ -633,6 +635,20 @@ def one() -> float:
     return two()
 
 
+def drawn_and_set_back() -> float:
+    state = random.getstate()
+    number = random.random()
+    random.setstate(state)
+    return number
+
+
+def drawn_from_numpy() -> float:
+    state = numpy.random.get_state()
+    number = float(numpy.random.rand())
+    numpy.random.set_state(state)
+    return number
+
+
 LOCAL, BYTES, ARRAY = threading.local(), bytearray(1), array("d", [0.0])
 
 
@@ -648,6 +664,8 @@ NOT_PUT_BACK: dict[str, Callable[[pytest.MonkeyPatch], tuple[Callable[[Tensor], 
         times(lambda: float(os.environ["INVFUNC_FACTOR"])),
         lambda: patch.setenv("INVFUNC_FACTOR", "3"),
     ),
+    "a state of Python's generator that it sets back": lambda patch: (times(drawn_and_set_back), random.random),
+    "a state of NumPy's generator that it sets back": lambda patch: (times(drawn_from_numpy), numpy.random.rand),
     "a bytearray": lambda patch: (times(lambda: BYTES[0]), lambda: BYTES.__setitem__(0, 3)),
     "an array": lambda patch: (times(lambda: ARRAY[0]), lambda: ARRAY.__setitem__(0, 3.0)),
 }
@@ -656,6 +674,8 @@ NOT_PUT_BACK: dict[str, Callable[[pytest.MonkeyPatch], tuple[Callable[[Tensor], 
 @pytest.mark.parametrize("mode", ["invert", "recompute"])
 @pytest.mark.parametrize("name", NOT_PUT_BACK)
 def test_what_is_not_put_back_is_told_by_the_meter(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(0)
+    numpy.random.seed(0)
     LOCAL.factor = ARRAY[0] = 2.0
     BYTES[0] = 2
     monkeypatch.setenv("INVFUNC_FACTOR", "2")

@@ -727,6 +727,21 @@ def _() -> None:
         assert asks()
 
 
+@contract("torch.Generator._cdata")
+def _():
+    for kind in (_torch.WholeState, _torch.mark_of):
+        generator = torch.Generator()
+        mark = kind(generator)
+        seen = {mark.begin()}
+        for _ in range(3):
+            torch.rand(624, generator=generator)  # as many as it has words: the place of the next is the same
+            seen.add(mark.read())
+        assert len(seen) == 4 and mark.begin() == mark.read()
+    generator.set_state(generator.get_state())
+    assert mark.read() not in seen  # the whole state would be
+    assert mark.begin() == mark.read() and len(b"".join(mark.read())) < 64
+
+
 @contract("torch._C._len_torch_function_stack")
 def _() -> None:
     count = found("torch._C._len_torch_function_stack")

@@ -129,6 +129,41 @@ def test_the_second_of_a_pair_of_normal_numbers_belongs_to_the_state(draw: Calla
     assert (now["state"]["key"] == array["state"]["key"]).all()
 
 
+WORDS = 624  # of torch's generator on the CPU: after as many it is at the same place, with other words
+DRAWS: dict[str, Callable[[], Tensor]] = {
+    "one": lambda: torch.rand(1),
+    "all words": lambda: torch.rand(WORDS)[-1],
+    "all words, as doubles": lambda: torch.rand(WORDS // 2, dtype=torch.float64)[-1].float(),
+    "all words, twice": lambda: torch.rand(2 * WORDS)[-1],
+    "a normal": lambda: torch.randn(1),
+    "a normal double": lambda: torch.randn(1, dtype=torch.float64).float(),
+    "a permutation": lambda: 1.0 + torch.randperm(3),
+    "a Poisson number": lambda: 1 + torch.poisson(torch.ones(1)),
+    "the same seed": lambda: torch.manual_seed(3) and torch.rand(1),
+    "and puts the state back": lambda: put_back(torch.rand),
+}
+
+
+def put_back(draw: Callable[[int], Tensor]) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        return draw(1)
+
+
+@pytest.mark.parametrize("drawn", [0, 1])
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_every_draw_of_torchs_generator_is_noticed(draw: Callable[[], Tensor], drawn: int) -> None:
+    torch.manual_seed(3)
+    for _ in range(drawn):
+        torch.randn(1), torch.randn(1, dtype=torch.float64)
+    x = torch.rand(3, requires_grad=True)
+    y = inv.checkpoint(lambda x: x * draw())(x) + inv.checkpoint(lambda x: x * draw())(x)
+    torch.rand(1)
+    before = torch.get_rng_state()
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert_close(gradient * x.detach(), y.detach(), 1e-6)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_who_looks_at_a_function_leaves_the_hosts_generators_as_they_were() -> None:
     def fn(x: Tensor) -> Tensor:
         return x * random.random() * float(numpy.random.rand())

@@ -95,6 +95,18 @@ def train_large(inv: Any) -> None:
 
 
 @task
+def draw_numbers(inv: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.4), nn.Tanh())
+    op = inv.chain(inv.split(2), inv.couple(net, net), inv.concat(2))
+    x = torch.randn(3, 8, requires_grad=True)
+    results = []
+    for fn in (op, inv.checkpoint(op), inv.checkpoint(op, mode="recompute")):
+        torch.manual_seed(0)
+        results.append(step(fn, x, [*net.parameters()]))
+    close(results[1:], [results[0], results[0]])
+
+
+@task
 def train_closure(inv: Any) -> None:
     leaf = torch.randn(4, requires_grad=True)
     w = leaf.exp()

@@ -4,8 +4,9 @@ NOTE [Conditions] A function that runs again has to find what it found in forwar
 
 1.  *Random numbers* are replayed on the CPU and on every accelerator that is in sight of the call: those of its inputs,
     of what its modules and closures hold, a `torch.device` among it, the default one, or else the current one. States
-    are kept only if the call drew. Python's and NumPy's global generators count, too; a generator of one's own can not
-    be seen, and its values have to be pinned. While a graph is captured no state can be read, and a call that draws is
+    are kept only if the call drew, or set the CPU's: one that is as it was may have been put back, as `fork_rng` does,
+    which sets it in any case. Python's and NumPy's global generators count, too; a generator of one's own can not be
+    seen, and its values have to be pinned. While a graph is captured no state can be read, and a call that draws is
     refused.
 2.  *Autocast* of every type of device, the *default device* and, on the thread of forward, the number of *threads*:
     backward may run elsewhere, and no other thread's setting is touched. The *flags* of the process that choose a
@@ -47,13 +48,15 @@ class Conditions:
     """What surrounds a call, and the call again: rules 2 and 3 of NOTE [Conditions]."""
 
     __slots__ = (
-        "autocast", "context", "device", "flags", "has_same_flags", "is_left", "snapshot", "task", "thread", "threads",
+        "autocast", "context", "device", "flags", "has_containers", "has_same_flags", "is_left", "snapshot", "task",
+        "thread", "threads",
     )  # fmt: skip
 
     def __init__(self, snapshot: Any = None) -> None:
         self.snapshot = snapshot  # the modules that are called, if they are to be as they were
-        self.is_left = False  # whether other code runs between the calls, which may set flags
-        self.context = _apart(copy_context())
+        self.is_left = False  # whether other code runs between the calls, which may set something
+        self.context = copy_context()
+        self.has_containers = _take_apart(self.context)
         self.autocast = autocast_state()
         self.device = _torch.default_device()
         self.flags, self.task, self.has_same_flags = flags(), -1, True
@@ -61,16 +64,23 @@ class Conditions:
 
     def here(self) -> Conditions:
         """The conditions of a call that begins now: themselves, unless something is another than at the beginning."""
-        same_flags = not self.is_left or self.flags == flags()
-        if same_flags and self.autocast == autocast_state() and self.device == _torch.default_device():
+        if not self.is_left or self._are_here():
             return self
         found = Conditions(self.snapshot)
-        found.context = self.context  # not a later one: that may hold what this graph computes, and is never let go
+        # Not a later one: that may hold what this graph computes, and is never let go.
+        found.context, found.has_containers = self.context, self.has_containers
         return found
+
+    def _are_here(self) -> bool:
+        same_state = self.autocast == autocast_state() and self.device == _torch.default_device()
+        return same_state and self.flags == flags()
 
     def run(self, fn: Callable[..., T], *args: Any) -> T:
         """``fn(*args)`` as if it were called where the conditions were noted."""
-        return _apart(self.context.copy()).run(self._run, fn, args)
+        context = self.context.copy()
+        if self.has_containers:
+            _take_apart(context)
+        return context.run(self._run, fn, args)
 
     def _run(self, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
         others = self.threads != torch.get_num_threads() and self.thread == threading.get_ident()
@@ -95,12 +105,12 @@ class Conditions:
         return self.has_same_flags
 
 
-def _apart(context: Context) -> Context:
-    """A context with containers of its own."""
+def _take_apart(context: Context) -> bool:
+    """Give a context containers of its own; whether it has any."""
     shared = [(var, value) for var, value in context.items() if type(value) in _CONTAINERS]
     if shared:
         context.run(_set_copies, shared)
-    return context
+    return bool(shared)
 
 
 def _set_copies(shared: Iterable[tuple[ContextVar[Any], Any]]) -> None:

@@ -9,7 +9,7 @@ import ctypes
 import random
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -47,13 +47,18 @@ def python_second() -> float | None:
     return getattr(_python, "gauss_next", None)
 
 
+class _State:
+    """Python's generator where it can only be asked for its state."""
+
+    @property
+    def raw(self) -> bytes:
+        return python_state()
+
+
 # The place of the next number, and the first word, live: one of the two is another after every draw.
-_python_mark: Any = (ctypes.c_char * 8).from_address(id(_python) + _HEADER)
-
-
-def python_mark() -> Any:
-    """What is another one after every draw."""
-    return (_python_mark.raw if python_state is _read_python else python_state()), python_second()
+_python_mark: Any = (
+    (ctypes.c_char * 8).from_address(id(_python) + _HEADER) if python_state is _read_python else _State()
+)
 
 
 def put_python_state(state: bytes, second: float | None) -> None:
@@ -73,7 +78,7 @@ class _Numpy(NamedTuple):
 
     current: Any = None
     address: int = 0  # where its generator's state lies
-    mark: Callable[[], Any] = tuple
+    marks: Sequence[Any] = ()  # what lies there, as far as one of it is another after every draw
     second: Callable[[], _Second] = lambda: (0, 0.0)
 
 
@@ -96,11 +101,6 @@ def numpy_state() -> bytes:
 def numpy_second() -> _Second:
     """Whether the second normal number of a pair waits, and which it is."""
     return _numpy.second()
-
-
-def numpy_mark() -> Any:
-    """What is another one after every draw."""
-    return _numpy.mark()
 
 
 def put_numpy_state(state: bytes, second: _Second) -> None:
@@ -132,17 +132,25 @@ def _numpy_at(current: Any, address: int) -> _Numpy:
     pair = _find_pair(kind(0)) if kind.__name__ == "RandomState" else -1
     words = [_word_at(address + 4 * i) for i in (_WORDS, 0)]  # the place of the next number, and the first word
     if pair < 0:
-        return _Numpy(current, address, lambda: (*map(_raw, words), _asked(current)[0]), lambda: _asked(current))
+        return _Numpy(current, address, [*words, _Pair(current)], lambda: _asked(current))
     waits, number = ctypes.c_int.from_address(id(current) + pair - 8), ctypes.c_double.from_address(id(current) + pair)
     marks = [*words, _word_at(id(current) + pair - 8)]
-    return _Numpy(current, address, lambda: list(map(_raw, marks)), lambda: (waits.value, number.value))
+    return _Numpy(current, address, marks, lambda: (waits.value, number.value))
 
 
 def _word_at(address: int) -> Any:
     return (ctypes.c_char * 4).from_address(address)
 
 
-_raw = attrgetter("raw")
+class _Pair:
+    """Whether the second of a pair waits, where a RandomState has to be asked for it."""
+
+    def __init__(self, current: Any) -> None:
+        self.current = current
+
+    @property
+    def raw(self) -> int:
+        return _asked(self.current)[0]
 
 
 def _asked(random: Any) -> _Second:
@@ -161,3 +169,13 @@ def _find_pair(own: Any) -> int:
     before = waits.value
     own.standard_normal()
     return place if (before, waits.value) == (1, 0) else -1
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+_raw = attrgetter("raw")
+
+
+def host_mark() -> list[Any]:
+    """What is another one after every draw from either."""
+    return [_python_mark.raw, python_second(), *map(_raw, _numpy.marks)]

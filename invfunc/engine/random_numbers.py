@@ -32,17 +32,17 @@ class RandomState:
         devices: The accelerators in sight of the call.
     """
 
-    __slots__ = ("cpu", "devices", "draws_on_host", "is_captured", "marks", "numpy", "python", "states")
+    __slots__ = ("cpu", "devices", "draws_on_host", "host_mark", "is_captured", "mark", "numpy", "python", "states")
 
     def __init__(self, devices: Sequence[torch.device] = ()) -> None:
         own = _own_generators()
-        self.cpu = _torch.cpu_random_state() if own is None else own.cpu.get_state()
+        self.cpu = (torch.default_generator if own is None else own.cpu).get_state()
         self.devices = devices
         self.is_captured = any(map(is_captured, devices))
         self.states = [] if self.is_captured else [_state_of(device, own) for device in devices]
         self.python = host_random.python_state(), host_random.python_second()
         self.numpy = host_random.numpy_state(), host_random.numpy_second()
-        self.marks = host_random.python_mark(), host_random.numpy_mark()
+        self.mark, self.host_mark = _mark_of(own).begin(), host_random.host_mark()
         self.draws_on_host = (
             True  # whether it draws from Python's or NumPy's, as far as `has_moved` does not know better
         )
@@ -55,11 +55,15 @@ class RandomState:
     def has_moved(self) -> bool:
         """Whether anything has been drawn since."""
         own = _own_generators()
-        cpu = _torch.cpu_random_state() if own is None else own.cpu.get_state()
-        self.draws_on_host = self.marks != (host_random.python_mark(), host_random.numpy_mark())
-        if self.draws_on_host or not _torch.is_same_state(self.cpu, cpu):
-            return True
-        found = [_state_of(device, own) for device in self._read()] if self.states else ()
+        self.draws_on_host = self.host_mark != host_random.host_mark()
+        return (
+            self.draws_on_host
+            or self.mark != _mark_of(own).read()
+            or (bool(self.states) and self._have_devices_moved(own))
+        )
+
+    def _have_devices_moved(self, own: _OwnGenerators | None) -> bool:
+        found = [_state_of(device, own) for device in self._read()]
         return not all(map(_torch.is_same_state, self.states, found))
 
     def _read(self) -> Sequence[torch.device]:
@@ -105,6 +109,10 @@ class RandomState:
             else:  # who has them may wait for us
                 stack.enter_context(_OwnGenerators(self))
             yield
+
+
+def _mark_of(own: _OwnGenerators | None) -> _torch.Mark:
+    return _torch.cpu_mark if own is None else own.mark
 
 
 def _state_of(device: torch.device, own: _OwnGenerators | None) -> Tensor:
@@ -171,6 +179,7 @@ class _OwnGenerators(_torch.DispatchMode):
         super().__init__()
         self.cpu = torch.Generator()
         self.cpu.set_state(state.cpu)
+        self.mark = _torch.mark_of(self.cpu)
         self.states = dict(zip(state._read(), state.states, strict=True))
 
     @classmethod

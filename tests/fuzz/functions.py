@@ -272,6 +272,14 @@ class Noisy(OnLinear):
         return torch.tanh(y) * torch.rand_like(y)
 
 
+class Forked(Noisy):
+    """Draws random numbers, and leaves the generator as it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            return super().forward(x)
+
+
 class Routed(OnLinear):
     """Takes a discrete decision, once."""
 
@@ -433,6 +441,7 @@ FUNCTIONS: dict[str, Callable[[Parts, int, int], Function]] = {
     "in_place": own(InPlace),
     "stopped": own(Stopped),
     "noisy": own(Noisy),
+    "forked": own(Forked),
     "routed": own(Routed),
     "named": own(Named),
     "closure": closure,
