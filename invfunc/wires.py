@@ -56,7 +56,7 @@ def map_wire(fn: Callable[..., Any], wire: Wire, *others: Wire) -> Wire:
     if not isinstance(wire, tuple):
         return fn(wire, *others)
     if not others:
-        return tuple([map_wire(fn, part) for part in wire])
+        return tuple([map_wire(fn, part) if isinstance(part, tuple) else fn(part) for part in wire])
     return tuple([map_wire(fn, *parts) for parts in zip(wire, *others, strict=True)])
 
 

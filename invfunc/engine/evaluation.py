@@ -133,10 +133,10 @@ class Evaluation(Again):
     def pack(self, tensor: Tensor) -> Any:
         """The hook: what forward packed as a number is collected."""
         if tensor.requires_grad and tensor.is_leaf:
-            if any([root is tensor for root in self.roots]):
-                self.leaves += 1  # in forward it was the input itself
-            else:
-                self._check_leaf(tensor)
+            place, expected = self.leaves, self.record.leaves
+            self.leaves = place + 1
+            if place >= len(expected) or expected[place] is not tensor:
+                self._check_leaf(tensor, place)
             return tensor
         made = self.made
         place = len(made)
@@ -153,11 +153,10 @@ class Evaluation(Again):
         """The hook, for a gradient that the function takes itself."""
         return packed if isinstance(packed, Tensor) else self.made[packed]
 
-    def _check_leaf(self, tensor: Tensor) -> None:
-        place, self.leaves = self.leaves, self.leaves + 1
+    def _check_leaf(self, tensor: Tensor, place: int) -> None:
+        if any([root is tensor for root in self.roots]):
+            return  # in forward it was the input itself
         expected = self.record.leaves
-        if place < len(expected) and expected[place] is tensor:
-            return
         where = _torch.storage_of(tensor)  # a gradient inside of the function unpacks leaves as other objects
         same = [t for t in (*expected, *self.roots) if t is tensor or _torch.storage_of(t) == where]
         if place >= len(expected) or not (same or _has_values_of(expected[place], tensor)):
@@ -182,11 +181,8 @@ class Evaluation(Again):
         if around is not None and not _torch.keeps_graph():
             around.let_go()
         if frame is not None:
-            self.made = [t if t.is_leaf else t.detach() for t in made]
-            frame.saved = dict(enumerate(self.made))
-            for place, tensor in enumerate(made):
-                if tensor._version != self.versions[place]:
-                    frame.saved[place] = was_changed(tensor)
+            saved = zip(made, self.versions, strict=True)
+            frame.saved = dict(enumerate([_without_node(tensor, version) for tensor, version in saved]))
 
     def abandon(self) -> None:
         """Forget everything."""
@@ -195,6 +191,13 @@ class Evaluation(Again):
             self.conditions.close()
         if self.was is not None:
             self.record.conditions.snapshot.take_away(self.was)
+
+
+def _without_node(tensor: Tensor, version: int) -> Tensor | ReplayError:
+    """A tensor that was saved, unless it has been written into since."""
+    if tensor._version != version:
+        return was_changed(tensor)
+    return tensor if tensor.is_leaf else tensor.detach()
 
 
 def _has_values_of(expected: Tensor, tensor: Tensor) -> bool:

@@ -155,7 +155,7 @@ class Frame:
             tensor = self._take(number)
         if isinstance(tensor, ReplayError):  # the function wrote into what its graph had saved
             raise self._with_place(tensor)
-        if torch.compiler.is_compiling() or _torch.keeps_graph():
+        if _torch.keeps_graph() or torch.compiler.is_compiling():
             self.saved[number] = weakref.ref(tensor)
         else:
             packed.append(tensor)
@@ -180,8 +180,8 @@ class Frame:
         self.record.place(error)
         return error
 
-    def _take(self, packed: int) -> Tensor | None:
-        tensor = self.saved.pop(packed, None)
+    def _take(self, number: int) -> Tensor | None:
+        tensor = self.saved.pop(number, None)
         return tensor() if type(tensor) is weakref.ref else tensor
 
     def run(
