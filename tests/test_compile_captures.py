@@ -83,3 +83,46 @@ def test_views_of_what_is_found_are_found(mode: str) -> None:
     fast = torch.compile(forward, fullgraph=True, backend="eager")
     found, expected = (torch.autograd.grad(f(x, w).sin().sum(), [x, w]) for f in (fast, forward))
     assert_close(found, expected)
+
+
+class Slotted:
+    """An object that is called, whose attributes are in slots alone."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+def unflattened(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: module(x).unflatten(1, (2, -1)).flatten(1)
+
+
+@pytest.mark.parametrize("stages", [False, True])
+@pytest.mark.parametrize("make", [Slotted, unflattened])
+def test_what_dynamo_has_to_be_helped_with(
+    make: Callable[[nn.Module], Callable[[Tensor], Tensor]], stages: bool
+) -> None:
+    module = nn.Linear(WIDE, WIDE)
+    op = between(inv.couple(make(module)))
+    low = inv.checkpoint(op)
+    fast = inv.compile_stages(low, backend="eager") if stages else torch.compile(low, fullgraph=True, backend="eager")
+    x = torch.randn(3, 2 * WIDE, requires_grad=True)
+    found, expected = (torch.autograd.grad(f(x).square().sum(), [x, *module.parameters()]) for f in (fast, op))
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("op", [inv.ops.pixel_shuffle(2), inv.ops.haar(), inv.ops.checkerboard()], ids=repr)
+def test_ops_that_unflatten_compile(op: inv.Invertible) -> None:
+    x = torch.randn(2, 4, 2, 2, requires_grad=True)
+    op = inv.chain(op, inv.parallel(inv.ops.sinh(), inv.ops.sinh())) if isinstance(op(x), tuple) else op
+    fast = torch.compile(inv.checkpoint(op), fullgraph=True, backend="eager")
+    found, expected = (torch.autograd.grad(sum(y.square().sum() for y in outputs(f(x))), x) for f in (fast, op))
+    assert_close(found, expected)
+
+
+def outputs(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return y if isinstance(y, tuple) else (y,)

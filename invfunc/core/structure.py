@@ -71,17 +71,18 @@ def _loaded_names(code: CodeType) -> tuple[str, ...]:
 
 def has_room(item: Any) -> bool:
     """Whether an object can have attributes of its own, though it may have none yet."""
-    return getattr(item, "__dict__", None) is not None or bool(_all_slots(item))
+    return getattr(item, "__dict__", None) is not None or bool(slots_in(type(item)))
 
 
 def slots_of(item: Any) -> list[str]:
     """The slots of an object that hold something, private ones under the names that they have outside."""
-    return [name for name in _all_slots(item) if hasattr(item, name)]
+    return [name for name in slots_in(type(item)) if hasattr(item, name)]
 
 
-def _all_slots(item: Any) -> list[str]:
-    kinds = [kind for kind in type(item).__mro__ if "__slots__" in kind.__dict__]
-    return [name for kind in kinds for name in _slot_names(kind)]
+def slots_in(kind: type) -> list[str]:
+    """The slots of a class."""
+    kinds = [base for base in kind.__mro__ if "__slots__" in base.__dict__]
+    return [name for base in kinds for name in _slot_names(base)]
 
 
 def _slot_names(kind: type) -> list[str]:

@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _torch
 from ..core.op import Invertible, Residue, name_of
+from ..core.structure import slots_in
 from ..errors import ReplayError
 from ..wires import Wire, is_differentiable, leaves, map_wire, nested_error
 from .closures import contents_of, is_object, named_by, with_contents
@@ -155,7 +156,7 @@ class Search:
             if isinstance(item, FunctionType):
                 self._add_fixed(item, named_by(item), inside)
             elif is_object(item):
-                self._add_fixed(item, list(vars(item).values()), inside)
+                self._add_fixed(item, _held_by(item), inside)
 
     def _add_fixed(self, fn: Any, held: list[Any], depth: int) -> None:
         """What a function finds among its globals, and an object that is called among its attributes."""
@@ -166,6 +167,17 @@ class Search:
         for tensor in loose:
             if tensor.requires_grad:
                 _refuse_closure(name_of(fn))
+
+
+def _held_by(item: Any) -> list[Any]:
+    """What an object has in its attributes and slots."""
+    table = list(vars(item).values()) if hasattr(item, "__dict__") else []
+    return [*table, *[getattr(item, name) for name in _slots_in(type(item)) if hasattr(item, name)]]
+
+
+@_torch.called_not_traced
+def _slots_in(kind: type) -> tuple[str, ...]:
+    return tuple(slots_in(kind))
 
 
 _DEPTH = 4  # of functions inside of each other; one that calls itself is in its own cells
@@ -212,6 +224,8 @@ class OnlyFound(TorchFunctionMode):
             # To Dynamo a view that is made without gradients requires grad, as what it is a view of.
             if not (_is_among(tensor, self.known) or _is_among(_torch.base_of(tensor), self.known)):
                 _refuse_closure("a function")
+        if func is Tensor.unflatten:  # a method of Python's that calls C's by super(), which Dynamo does not find here
+            func = torch.unflatten
         out = func(*args, **kwargs)
         self.known += _that_require_grad((out,))  # what it computes with gradients on, whatever they are for
         return out
