@@ -23,7 +23,7 @@ def test_the_version_is_one() -> None:
 
 
 def test_at_run_time_there_is_torch_alone() -> None:
-    assert [line for line in requires("invfunc") or [] if "extra ==" not in line] == ["torch>=2.11"]
+    assert [line for line in requires("invfunc") or [] if "extra ==" not in line] == ["torch>=2.13"]
 
 
 def test_nothing_but_torch_is_imported() -> None:
