@@ -155,7 +155,7 @@ class Frame:
             tensor = self._take(number)
         if isinstance(tensor, ReplayError):  # the function wrote into what its graph had saved
             raise self._with_place(tensor)
-        if _torch.keeps_graph() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _torch.keeps_graph():
             self.saved[number] = weakref.ref(tensor)
         else:
             packed.append(tensor)
