@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -22,9 +23,20 @@ COMMANDS = {
 }
 
 
+UNREAD = 141  # what a shell has for a program that writes where nobody reads, as into head: no verdict of ours
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what is wrong with it is one line on stderr and exit code 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _main(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        sys.exit(UNREAD)
+
+
+def _main(given: list[str]) -> None:
     if not given or given[0] in ("-h", "--help"):
         print(_help())
     elif given[0] == "--version":

@@ -1,5 +1,7 @@
 """``python -m invfunc``: which commands there are, what they print, and that every error is one line."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +50,8 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     [
         (["chek"], "python -m invfunc: there is no command chek; did you mean check?"),
         (["--versoin"], "python -m invfunc: there is no command --versoin; did you mean --version?"),
+        (["CHECK"], "python -m invfunc: there is no command CHECK; did you mean check?"),
+        (["draw", "test_commands:Net"], "of an op or what makes one; did you mean net?"),
         (["xyzzy"], "python -m invfunc: there is no command xyzzy"),
         (["demo", "--dept", "3", "--epohcs", "1"], "demo: unrecognized arguments: --epohcs 1; did you mean --epochs?"),
         (["draw", "test_commands:nt"], "expected package.module:name, of an op or what makes one; did you mean net?"),
@@ -75,6 +79,18 @@ def test_what_is_wrong_is_one_line(arguments: list[str], message: str, capsys: p
         main(arguments)
     error = capsys.readouterr().err
     assert left.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_where_nobody_reads_it_ends_without_a_word(unbuffered: str) -> None:
+    unread, output = os.pipe()
+    os.close(unread)
+    command = [sys.executable, "-m", "invfunc", "--help"]
+    ended = subprocess.run(
+        command, stdout=output, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, check=False
+    )
+    os.close(output)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 def test_draw_prints(capsys: pytest.CaptureFixture[str]) -> None:

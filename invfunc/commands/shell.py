@@ -41,14 +41,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean ...?"``, if a known word is near.
+    """``"; did you mean ...?"``, if a known word is near, in capitals or not.
 
     Example:
         >>> nearest("chek", ["check", "draw"])
         '; did you mean check?'
     """
-    found = get_close_matches(word, list(known), 1)
-    return f"; did you mean {found[0]}?" if found else ""
+    words = {one.lower(): one for one in known}
+    found = get_close_matches(word.lower(), words, 1)
+    return f"; did you mean {words[found[0]]}?" if found else ""
 
 
 # ---- an op and its inputs --------------------------------------------------------------------------------------------
