@@ -150,7 +150,8 @@ def checkpoint_blocks(model: nn.Module, blocks: str | Chooses, **options: Any) -
     Limits:
         `torch.nn.DataParallel` copies what a module is called with, and not whose it is: use DDP. With a cache in
         training, what the cache held is kept until backward: pass ``use_cache=False`` if nobody reads it. Below
-        `torch.compile` blocks that get a cache run as they are written, and keep their activations.
+        `torch.compile` blocks that get a cache run as they are written, and keep their activations, and attention with
+        dropout, as GPT-2's by default, raises: a graph can not draw the same again. Set its dropout to 0 there.
 
     Example:
         >>> import torch, invfunc as inv
